@@ -1,0 +1,1 @@
+"""Checkpoints: resumable training state, content fingerprints, Hugging Face folders."""

@@ -1,0 +1,144 @@
+"""Content fingerprints: what makes two sets of weights, or two vocabularies, the same, wherever they lie.
+
+A checkpoint remembers the fingerprints of the teacher and of the vocabulary it was trained with, so that a run is never
+resumed with others. Equal sizes or equal paths prove nothing; only the content is compared.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from endistill_jax.errors import UserError
+from endistill_jax.model.layout import STACKS
+
+_ABSENT = "absent"
+
+
+def fingerprint_params(params: Mapping[str, Any]) -> str:
+    """A SHA-256 of the weights: independent of the order of dictionaries and of how layers are laid out.
+
+    Every leaf is hashed under its interchange name (`encoder/layers_0/attention/query/kernel`) with its shape and its
+    values. Floats of up to 32 bits count as float32, so bfloat16 weights and the same weights widened to float32 are
+    equal. One leaf (one layer of a stacked leaf) is on the host at a time.
+
+    Args:
+        params: nested dictionary of NumPy or JAX arrays, layers stacked or not. Arrays that span several processes must
+            be gathered first.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digests = {name: _digest(leaf) for name, leaf in _interchange_leaves(params)}
+    return _sha256(f"{name} {digests[name]}\n".encode() for name in sorted(digests))
+
+
+def fingerprint_vocabulary(vocabulary: Any) -> str:
+    """A SHA-256 of everything that decides how text becomes ids: independent of where the vocabulary's file lies.
+
+    For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalisation
+    rules. For bytes: the number of extra ids.
+
+    Args:
+        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        UserError: for a kind of vocabulary whose content is not known here.
+    """
+    # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
+    kind = next((c.__name__ for c in type(vocabulary).__mro__ if c.__name__ in _CONTENTS), None)
+    if kind is None:
+        known = ", ".join(_CONTENTS)
+        raise UserError(f"vocabulary is a {type(vocabulary).__name__}, whose content cannot be compared; use {known}")
+    content = {"kind": kind, "ids": int(vocabulary.vocab_size), "extra_ids": int(vocabulary.extra_ids)}
+    return _sha256([json.dumps(content, sort_keys=True).encode(), *_CONTENTS[kind](vocabulary)])
+
+
+def check_facts(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
+    """Refuses to go on from a checkpoint that was made for something else.
+
+    Args:
+        saved: the facts kept with the checkpoint; nested dictionaries of plain values.
+        current: the same facts about this run.
+        where: what to call the checkpoint in the message.
+
+    Raises:
+        UserError: naming every difference, nested names joined by dots, with both values.
+    """
+    before, now = _flatten(saved), _flatten(current)
+    differences = [
+        f"{name} is {before.get(name, _ABSENT)} there and {now.get(name, _ABSENT)} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+    ]
+    if differences:
+        raise UserError(
+            f"{where} was made with other settings: {'; '.join(differences)}. "
+            "Give the settings it was made with, or another model directory"
+        )
+
+
+def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        here = (*path, str(key))
+        if isinstance(value, Mapping):
+            yield from _interchange_leaves(value, here)
+        elif len(here) > 2 and here[0] in STACKS and here[1] == "layers":
+            for index in range(value.shape[0]):
+                yield "/".join((here[0], f"layers_{index}", *here[2:])), value[index]
+        else:
+            yield "/".join(here), value
+
+
+def _digest(leaf: Any) -> str:
+    array = np.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4:
+        array = array.astype("<f4")
+    array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return _sha256([f"{array.dtype.str} {leaf.shape} ".encode(), array.data])
+
+
+def _sentencepiece_content(vocabulary: Any) -> Iterator[bytes]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.sp_model)
+    for index, piece in enumerate(model.pieces):
+        yield f"{index}\t{piece.piece}\t{piece.score!r}\t{piece.type}\n".encode()
+    rules = model.normalizer_spec
+    for name in ("precompiled_charsmap", "add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
+        yield f"{name} {getattr(rules, name)!r}\n".encode()
+
+
+def _sizes_say_all(vocabulary: Any) -> Iterator[bytes]:
+    yield f"{vocabulary.eos_id} {vocabulary.unk_id}".encode()
+
+
+_CONTENTS = {
+    "SentencePieceVocabulary": _sentencepiece_content,
+    "ByteVocabulary": _sizes_say_all,
+    "PassThroughVocabulary": _sizes_say_all,
+}
+
+
+def _sha256(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested facts as dotted names and JSON texts: a tuple equals the list it becomes in a file."""
+    flat = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
+    return flat

@@ -1,0 +1,243 @@
+"""Saving and resuming a run, on Orbax: asynchronous, atomic, with a memory of what the run was about.
+
+A step's folder holds three items that become visible together or not at all: `state` (the train state's arrays), `data`
+(the data iterator's position, one file per process) and `facts` (model, mixture, fingerprints ... as JSON). The teacher
+is never in it: only its fingerprint is, among the facts.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
+
+from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
+from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.checkpoints.reading import Facts, PyTree, absolute, finished_steps, read_facts, unreadable
+from endistill_jax.errors import UserError
+
+
+class Checkpointer:
+    """Keeps the checkpoints of one run in one directory. Every process makes one and calls it at the same steps.
+
+    Usable as a context manager: leaving it waits for what is being written.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        every: int = 1,
+        keep_last: int = 3,
+        keep_best: str | None = None,
+        best_mode: str = "min",
+    ):
+        """Opens the directory, making it if need be, and sets aside what an interrupted run left half done.
+
+        Args:
+            directory: where the steps' folders go; local or a bucket.
+            every: save at multiples of this many steps; `force` saves at any.
+            keep_last: how many of the latest checkpoints to keep.
+            keep_best: name of the metric whose best checkpoint is kept besides; None keeps none.
+            best_mode: "min" or "max": which end of that metric is best.
+
+        Raises:
+            UserError: for settings that make no sense, or a path that cannot be a directory.
+        """
+        for name, value in (("every", every), ("keep_last", keep_last)):
+            if value < 1:
+                raise UserError(f"checkpoints: {name} is {value}; it must be at least 1")
+        if best_mode not in ("min", "max"):
+            raise UserError(f"checkpoints: best_mode is {best_mode!r}; choose min or max")
+        self._directory = absolute(directory)
+        self._keep_best = keep_best
+        if self._directory.exists() and not self._directory.is_dir():
+            raise UserError(f"{self._directory} is a file; checkpoints need a directory")
+        _set_aside_unfinished(self._directory)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=_options(every, keep_last, keep_best, best_mode),
+            handler_registry=_handlers(),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def all_steps(self) -> list[int]:
+        """The steps that are kept, in order, with the one being written."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest step, or None in a directory without any."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the best value of `keep_best`, or None if none has one."""
+        return self._manager.best_step() if self._keep_best else None
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        data_state: bytes,
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Starts saving and returns as soon as the arrays are copied; they may be donated to the next step.
+
+        Args:
+            step: number of finished optimizer steps.
+            state: the train state; every leaf an array.
+            data_state: this process's iterator position.
+            facts: what must be the same for the run to go on: plain values in nested dictionaries.
+            metrics: values of this step; one that lacks `keep_best` is an error, None leaves the step without a rank.
+            force: save even when `step` is not a multiple of `every`.
+
+        Returns:
+            Whether a save was started: False when it was not this step's turn, or the step is there already.
+
+        Raises:
+            UserError: if the metric named by `keep_best` is missing.
+            Exception: what a previous save ran into in the background.
+        """
+        if metrics is not None and self._keep_best and self._keep_best not in metrics:
+            raise UserError(f"keep_best is {self._keep_best!r}, which is not among the metrics {sorted(metrics)}")
+        if step in self._manager.all_steps():
+            return False
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=DataStateSave(data_state),
+            facts=ocp.args.JsonSave(json.loads(json.dumps(facts))),
+        )
+        numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        return self._manager.save(step, args=items, metrics=numbers, force=force)
+
+    def facts(self, step: int) -> Facts:
+        """What a step was saved with, without reading any array.
+
+        Raises:
+            UserError: if the step is not there or cannot be read.
+        """
+        self._require(step)
+        return read_facts(self._directory / str(step))
+
+    def restore(
+        self, step: int, abstract_state: PyTree, *, expected_facts: Mapping[str, Any] | None = None
+    ) -> tuple[PyTree, bytes, Facts]:
+        """Reads a step back, each array straight onto its place.
+
+        Args:
+            step: which.
+            abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the same structure as the saved state;
+                the mesh may be another than the one that saved.
+            expected_facts: this run's facts, compared before any array is read.
+
+        Returns:
+            The state, this process's data iterator state, and the facts.
+
+        Raises:
+            UserError: naming each difference between the facts, a step that is not there, one that does not fit
+                `abstract_state`, or one whose files are damaged.
+        """
+        self._require(step)
+        folder = self._directory / str(step)
+        facts = read_facts(folder)
+        if expected_facts is not None:
+            check_facts(facts, expected_facts, str(folder))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=DataStateRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except UserError:
+            raise
+        except Exception as error:
+            older = [other for other in self.all_steps() if other < step]
+            advice = f"; remove that folder to go on from step {older[-1]}" if older else ""
+            raise UserError(f"{unreadable(folder, error)}{advice}") from error
+        return restored["state"], restored["data"], facts
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            Exception: what the save in the background ran into.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of threads and files, even if the last save failed (and raises why it did)."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def _require(self, step: int) -> None:
+        self.wait()  # the step may be the one being written
+        steps = self.all_steps()
+        if step not in steps:
+            raise UserError(f"{self._directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+
+
+def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) -> ocp.CheckpointManagerOptions:
+    worst = math.inf if best_mode == "min" else -math.inf
+
+    def rank(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(keep_best, worst)
+        # A comparison with NaN is always false: unguarded, a diverged step could rank anywhere.
+        return worst if math.isnan(value) else value
+
+    keep = [preservation_policy.LatestN(n=keep_last)]
+    if keep_best:
+        keep.append(
+            preservation_policy.BestN(
+                get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    return ocp.CheckpointManagerOptions(
+        save_decision_policy=save_decision_policy.AnySavePolicy(
+            [
+                save_decision_policy.FixedIntervalPolicy(every),
+                save_decision_policy.PreemptionCheckpointingPolicy(),
+            ]
+        ),
+        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+        best_fn=rank if keep_best else None,
+        best_mode=best_mode,
+        cleanup_tmp_directories=True,
+    )
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item, handler, arguments in (
+        ("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+        ("data", DataStateHandler(), (DataStateSave, DataStateRestore)),
+        ("facts", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
+    ):
+        for argument in arguments:
+            registry.add(item, argument, handler)
+    return registry
+
+
+def _set_aside_unfinished(directory: epath.Path) -> None:
+    """Sets aside step folders that a kill left half written or half removed: Orbax would take them for whole ones."""
+    if jax.process_index() == 0 and directory.is_dir():
+        finished = finished_steps(directory)
+        for folder in directory.iterdir():
+            if folder.name.isdecimal() and folder.is_dir() and int(folder.name) not in finished:
+                aside = folder.with_name(f"{folder.name}.unfinished")
+                logging.warning("%s is not a whole checkpoint; it is now %s and is not used", folder, aside)
+                if aside.exists():
+                    aside.rmtree()
+                folder.rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("endistill_jax:set_aside_unfinished")

@@ -1,0 +1,96 @@
+"""Reading checkpoints from outside the run that writes them."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from endistill_jax.errors import UserError
+
+PyTree = Any
+Facts = dict[str, Any]
+
+# What a finished step cannot lack. A kill in the middle of a save or of a removal leaves folders without some of these.
+_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "facts/metadata")
+
+
+def finished_steps(directory: str) -> list[int]:
+    """The steps in a directory that were saved to the end, in order. Touches nothing; safe beside a running job."""
+    root = absolute(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and _is_finished(p))
+
+
+def restore_params(
+    directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
+) -> tuple[PyTree, Facts]:
+    """Only the parameters of a finished run, for a teacher or an export; safe while the run is still going.
+
+    Args:
+        directory: what `Checkpointer` was given.
+        step: which; None takes the newest.
+        abstract_params: tree of `jax.ShapeDtypeStruct` with shardings to place the parameters by; None reads NumPy
+            arrays. Optimizer state is not read in either case.
+
+    Returns:
+        The parameters as nested dictionaries, and the facts.
+
+    Raises:
+        UserError: if there is no such checkpoint, or its files are damaged.
+    """
+    root = absolute(directory)
+    steps = finished_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise UserError(f"{root} has no {wanted}; it has {steps or 'none'}")
+    folder = root / str(steps[-1] if step is None else step)
+    facts = read_facts(folder)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            if abstract_params is None:
+                abstract_params = reader.metadata(folder / "state").item_metadata.tree["params"]
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
+            else:
+                how = ocp.checkpoint_utils.construct_restore_args(abstract_params)
+            wanted = ocp.args.PyTreeRestore(
+                item={"params": abstract_params}, restore_args={"params": how}, partial_restore=True
+            )
+            return reader.restore(folder / "state", args=wanted)["params"], facts
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def absolute(directory: str) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    return epath.Path(directory).expanduser().resolve()
+
+
+def read_facts(folder: epath.Path) -> Facts:
+    """What a step's folder was saved with.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return json.loads((folder / "facts" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from error
+
+
+def unreadable(folder: epath.Path, error: Exception) -> UserError:
+    """One line for whatever went wrong while reading a step's folder."""
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"checkpoint {folder} cannot be restored ({type(error).__name__}: {reason})")
+
+
+def _is_finished(folder: epath.Path) -> bool:
+    try:
+        if not all((folder / part).exists() for part in _PARTS):
+            return False
+        return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,74 @@
+"""Loading: files and flags in, one job out."""
+
+import ast
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+from endistill_jax.configuration.checking import check
+from endistill_jax.configuration.files import find
+from endistill_jax.configuration.reading import Reading, read_file, read_flag
+from endistill_jax.errors import UserError
+
+# A value that begins so is gin's; anything else that is no Python literal is a string.
+GIN_VALUE_BEGINS = tuple("@%([{'\"")
+
+
+def load(
+    gin_files: Sequence[str],
+    flags: Sequence[tuple[str, str]] = (),
+    search_paths: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Reads, checks and binds a configuration, in place of any earlier one.
+
+    Args:
+        gin_files: names of files, see `files.find`; later ones win.
+        flags: (name, value) of each `--gin.NAME=value`; they win over files.
+        search_paths: folders in which files, included ones too, are looked up.
+
+    Returns:
+        `jobs.run`, configured: call it to run the job that `jobs.run.job` names.
+
+    Raises:
+        UserError: any mistake that can be seen before the job is called.
+    """
+    for name in gin_files:
+        find(name, search_paths)  # all names first: importing what a file needs takes seconds
+    reading = Reading()
+    for name in gin_files:
+        read_file(reading, name, search_paths)
+    for name, value in flags:
+        read_flag(reading, name, flag_value(value))
+    from endistill_jax import jobs
+
+    if not any(binding.parameter == "job" for binding in reading.bindings):
+        raise UserError(
+            f"{', '.join(gin_files)}: no job to run; a gin file must end with a line such as `jobs.run.job = @jobs.distill`"
+        )
+    check(reading)
+    gin.clear_config()
+    for chunk in reading.chunks:
+        gin.parse_config(chunk)
+    gin.finalize()
+    return gin.get_configurable(jobs.run)
+
+
+def flag_value(text: str) -> str:
+    """Gin's form of what stands behind `--gin.NAME=`: paths and names need no quotes there.
+
+    >>> flag_value("/tmp/x"), flag_value("1e-3"), flag_value("%STEPS"), flag_value("(1, 2)")
+    ("'/tmp/x'", '0.001', '%STEPS', '(1, 2)')
+    """
+    if text.startswith(GIN_VALUE_BEGINS):
+        return text
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return repr(text)
+    return repr(value) if isinstance(value, (bool, int, float, type(None))) else repr(text)
+
+
+def config_text() -> str:
+    """What the job was called with, as a gin file that runs it again. Complete once the job has begun."""
+    return f"{gin.operative_config_str(max_line_length=100).rstrip()}\n"

@@ -1,0 +1,1 @@
+"""Text to batches: the offline corpus, vocabularies, span corruption and checkpointable iterators."""

@@ -1,0 +1,28 @@
+"""Finding SeqIO tasks by name."""
+
+import difflib
+import importlib
+
+import seqio
+
+from endistill_jax.errors import UserError
+
+# Modules that register the tasks of this project; imported when a name is first looked up.
+TASK_MODULES = ("endistill_jax.tasks.pretraining",)
+
+
+def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
+    """The task or mixture of that name; one that is given as an object is returned as it is.
+
+    Raises:
+      UserError: no such name; the message lists known ones that are like it.
+    """
+    if not isinstance(task, str):
+        return task
+    for module in TASK_MODULES:
+        importlib.import_module(module)
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if task not in known:
+        similar = difflib.get_close_matches(task, known, n=3, cutoff=0.5) or known
+        raise UserError(f"no task or mixture named {task!r}; there is {', '.join(similar)}")
+    return seqio.get_mixture_or_task(task)

@@ -1,0 +1,143 @@
+"""SeqIO source of the user's own text and JSONL files, plain or gzip, found by glob."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import seqio
+import tensorflow as tf
+
+from endistill_jax.errors import UserError
+
+_HELD_OUT_BUCKETS = 10_000
+
+Documents = Literal["line", "blank_line"]
+
+
+class TextFilesSource(seqio.FileDataSource):
+    """Examples {"text": string} of text files and JSONL files (`.jsonl`, `.json`), each plain or gzip (`.gz`).
+
+    In JSONL every line is an object and a document its field `field`. In text files every line is a document, or, with
+    `documents="blank_line"`, every run of lines without an empty one. Empty documents are left out.
+    """
+
+    def __init__(
+        self,
+        train: str | Sequence[str],
+        validation: str | Sequence[str] | None = None,
+        *,
+        field: str = "text",
+        documents: Documents = "line",
+        held_out: float = 0.01,
+    ):
+        """Finds the files; nothing is read yet.
+
+        Args:
+          train: glob or globs of the training files.
+          validation: of the validation files; without it, `validation` is a part of the training files' documents.
+          field: field of the JSON objects that holds the text.
+          documents: what a document of a text file is.
+          held_out: the share of documents, chosen by content, that is held out where `validation` is not given.
+
+        Raises:
+          UserError: a glob that matches no file, or a setting out of range.
+        """
+        if documents not in ("line", "blank_line"):
+            raise UserError(
+                f"documents is {documents!r}; a document of a text file is a 'line' or ends at a 'blank_line'"
+            )
+        if not 0 <= held_out < 1:
+            raise UserError(f"held_out is {held_out}; it is a share of the documents, such as 0.01")
+        self._held_out_buckets = round(held_out * _HELD_OUT_BUCKETS) if validation is None else 0
+        self._settings = (train, validation, field, documents, held_out)
+        files = {"train": matching_files(train)}
+        if validation is not None:
+            files["validation"] = matching_files(validation)
+        elif self._held_out_buckets:
+            files["validation"] = files["train"]
+        super().__init__(functools.partial(read_documents, field=field, documents=documents), files)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self._settings}"
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return self._split_to_filepattern[split]
+
+    def get_dataset(self, split: str = "train", *args, **kwargs) -> tf.data.Dataset:
+        dataset = super().get_dataset(split, *args, **kwargs)
+        if not self._held_out_buckets:
+            return dataset
+
+        def belongs(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
+            bucket = tf.strings.to_hash_bucket_fast(example["text"], _HELD_OUT_BUCKETS)
+            return (bucket < self._held_out_buckets) == (split == "validation")
+
+        return dataset.filter(belongs)
+
+
+def matching_files(globs: str | Sequence[str]) -> list[str]:
+    """Files that match any of the globs, sorted, each once.
+
+    Raises:
+      UserError: one of them matches nothing.
+    """
+    found = set()
+    for glob in [globs] if isinstance(globs, str) else globs:
+        matches = [path for path in tf.io.gfile.glob(glob) if not tf.io.gfile.isdir(path)]
+        if not matches:
+            raise UserError(f"no file matches {glob!r}; give a glob such as 'texts/*.jsonl.gz'")
+        found.update(matches)
+    return sorted(found)
+
+
+def read_documents(path: tf.Tensor, *, field: str, documents: Documents) -> tf.data.Dataset:
+    """Documents of one file, its kind told by its name. `path` is a scalar string."""
+    compression = tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", "")
+    lines = tf.data.TextLineDataset(path, compression_type=compression)
+    is_json = tf.strings.regex_full_match(path, r".*\.jsonl?(\.gz)?")
+    # Only one of the two reads: which one is known when the file's name is.
+    from_json = lines.enumerate(1).filter(lambda *_: is_json).map(functools.partial(_parse_line, path, field=field))
+    plain = lines.filter(lambda _: ~is_json)
+    if documents == "blank_line":
+        plain = _join_until_blank_line(plain)
+    texts = from_json.concatenate(plain).map(tf.strings.strip)
+    return texts.filter(lambda text: tf.strings.length(text) > 0).map(lambda text: {"text": text})
+
+
+def _join_until_blank_line(lines: tf.data.Dataset) -> tf.data.Dataset:
+    def step(document: tf.Tensor, line: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        blank = tf.strings.length(tf.strings.strip(line)) == 0
+        longer = tf.strings.join([document, line, "\n"])
+        return tf.where(blank, "", longer), tf.where(blank, document, "")
+
+    # The empty line at the end lets the last document out.
+    ended = lines.concatenate(tf.data.Dataset.from_tensors(""))
+    return ended.scan(tf.constant(""), step)
+
+
+def _parse_line(path: tf.Tensor, number: tf.Tensor, line: tf.Tensor, *, field: str) -> tf.Tensor:
+    def parse(path: bytes, number: int, line: bytes) -> bytes:
+        return json_text(line, field, f"{path.decode()} line {number}").encode("utf-8", errors="replace")
+
+    text = tf.numpy_function(parse, [path, number, line], tf.string, stateful=False)
+    return tf.ensure_shape(text, [])
+
+
+def json_text(line: bytes, field: str, where: str) -> str:
+    """The text in one line of JSONL; an empty line has none.
+
+    Raises:
+      UserError: not a JSON object, or without a string in `field`; names `where`.
+    """
+    if not line.strip():
+        return ""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object")
+    if not isinstance(record.get(field), str):
+        raise UserError(f"{where} has no string in field {field!r}; its fields are {', '.join(map(repr, record))}")
+    return record[field]

@@ -1,0 +1,13 @@
+"""The one exception type that means: the user can put this right."""
+
+
+class UserError(ValueError):
+    """A mistake in a setting, a file or a command, told in one line.
+
+    The message says what is wrong, where, and what would be right. Programs print it alone, without a traceback, and
+    exit with a non-zero code.
+    """
+
+
+class Stopped(Exception):
+    """A run was asked to stop, saved where it was, and ended before its last step."""

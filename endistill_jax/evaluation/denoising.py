@@ -1,0 +1,224 @@
+"""Held-out denoising loss, told so that it cannot flatter: without sentinels, beside n-grams, with a wrong input.
+
+Sentinels and the end of a sequence are easy to predict and come often, so a loss over all target tokens looks good
+long before a model has learnt any language. Beside it stand, all in nats a token: the loss on *pieces* (targets that
+are neither sentinel nor end of sequence), the unigram's and bigram's loss on those same pieces, and what it costs to be
+given another example's input. A model whose wrong input costs nothing is a language model that does not read.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from endistill_jax.errors import UserError
+from endistill_jax.evaluation.ngrams import NgramModel
+from endistill_jax.losses.cross_entropy import cross_entropy
+
+HostBatch = Mapping[str, np.ndarray]
+ApplyLogits = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+DenoisingStep = Callable[[Any, Any], dict[str, jax.Array]]
+
+_REFERENCES = ("unigram_nats", "bigram_nats")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisingReport:
+    """How well a model fills in what was taken out of held-out text. Losses are in nats a token, each a ratio of sums.
+
+    Attributes:
+        loss: over all target tokens (`decoder_loss_weights`), as in training.
+        piece_loss: over pieces, the targets that are neither sentinel nor end of sequence.
+        accuracy: share of all target tokens that are the model's first choice.
+        piece_accuracy: the same over pieces.
+        wrong_input_piece_loss: over pieces, when each example is given the input of the next (the last, the first's).
+        wrong_input_cost: `wrong_input_piece_loss - piece_loss`; near zero means that the input is not read.
+        unigram_piece_loss: of the unigram reference on the same pieces; None without one.
+        bigram_piece_loss: of the bigram reference on the same pieces; None without one.
+        tokens: number of target tokens.
+        pieces: number of pieces.
+    """
+
+    loss: float
+    piece_loss: float
+    accuracy: float
+    piece_accuracy: float
+    wrong_input_piece_loss: float
+    wrong_input_cost: float
+    unigram_piece_loss: float | None
+    bigram_piece_loss: float | None
+    tokens: int
+    pieces: int
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The fields that are there, as floats by name, for metric writers."""
+        return {prefix + name: float(value) for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int = 1) -> DenoisingStep:
+    """Builds the jitted evaluation step; make it once for a model and keep it, or it compiles again.
+
+    Args:
+        apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `t5_logits`.
+        sentinel_ids: ids of the sentinels, such as `range(32000, 32100)`.
+        eos_id: id of the end of a sequence.
+
+    Returns:
+        A pure function (params, batch) -> float32 scalars: for `tokens` and `pieces` the weight, `.../loss` and
+        `.../correct`, and `pieces/unigram_nats` and so on for the references in the batch. Sums are over the global
+        batch, wherever its parts are, and `params` may be sharded in any way.
+    """
+    not_pieces = np.unique([*sentinel_ids, eos_id])
+
+    @jax.jit
+    def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        references = {name: batch[name] for name in _REFERENCES if name in batch}
+        logits = apply_logits(params, {name: batch[name] for name in batch if name not in references})
+        vocab_size = logits.shape[-1]
+        if not_pieces[-1] >= vocab_size:
+            raise UserError(f"sentinel or end id {not_pieces[-1]} is outside the model's vocabulary of {vocab_size}")
+        targets = batch["decoder_target_tokens"]  # [batch, target]
+        weights = batch["decoder_loss_weights"].astype(jnp.float32)  # [batch, target]
+        is_piece = jnp.asarray(~np.isin(np.arange(vocab_size), not_pieces))[targets]  # [batch, target]
+        correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)  # [batch, target]
+        sums = {}
+        for name, kept in (("tokens", weights), ("pieces", weights * is_piece)):
+            sums[f"{name}/loss"], sums[name] = cross_entropy(logits, targets, kept)
+            sums[f"{name}/correct"] = jnp.sum(kept * correct)
+        for name, nats in references.items():
+            sums[f"pieces/{name}"] = jnp.sum(weights * is_piece * nats)
+        return sums
+
+    return step
+
+
+def t5_logits(config: Any) -> ApplyLogits:
+    """(params, batch) -> float32 logits of the T5 with this `T5Config`, without dropout."""
+    from endistill_jax.model.t5 import T5
+
+    model = T5(config)
+    return lambda params, batch: model.apply({"params": params}, batch, with_logits=True, deterministic=True).logits
+
+
+def evaluate_denoising(
+    step: DenoisingStep,
+    params: Any,
+    batches: Iterable[HostBatch],
+    *,
+    ngrams: NgramModel | None = None,
+    place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
+) -> DenoisingReport:
+    """Runs over held-out examples once with their own and once with a wrong input.
+
+    The numbers depend on the examples and their order alone: not on the batch size, nor on rows without weight, which
+    may fill up the last batch (or any). With several processes each gives its part of every batch, all give the same
+    number of batches, and a wrong input comes from the same process. Neighbours should be unrelated texts, or the wrong
+    input is too good: shuffle once, with a fixed seed.
+
+    Args:
+        step: from `make_denoising_step`.
+        params: the model's parameters.
+        batches: NumPy batches of one shape with one example a row, `encoder_input_tokens` [batch, source] and
+            `decoder_input_tokens`, `decoder_target_tokens`, `decoder_loss_weights` [batch, target]. Segment ids and
+            positions may be there as long as no row holds two examples.
+        ngrams: the references, fitted on training targets.
+        place: puts a batch where the step wants it, such as on a mesh; the batch may hold two more float32 arrays
+            [batch, target].
+
+    Raises:
+        UserError: a row holds two packed examples, or fewer than two examples have target tokens.
+    """
+    totals: Counter[str] = Counter()  # Python floats: float64 sums of the steps' float32 sums.
+    wrong_loss = 0.0
+    for batch, wrong in with_wrong_inputs(batches):
+        references = {} if ngrams is None else reference_nats(ngrams, batch)
+        totals.update({name: float(value) for name, value in step(params, place(batch | references)).items()})
+        wrong_loss += float(step(params, place(wrong | references))["pieces/loss"])
+    if not totals["pieces"]:
+        raise UserError("the held-out batches have no target but sentinels and ends; is the span corruption right?")
+
+    def per_piece(name: str) -> float | None:
+        return totals[name] / totals["pieces"] if name in totals else None
+
+    piece_loss, wrong_piece_loss = totals["pieces/loss"] / totals["pieces"], wrong_loss / totals["pieces"]
+    return DenoisingReport(
+        loss=totals["tokens/loss"] / totals["tokens"],
+        piece_loss=piece_loss,
+        accuracy=totals["tokens/correct"] / totals["tokens"],
+        piece_accuracy=totals["pieces/correct"] / totals["pieces"],
+        wrong_input_piece_loss=wrong_piece_loss,
+        wrong_input_cost=wrong_piece_loss - piece_loss,
+        unigram_piece_loss=per_piece("pieces/unigram_nats"),
+        bigram_piece_loss=per_piece("pieces/bigram_nats"),
+        tokens=round(totals["tokens"]),
+        pieces=round(totals["pieces"]),
+    )
+
+
+def reference_nats(ngrams: NgramModel, batch: HostBatch) -> dict[str, np.ndarray]:
+    """`unigram_nats` and `bigram_nats`, float32 [batch, target], so that a step sums them where it sums the loss."""
+    previous, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+    return {
+        "unigram_nats": ngrams.unigram_nats(targets).astype(np.float32),
+        "bigram_nats": ngrams.bigram_nats(previous, targets).astype(np.float32),
+    }
+
+
+def with_wrong_inputs(
+    batches: Iterable[HostBatch],
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Pairs each batch with the same batch whose examples have the encoder side of the next example.
+
+    The next example is the next row with any weight, across batches: rolling within a batch would make the result
+    depend on the batch size, and give one row the empty input of a padding row. The last example gets the first's.
+
+    Raises:
+        UserError: a row holds two packed examples, or there are fewer than two examples.
+    """
+    first: dict[str, np.ndarray] | None = None
+    held: tuple[dict[str, np.ndarray], np.ndarray] | None = None
+    waiting: list[dict[str, np.ndarray]] = []  # batches of padding alone after the one held
+    examples = 0
+    for batch in batches:
+        batch = {name: np.asarray(array) for name, array in batch.items()}
+        _refuse_packed_rows(batch)
+        real = np.flatnonzero((batch["decoder_loss_weights"] > 0).any(axis=1))
+        if not real.size:
+            waiting.append(batch)
+            continue
+        head = {name: array[real[0]] for name, array in _encoder_side(batch).items()}
+        first = first or head
+        examples += real.size
+        if held is not None:
+            yield held[0], _shifted(*held, head)
+        yield from ((padding, padding) for padding in waiting)
+        held, waiting = (batch, real), []
+    if held is None or examples < 2:
+        raise UserError(f"{examples} held-out examples with targets; a wrong input takes at least two")
+    yield held[0], _shifted(*held, first)
+    yield from ((padding, padding) for padding in waiting)
+
+
+def _encoder_side(batch: HostBatch) -> dict[str, np.ndarray]:
+    """What belongs to the input: tokens and, when there, segment ids and positions."""
+    return {name: array for name, array in batch.items() if name.startswith("encoder_")}
+
+
+def _shifted(batch: HostBatch, real: np.ndarray, following: HostBatch) -> dict[str, np.ndarray]:
+    """The batch with each real row's encoder side taken from the next real row, and the last's from `following`."""
+    shifted = dict(batch)
+    for name, array in _encoder_side(batch).items():
+        shifted[name] = array.copy()
+        shifted[name][real[:-1]] = array[real[1:]]
+        shifted[name][real[-1]] = following[name]
+    return shifted
+
+
+def _refuse_packed_rows(batch: HostBatch) -> None:
+    for name in ("encoder_segment_ids", "decoder_segment_ids"):
+        if name in batch and batch[name].max(initial=0) > 1:
+            raise UserError(f"{name} of a held-out batch goes beyond 1; evaluate on unpacked examples (pack=False)")

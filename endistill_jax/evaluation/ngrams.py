@@ -1,0 +1,181 @@
+"""Unigram and bigram reference losses: what a denoiser gets for free, without reading its input.
+
+Counted on the training targets and scored on held-out ones, with the same events as the model they stand beside: every
+target token of the vocabulary, given (for the bigram) the decoder input token at the same position, which may be a
+sentinel or the start token.
+
+    p1(w)     = (c(w) + smoothing) / (n + smoothing * vocab_size)
+    p2(w | v) = a(v) * c(v, w) / c(v) + (1 - a(v)) * p1(w)
+
+The weights `a` are Jelinek and Mercer's: one for each power of two of the context's count `c(v)`, fitted by expectation
+maximisation to the training tokens with each token left out of the counts that predict it (deleted interpolation). A
+context never seen has weight 0. With positive smoothing no probability is zero.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from endistill_jax.errors import UserError
+
+_BUCKETS = 64  # powers of two of an int64 count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NgramModel:
+    """A fitted unigram and interpolated bigram model over target tokens.
+
+    Attributes:
+        unigram: p1, float64 [vocab], sums to one.
+        context_counts: c(v), int64 [vocab].
+        pair_codes: sorted distinct `v * vocab + w` of the pairs seen, int64 [pairs].
+        pair_counts: how often each was seen, int64 [pairs].
+        interpolation: a(v), the weight of the bigram's relative frequency, float64 [vocab].
+        tokens: number of target tokens counted.
+    """
+
+    unigram: np.ndarray
+    context_counts: np.ndarray
+    pair_codes: np.ndarray
+    pair_counts: np.ndarray
+    interpolation: np.ndarray
+    tokens: int
+
+    def unigram_nats(self, targets: np.ndarray) -> np.ndarray:
+        """`-log p1(target)` of each token, in nats; float64 in the shape of `targets`."""
+        return -np.log(self.unigram[targets])
+
+    def bigram_nats(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """`-log p2(target | previous)` of each token, in nats; float64 in the shape of `targets`."""
+        codes = previous.astype(np.int64) * self.unigram.size + targets
+        places = np.minimum(np.searchsorted(self.pair_codes, codes), self.pair_codes.size - 1)
+        counts = np.where(self.pair_codes[places] == codes, self.pair_counts[places], 0)
+        frequency = counts / np.maximum(self.context_counts[previous], 1)
+        weight = self.interpolation[previous]
+        return -np.log(weight * frequency + (1 - weight) * self.unigram[targets])
+
+
+class NgramCounter:
+    """Counts target tokens and (previous, target) pairs of batches, in bounded memory, for `fit`.
+
+    Feed it one pass over training examples: repeated examples make pairs look surer than they are. Memory is at most
+    16 bytes for each distinct pair kept, of which there are never more than tokens counted.
+
+    Args:
+        vocab_size: number of token ids.
+        max_tokens: once this many tokens are counted, further batches are ignored and `full` is true.
+        merge_every: pairs gathered between two merges into the sorted counts.
+    """
+
+    def __init__(self, vocab_size: int, *, max_tokens: int = 20_000_000, merge_every: int = 1_000_000):
+        self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
+        self.merge_every = merge_every
+        self.tokens = 0
+        self._codes = np.zeros(0, np.int64)
+        self._counts = np.zeros(0, np.int64)
+        self._pending: list[np.ndarray] = []
+        self._pending_size = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether `max_tokens` is reached, so that reading further batches is of no use."""
+        return self.tokens >= self.max_tokens
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts a batch's targets where `decoder_loss_weights` is not zero; packed batches are as good as others.
+
+        Args:
+            batch: `decoder_input_tokens`, `decoder_target_tokens` and `decoder_loss_weights`, each [batch, target].
+
+        Raises:
+            UserError: a token id is outside the vocabulary.
+        """
+        kept = np.asarray(batch["decoder_loss_weights"]) > 0
+        previous = np.asarray(batch["decoder_input_tokens"])[kept].astype(np.int64)
+        targets = np.asarray(batch["decoder_target_tokens"])[kept].astype(np.int64)
+        room = max(self.max_tokens - self.tokens, 0)
+        previous, targets = previous[:room], targets[:room]
+        if not targets.size:
+            return
+        largest = int(max(previous.max(), targets.max()))
+        if largest >= self.vocab_size:
+            raise UserError(f"token id {largest} in the targets; a vocabulary of {self.vocab_size} ends before it")
+        self._pending.append(previous * self.vocab_size + targets)
+        self._pending_size += targets.size
+        self.tokens += targets.size
+        if self._pending_size >= self.merge_every:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Moves the pending pairs into the sorted distinct codes and their counts."""
+        fresh_codes, fresh_counts = np.unique(np.concatenate(self._pending), return_counts=True)
+        codes, places = np.unique(np.concatenate([self._codes, fresh_codes]), return_inverse=True)
+        counts = np.zeros(codes.size, np.int64)
+        np.add.at(counts, places, np.concatenate([self._counts, fresh_counts]))
+        self._codes, self._counts = codes, counts
+        self._pending, self._pending_size = [], 0
+
+    def fit(self, *, smoothing: float = 0.5, iterations: int = 50) -> NgramModel:
+        """Turns the counts so far into a model; counting may go on afterwards.
+
+        Args:
+            smoothing: added to every unigram count; positive.
+            iterations: of expectation maximisation, fewer when the weights stand still.
+
+        Raises:
+            UserError: nothing was counted, or smoothing is not positive.
+        """
+        if smoothing <= 0:
+            raise UserError(f"smoothing {smoothing} of the unigram model; it must be positive, such as 0.5")
+        if not self.tokens:
+            raise UserError("no target tokens to count for the unigram and bigram references; is the split empty?")
+        if self._pending:
+            self._merge()
+        contexts, targets = np.divmod(self._codes, self.vocab_size)
+        context_counts = np.zeros(self.vocab_size, np.int64)
+        target_counts = np.zeros(self.vocab_size, np.int64)
+        np.add.at(context_counts, contexts, self._counts)
+        np.add.at(target_counts, targets, self._counts)
+        mass = smoothing * self.vocab_size
+        # What the rest of the training tokens say of each token.
+        left_out_unigram = (target_counts[targets] - 1 + smoothing) / (self.tokens - 1 + mass)
+        left_out_bigram = (self._counts - 1) / np.maximum(context_counts[contexts] - 1, 1)
+        bucket_weights = _interpolation_weights(
+            left_out_bigram, left_out_unigram, self._counts, _bucket(context_counts[contexts]), iterations
+        )
+        return NgramModel(
+            unigram=(target_counts + smoothing) / (self.tokens + mass),
+            context_counts=context_counts,
+            pair_codes=self._codes,
+            pair_counts=self._counts,
+            interpolation=np.where(context_counts > 0, bucket_weights[_bucket(context_counts)], 0.0),
+            tokens=self.tokens,
+        )
+
+
+def _bucket(counts: np.ndarray) -> np.ndarray:
+    """floor(log2(count)), with count 0 beside count 1."""
+    return np.log2(np.maximum(counts, 1)).astype(np.int64)
+
+
+def _interpolation_weights(
+    bigram: np.ndarray, unigram: np.ndarray, counts: np.ndarray, buckets: np.ndarray, iterations: int
+) -> np.ndarray:
+    """The mixture weights, one a bucket, that maximise the left-out likelihood; all but `iterations` [pairs].
+
+    Each round sets a weight to the mean share of the bigram in its bucket's probabilities. Returns float64 [64].
+    """
+    totals = np.bincount(buckets, counts, minlength=_BUCKETS)
+    weights = np.full(_BUCKETS, 0.5)
+    for _ in range(iterations):
+        mixed = weights[buckets]
+        share = mixed * bigram / (mixed * bigram + (1 - mixed) * unigram)
+        updated = np.bincount(buckets, counts * share, minlength=_BUCKETS) / np.maximum(totals, 1)
+        moved = np.abs(updated - weights).max(where=totals > 0, initial=0.0)
+        weights = updated
+        if moved < 1e-5:
+            break
+    # A likelihood that only repeats itself would drive a weight to one and an unseen pair's probability to zero.
+    return np.minimum(weights, 1 - 1e-4)

@@ -1,0 +1,33 @@
+"""What `--dry_run` prints: the resolved settings, shapes and parameter counts of a training, without starting it."""
+
+import dataclasses
+
+import jax
+
+from endistill_jax.jobs.training import Training
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.t5 import count_params
+from endistill_jax.reports.table import format_count
+from endistill_jax.sharding import abstract_params
+
+
+def describe(training: Training) -> str:
+    """Settings one a line, then a line for every parameter with its shape."""
+    lines = [f"model_dir: {training.model_dir}", f"mesh: {dict(training.mesh().shape)}"]
+    if training.teacher is not None:
+        lines.append(f"teacher: {training.teacher.source}, {_size(training.teacher.config)}")
+        lines.append(f"  {training.teacher.config}")
+    lines.append(f"student: {_size(training.config)}" if training.teacher else f"model: {_size(training.config)}")
+    lines.append(f"  {training.config}")
+    for name in ("path", "data", "optimizer", "run"):
+        lines.append(f"{name}: {dataclasses.asdict(getattr(training, name))}")
+    tokens = training.data.batch_size * (training.data.inputs_length + training.data.targets_length)
+    lines.append(f"tokens: at most {format_count(tokens)} a step, {format_count(tokens * training.run.steps)} in all")
+    lines.append("parameters:")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(training.config)):
+        lines.append(f"  {'/'.join(entry.key for entry in path)} {list(leaf.shape)}")
+    return "\n".join(lines)
+
+
+def _size(config: T5Config) -> str:
+    return f"{format_count(count_params(abstract_params(config)))} parameters"

@@ -1,0 +1,70 @@
+"""Distillation: a frozen teacher, a small student, and the path between them."""
+
+from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.held_out import prepare_held_out
+from endistill_jax.jobs.models import load_model
+from endistill_jax.jobs.results import model_row, reference_rows, tell
+from endistill_jax.jobs.settings import Data, Run
+from endistill_jax.jobs.training import Training, TrainingResult, train
+from endistill_jax.losses import Path
+from endistill_jax.model.config import T5Config
+from endistill_jax.train.optimizer import OptimizerConfig
+
+
+def distill(
+    *,
+    model_dir: str,
+    teacher: str,
+    student: T5Config,
+    path: Path,
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+    teacher_dtype: str = "bfloat16",
+    dry_run: bool = False,
+) -> TrainingResult | None:
+    """Trains a student to agree with a teacher, from scratch or from the last checkpoint in `model_dir`.
+
+    Args:
+        model_dir: receives checkpoints, metrics and the final table.
+        teacher: "bundled", a Hugging Face T5 folder, or the model directory of an earlier run.
+        student: shape of the student.
+        path: which attention relations are compared, and whether logits are.
+        data: what both read; its vocabulary must be the teacher's.
+        optimizer: how the student is updated.
+        run: how long, on which mesh, what is kept.
+        teacher_dtype: type of the teacher's parameters and computations.
+        dry_run: print what would be done, and do nothing.
+
+    Returns:
+        The student's parameters and held-out figures; None after a dry run.
+
+    Raises:
+        UserError: for settings that do not fit, before anything is created.
+        Stopped: when a signal asked the run to stop; what was done is saved.
+    """
+    taught_by = load_model(teacher, teacher_dtype)
+    training = Training(
+        model_dir=model_dir,
+        config=student,
+        path=path,
+        data=data,
+        optimizer=optimizer,
+        run=run,
+        teacher=taught_by,
+        label="distill",
+    )
+    training.check()
+    if dry_run:
+        print(describe(training))
+        return None
+    held_out = prepare_held_out(data, training.mesh())
+    result = train(training, held_out)
+    report = held_out.evaluate(taught_by.config, taught_by.params)
+    rows = [
+        model_row(f"teacher ({teacher})", taught_by.config, report, None, None),
+        model_row("student", student, result.report, result.tokens, result.seconds),
+        *reference_rows(report),
+    ]
+    tell(model_dir, rows, "Held-out denoising, nats a token")
+    return result

@@ -1,0 +1,85 @@
+"""Settings that jobs share, as plain data."""
+
+import dataclasses
+from typing import Any
+
+from endistill_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        task: name of a registered SeqIO task or mixture, or the task itself. Its "inputs" and "targets" features must
+            share a vocabulary.
+        inputs_length: encoder length of a row, in tokens.
+        targets_length: decoder length of a row.
+        batch_size: rows of a global batch, over all hosts and micro-batches.
+        pack: put several examples into one row.
+        eval_split: split of the held-out examples.
+        eval_batch_size: rows of an evaluation batch.
+        eval_batches: at most so many batches are evaluated; None evaluates the whole split.
+    """
+
+    task: Any
+    inputs_length: int = 512
+    targets_length: int = 114
+    batch_size: int = 128
+    pack: bool = True
+    eval_split: str = "validation"
+    eval_batch_size: int = 32
+    eval_batches: int | None = None
+
+    def __post_init__(self):
+        _require_positive(self, ("inputs_length", "targets_length", "batch_size", "eval_batch_size"))
+
+    @property
+    def feature_lengths(self) -> dict[str, int]:
+        """Lengths by SeqIO's feature names."""
+        return {"inputs": self.inputs_length, "targets": self.targets_length}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long a run is, where it runs and what it keeps.
+
+    Attributes:
+        steps: optimizer updates.
+        seed: decides initial parameters, data order, corruption and dropout.
+        micro_batches: parts of a batch whose gradients are accumulated.
+        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
+        log_every: steps between two lines of metrics.
+        eval_every: steps between two held-out evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between two checkpoints; the last step is always saved.
+        keep_last: number of latest checkpoints kept.
+        keep_best: name of a held-out metric, such as "piece_loss", whose best (lowest) checkpoint is kept too.
+        tensorboard: write TensorBoard scalars beside metrics.jsonl.
+    """
+
+    steps: int
+    seed: int = 0
+    micro_batches: int = 1
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    log_every: int = 50
+    eval_every: int = 0
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_best: str | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "mesh", tuple(self.mesh))
+        _require_positive(self, ("steps", "micro_batches", "log_every", "checkpoint_every", "keep_last"))
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) % self.log_every:
+                raise UserError(
+                    f"Run.{name} is {getattr(self, name)}; it must be a multiple of log_every ({self.log_every}), "
+                    "so that a resumed run logs the same windows of steps"
+                )
+
+
+def _require_positive(settings: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{type(settings).__name__}.{name} is {getattr(settings, name)}; it must be at least 1")

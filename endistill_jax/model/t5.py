@@ -1,0 +1,270 @@
+"""T5 as a pure function of (parameters, batch), with attention taps.
+
+The forward pass is told which layer of which attention site to expose and returns just that layer's queries, keys and
+values; nothing above the highest thing that is read is computed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.errors import UserError
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.layers import MLP, Attention, RelativePositionBias, RMSNorm, Tap, project
+from endistill_jax.model.stack import run_layers, stacked_init
+
+SITES = ("encoder_self", "decoder_self", "cross")
+
+Batch = Mapping[str, jax.Array]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        encoded: [batch, source, d_model], after the encoder's final normalisation; None if nothing reads it.
+        logits: [batch, target, vocab_size], float32; None unless asked for.
+        taps: the queries, keys and values of each site asked for.
+    """
+
+    encoded: jax.Array | None
+    logits: jax.Array | None
+    taps: dict[str, Tap]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each on a normalised input and added to the residual stream."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, mask, position_bias, deterministic: bool) -> tuple[jax.Array, dict[str, Tap]]:
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout_rate)
+        y = RMSNorm(cfg, name="pre_attention_layer_norm")(x)
+        y, tap = Attention(cfg, name="attention")(y, y, mask, position_bias, deterministic)
+        x = x + drop(y, deterministic=deterministic)
+        y = RMSNorm(cfg, name="pre_mlp_layer_norm")(x)
+        x = x + drop(MLP(cfg, name="mlp")(y, deterministic), deterministic=deterministic)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_activation")), {"encoder_self": tap}
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder's output, and MLP."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, x, encoded, mask, position_bias, cross_mask, deterministic: bool
+    ) -> tuple[jax.Array, dict[str, Tap]]:
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout_rate)
+        y = RMSNorm(cfg, name="pre_self_attention_layer_norm")(x)
+        y, self_tap = Attention(cfg, name="self_attention")(y, y, mask, position_bias, deterministic)
+        x = x + drop(y, deterministic=deterministic)
+        y = RMSNorm(cfg, name="pre_cross_attention_layer_norm")(x)
+        attention = Attention(cfg, name="encoder_decoder_attention")
+        y, cross_tap = attention(y, encoded, cross_mask, None, deterministic)
+        x = x + drop(y, deterministic=deterministic)
+        y = RMSNorm(cfg, name="pre_mlp_layer_norm")(x)
+        x = x + drop(MLP(cfg, name="mlp")(y, deterministic), deterministic=deterministic)
+        taps = {"decoder_self": self_tap, "cross": cross_tap}
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_activation")), taps
+
+
+class Embedding(nn.Module):
+    """The token table, shared by encoder and decoder (and, when tied, by the head)."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        stddev = cfg.head_init_scale if cfg.tied_head else 1.0
+        init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.d_model), jnp.float32)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """v1.0's head: [batch, length, d_model] -> [batch, length, vocab_size], input scaled by d_model ** -0.5."""
+        x = x * jnp.asarray(self.config.d_model**-0.5, x.dtype)
+        return project(x, self.embedding.T, x.dtype, jnp.float32)
+
+
+class Head(nn.Module):
+    """v1.1's own head: [batch, length, d_model] -> [batch, length, vocab_size], float32."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        stddev = cfg.head_init_scale * cfg.d_model**-0.5
+        init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("embed", "vocab"))
+        kernel = self.param("kernel", init, (cfg.d_model, cfg.vocab_size), jnp.float32)
+        return project(x, kernel, x.dtype, jnp.float32)
+
+
+class Encoder(nn.Module):
+    """Position bias, layers, final normalisation."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, tap_layers: Mapping[str, int], run_to_top: bool, deterministic: bool
+    ) -> tuple[jax.Array, dict[str, Tap]]:
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout_rate)
+        bias = RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(x.shape[1], x.shape[1])
+        context = (segment_mask(segments, segments), bias)
+        x = drop(x, deterministic=deterministic)
+        layer = EncoderLayer(cfg, parent=None)
+        params = self.param("layers", stacked_init(layer, cfg.num_encoder_layers), x, context)
+        key = None if deterministic or not cfg.dropout_rate else self.make_rng("dropout")
+        x, taps = run_layers(layer, params, x, context, tap_layers, run_to_top, key)
+        return drop(RMSNorm(cfg, name="encoder_norm")(x), deterministic=deterministic), taps
+
+
+class Decoder(nn.Module):
+    """Position bias, layers, final normalisation and head.
+
+    Attributes:
+        config: the model's settings.
+        token_embedder: the shared table, which is the head too when the head is tied.
+    """
+
+    config: T5Config
+    token_embedder: nn.Module
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        encoded: jax.Array,
+        segments: jax.Array,
+        encoder_segments: jax.Array,
+        tap_layers: Mapping[str, int],
+        with_logits: bool,
+        deterministic: bool,
+    ) -> tuple[jax.Array | None, dict[str, Tap]]:
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout_rate)
+        length = x.shape[1]
+        bias = RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(length, length)
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        self_mask = segment_mask(segments, segments) & causal
+        context = (encoded, self_mask, bias, segment_mask(segments, encoder_segments))
+        x = drop(x, deterministic=deterministic)
+        layer = DecoderLayer(cfg, parent=None)
+        params = self.param("layers", stacked_init(layer, cfg.num_decoder_layers), x, context)
+        key = None if deterministic or not cfg.dropout_rate else self.make_rng("dropout")
+        x, taps = run_layers(layer, params, x, context, tap_layers, with_logits, key)
+        if not with_logits:
+            return None, taps
+        x = drop(RMSNorm(cfg, name="decoder_norm")(x), deterministic=deterministic)
+        logits = self.token_embedder.attend(x) if cfg.tied_head else Head(cfg, name="logits_dense")(x)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab")), taps
+
+
+class T5(nn.Module):
+    """An encoder-decoder model; call it through `T5(config).apply({"params": params}, batch, ...)`."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        tap_layers: Mapping[str, int] | None = None,
+        with_logits: bool = True,
+        deterministic: bool = True,
+    ) -> Output:
+        """One forward pass with teacher forcing.
+
+        Args:
+            batch: integer arrays by SeqIO's feature names: `encoder_input_tokens` [batch, source] and, unless only the
+                encoder is tapped, `decoder_input_tokens` and `decoder_target_tokens` [batch, target]; when examples are
+                packed, `encoder_segment_ids` and `decoder_segment_ids` of the same shapes. Token 0 is padding.
+            tap_layers: site (`encoder_self`, `decoder_self`, `cross`) -> layer to expose; negative counts from the top.
+            with_logits: whether logits are read.
+            deterministic: no dropout; else a "dropout" key must be given in `rngs`.
+
+        Raises:
+            UserError: if a site is unknown or a layer does not exist.
+        """
+        cfg = self.config
+        taps = resolve_tap_layers(cfg, tap_layers or {})
+        encoder_taps = {site: index for site, index in taps.items() if site == "encoder_self"}
+        decoder_taps = {site: index for site, index in taps.items() if site != "encoder_self"}
+        run_decoder = with_logits or bool(decoder_taps)
+
+        embedder = Embedding(cfg, name="token_embedder")
+        encoder_segments = segment_ids(batch, "encoder")
+        x = embedder(batch["encoder_input_tokens"])
+        encoder = Encoder(cfg, name="encoder")
+        encoded, exposed = encoder(x, encoder_segments, encoder_taps, run_decoder, deterministic)
+        if not run_decoder:
+            return Output(encoded=None, logits=None, taps=exposed)
+        x = embedder(batch["decoder_input_tokens"])
+        decoder = Decoder(cfg, embedder, name="decoder")
+        logits, decoder_exposed = decoder(
+            x, encoded, segment_ids(batch, "decoder"), encoder_segments, decoder_taps, with_logits, deterministic
+        )
+        return Output(encoded=encoded, logits=logits, taps=exposed | decoder_exposed)
+
+
+def resolve_tap_layers(config: T5Config, tap_layers: Mapping[str, int]) -> dict[str, int]:
+    """Checks the sites and turns negative layer indices into positive ones.
+
+    Raises:
+        UserError: if a site is unknown or a layer does not exist.
+    """
+    resolved = {}
+    for site, index in tap_layers.items():
+        if site not in SITES:
+            raise UserError(f"unknown attention site {site!r}; the sites are {', '.join(SITES)}")
+        depth = config.num_encoder_layers if site == "encoder_self" else config.num_decoder_layers
+        if not -depth <= index < depth:
+            raise UserError(f"layer {index} of {site} does not exist; the stack has layers 0 to {depth - 1} (or -1)")
+        resolved[site] = index % depth
+    return resolved
+
+
+def segment_ids(batch: Batch, stack: str) -> jax.Array:
+    """[batch, length]: which packed example a position belongs to, 0 for padding; 1 for every token if not packed."""
+    packed = batch.get(f"{stack}_segment_ids")
+    if packed is not None:
+        return packed
+    # Decoder inputs start with token 0, so that padding shows in the targets only.
+    tokens = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"]
+    return (tokens != 0).astype(jnp.int32)
+
+
+def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """[batch, 1, query_length, key_length]: true where query and key are real tokens of the same example."""
+    same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
+    return same & (key_segments != 0)[:, None, None, :]
+
+
+def boxed_init(config: T5Config, key: jax.Array) -> Any:
+    """Parameters in Flax's boxes, which carry the logical axis names; see `sharding.py`."""
+    tokens = jnp.ones((1, 2), jnp.int32)
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    return T5(config).init({"params": key}, dict.fromkeys(names, tokens))["params"]
+
+
+def init_params(config: T5Config, key: jax.Array) -> Any:
+    """Freshly initialised float32 parameters: a nested dict of arrays, layers stacked on a leading axis."""
+    return nn.meta.unbox(boxed_init(config, key))
+
+
+def count_params(params: Any) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""Result tables and the small files they go to."""

@@ -1,0 +1,174 @@
+"""What a run tells while it goes: `metrics.jsonl`, TensorBoard scalars, and a progress bar or log lines.
+
+`metrics.jsonl` holds one JSON object a line: `step`, the scalars of that step by name, and under `timing` whatever
+depends on the clock or the machine. A run that is killed and resumed ends with the same lines as one that never
+stopped, `timing` apart, bit for bit. That takes one thing of the training loop: all lines of step S are written before
+the checkpoint of step S is saved.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from etils import epath
+
+from endistill_jax.errors import UserError
+from endistill_jax.reports.files import json_text, write_atomically
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without a last line that was cut off in writing.
+
+    Raises:
+        UserError: another line is not a JSON object with a step, so this is not a metrics file.
+    """
+    lines = epath.Path(path).read_bytes().split(b"\n")  # bytes: a cut may go through a character
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut off
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"line {number} of {path} is not a record with a step; move the file away") from None
+        records.append(record)
+    return records
+
+
+class MetricWriter:
+    """Writes the scalars of steps to `metrics.jsonl` and TensorBoard; a context manager. One process of a run has one.
+
+    Args:
+        directory: the run's folder; made when missing.
+        resume_step: the step of the checkpoint that the run goes on from: later lines of an earlier attempt are
+            removed. None starts the file anew.
+        tensorboard: whether to write TensorBoard scalars too, to `directory/tensorboard`, by CLU's writer, which needs
+            TensorFlow and TensorBoard. Steps repeated after a resume overlay the earlier ones there.
+
+    Raises:
+        UserError: `metrics.jsonl` is there and is none, or TensorBoard is wanted and not installed.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
+        folder = epath.Path(directory)
+        path = folder / FILE_NAME
+        make_writer = _tensorboard_writer() if tensorboard else None
+        kept = []
+        if resume_step is not None and path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+        write_atomically(path, "".join(json_text(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = make_writer(str(folder / "tensorboard")) if make_writer else None
+
+    def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
+        """Appends one line and flushes it, so that a killed process loses nothing it had told.
+
+        Args:
+            step: number of optimizer updates done.
+            scalars: name -> number or scalar array; the same in every run of the same settings.
+            timing: name -> number; seconds, throughput, memory and all else that differs from run to run.
+        """
+        if reserved := {"step", "timing"} & set(scalars):
+            raise ValueError(f"{', '.join(sorted(reserved))}: not a name for a scalar of {FILE_NAME}")
+        scalars = {name: float(value) for name, value in scalars.items()}
+        timing = {name: float(value) for name, value in (timing or {}).items()}
+        record = {"step": int(step)} | scalars | ({"timing": timing} if timing else {})
+        self._file.write(json_text(record) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            timed = {f"timing/{name}": value for name, value in timing.items()}
+            self._tensorboard.write_scalars(int(step), scalars | timed)
+
+    def close(self) -> None:
+        """Closes both; nothing can be written afterwards."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _tensorboard_writer() -> Callable[[str], Any]:
+    try:
+        from clu import metric_writers
+    except ImportError as error:
+        raise UserError(
+            f"TensorBoard scalars: {error}; install the packages tensorboard and clu, or set tensorboard=False"
+        ) from error
+    return metric_writers.SummaryWriter
+
+
+class Progress:
+    """A progress bar on a terminal, plain log lines elsewhere; a context manager.
+
+    Args:
+        total_steps: where the run ends.
+        first_step: where it starts, the checkpoint's step on resume.
+        description: a word or two before the bar and each line.
+        stream: standard error by default.
+    """
+
+    def __init__(self, total_steps: int, *, first_step: int = 0, description: str = "", stream: TextIO | None = None):
+        from tqdm import tqdm
+
+        self._stream = stream or sys.stderr
+        self._total = total_steps
+        self._first = self._step = first_step
+        self._description = description
+        self._started = time.monotonic()
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                desc=description or None,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+
+    def advance(self, step: int, scalars: Mapping[str, Any] | None = None) -> None:
+        """Moves to `step`; with scalars, shows them beside the bar or prints a line with the time left."""
+        moved, self._step = step - self._step, step
+        shown = "  ".join(f"{name} {float(value):.4g}" for name, value in (scalars or {}).items())
+        if self._bar is not None:
+            if scalars:
+                self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(moved)
+        elif scalars:
+            self.say(f"step {step}/{self._total}  {shown}  {self._pace()}")
+
+    def _pace(self) -> str:
+        done = self._step - self._first
+        if not done:
+            return ""
+        seconds = (time.monotonic() - self._started) / done
+        return f"{seconds:.3g} s/step, {seconds * (self._total - self._step):.0f} s left"
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        line = f"{self._description}: {text}" if self._description else text
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line.rstrip(), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

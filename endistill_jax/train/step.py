@@ -1,0 +1,138 @@
+"""One training step: teacher forward, student forward and backward, update. The same function for every job.
+
+The loss of a batch is `sum over terms of coefficient * sum_of_term / weight_of_term`. The weights follow from the masks
+alone, so the whole batch's weights are known before its first micro-batch runs, and gradients simply add up: neither
+micro-batching nor the mesh changes what is computed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from endistill_jax.errors import UserError
+from endistill_jax.losses import Path, coefficients, cross_entropy, term_sums, term_weights
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.t5 import T5, Output
+from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
+from endistill_jax.train.state import TrainState, state_shardings
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Batch = Mapping[str, jax.Array]
+
+
+def forward(config: T5Config, params: Any, batch: Batch, path: Path, role: str, dropout_key: Any = None) -> Output:
+    """The taps and logits that a path reads of its "teacher" or its "student"; without a key, without dropout."""
+    return T5(config).apply(
+        {"params": params},
+        batch,
+        tap_layers=path.tap_layers(role),
+        with_logits=path.needs_logits(role),
+        deterministic=dropout_key is None,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+    )
+
+
+def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
+    """[batch, ...] -> [count, batch / count, ...]; micro-batch i takes every count-th example from i on.
+
+    Strided, so that every device's examples are spread over all micro-batches and none of them moves.
+    """
+    rows = len(next(iter(batch.values())))
+    if rows % count:
+        raise UserError(f"a batch of {rows} examples does not split into {count} micro-batches; make it a multiple")
+    return {name: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+
+def make_train_step(
+    *,
+    student: T5Config,
+    teacher: T5Config | None,
+    path: Path,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    micro_batches: int = 1,
+    base_key: jax.Array | None = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """Builds `train_step(state, teacher_params, batch) -> (state, metrics)`, jitted with shardings on the mesh.
+
+    The state is donated: the one passed in must not be used again. `teacher_params` is None without a teacher.
+
+    Args:
+        student: settings of the model that is trained.
+        teacher: settings of the frozen model, or None if the path has no term that reads one.
+        path: what is compared.
+        optimizer: from `make_optimizer`.
+        mesh: from `make_mesh`.
+        micro_batches: parts of a batch whose gradients are accumulated before the update.
+        base_key: dropout at a step uses `fold_in(base_key, step)`; needed only with dropout.
+
+    Returns:
+        The step. Its metrics are (sum, weight) pairs: every term of the path by name, `loss`, `cross_entropy` of the
+        student and `teacher_cross_entropy` where logits are computed, and the norms of gradient, parameters and update.
+    """
+    if path.needs_teacher and teacher is None:
+        raise UserError("the path compares with a teacher, but no teacher is given")
+    if base_key is None and student.dropout_rate:
+        raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
+    base_key = jax.random.key(0) if base_key is None else base_key
+    rate = coefficients(path)
+
+    def micro_batch_loss(params, teacher_params, batch, weights, key):
+        taught = None
+        if path.needs_teacher:
+            taught = jax.lax.stop_gradient(forward(teacher, teacher_params, batch, path, "teacher"))
+        learned = forward(student, params, batch, path, "student", key if student.dropout_rate else None)
+        sums = term_sums(path, learned, taught, batch)
+        loss = sum(rate[term] * sums[term] / jnp.maximum(weights[term], 1) for term in sums)
+        for name, output in (("cross_entropy", learned), ("teacher_cross_entropy", taught)):
+            if output is not None and output.logits is not None:
+                logits = jax.lax.stop_gradient(output.logits)
+                sums[name], _ = cross_entropy(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        return loss, sums
+
+    def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        with activation_sharding(mesh):
+            weights = term_weights(path, batch)
+            gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
+            key = jax.random.fold_in(base_key, state.step)
+
+            def accumulate(total, xs):
+                micro_batch, index = xs
+                keys = jax.random.fold_in(key, index)
+                result = gradient(state.params, teacher_params, micro_batch, weights, keys)
+                return jax.tree.map(jnp.add, total, result), None
+
+            if micro_batches == 1:
+                (loss, sums), grads = gradient(state.params, teacher_params, batch, weights, key)
+            else:
+                parts = split_micro_batches(batch, micro_batches)
+                first = {name: x[0] for name, x in parts.items()}
+                shapes = jax.eval_shape(gradient, state.params, teacher_params, first, weights, key)
+                zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+                ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(micro_batches)))
+
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            tokens = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32)
+            one = jnp.ones((), jnp.float32)
+            metrics = {name: (value, weights.get(name, tokens)) for name, value in sums.items()}
+            metrics |= {
+                "loss": (loss, one),
+                "gradient_norm": (optax.global_norm(grads), one),
+                "update_norm": (optax.global_norm(updates), one),
+                "parameter_norm": (optax.global_norm(params), one),
+            }
+            return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    state_spec = state_shardings(student, optimizer, mesh)
+    teacher_spec = param_shardings(teacher, mesh) if path.needs_teacher else None
+    return jax.jit(
+        train_step,
+        in_shardings=(state_spec, teacher_spec, batch_sharding(mesh)),
+        out_shardings=(state_spec, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )

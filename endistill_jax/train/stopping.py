@@ -1,0 +1,36 @@
+"""Stopping a run without losing it: SIGTERM and SIGINT ask, the loop answers when it has saved."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class StopSignal:
+    """While it is entered, the first SIGTERM or Ctrl-C only sets `requested`; a second one acts as usual.
+
+    Attributes:
+        requested: whether a signal came.
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)):
+        self._signals = signals
+        self._before: dict[signal.Signals, object] = {}
+        self.requested = False
+
+    def __enter__(self) -> "StopSignal":
+        try:
+            self._before = {number: signal.signal(number, self._request) for number in self._signals}
+        except ValueError:  # only the main thread may set handlers; elsewhere signals act as usual
+            self._before = {}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,1 @@
+"""SeqIO tasks and mixtures. Importing a module registers what it defines."""
