@@ -1,6 +1,6 @@
 """The command line: flags and gin files in, one job run.
 
-    python -m endistill_jax.main --gin_file=gin/miniend_demo.gin
+python -m endistill_jax.main --gin_file=gin/miniend_demo.gin
 """
 
 import argparse
@@ -21,7 +21,7 @@ from endistill_jax.errors import Stopped, UserError
 COMMAND = ("python", "-m", "endistill_jax.main")
 FLAGS = ("--gin_file", "--gin_search_paths", "--dry_run", "--help", "--version")
 EXAMPLES = """examples:
-  # distil a small student from the bundled teacher, on this machine, and compare it with one trained from scratch
+  # distil a small student from the bundled teacher, here, and compare it with one trained from scratch
   {command} --gin_file=gin/miniend_demo.gin
 
   # the same with other settings; any macro of the file, or any parameter of what it imports
@@ -29,7 +29,8 @@ EXAMPLES = """examples:
       --gin.jobs.Run.seed=1 --gin.optimizer.OptimizerConfig.learning_rate=2e-3
 
   # print the settings, shapes and parameter counts of a run and create nothing
-  {command} --gin_file=gin/runs/distill_c4.gin --gin.TEACHER=/models/t5_v1_1_xl --gin.MODEL_DIR=/tmp/x --dry_run
+  {command} --gin_file=gin/runs/distill_c4.gin --gin.MODEL_DIR=/tmp/x \\
+      --gin.TEACHER=/models/t5_v1_1_xl --dry_run
 
   # another path: files given later win over earlier ones
   {command} --gin_file=gin/miniend_demo.gin --gin_file=gin/paths/minilm.gin
@@ -56,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Anything else that goes wrong is raised.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        _run(words)
+        with _raising_on_sigterm():
+            _run(words)
     except UserError as error:
         return _end(f"error: {_line(error)}", 2)
     except Stopped as error:
@@ -116,7 +116,7 @@ def be_quiet() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = [f"  {name:40} {files.purpose(name)}" for name in files.shipped()]
+    listed = [f"  {name}\n      {files.purpose(name)}" for name in files.shipped()]
     parser = _Parser(
         prog=" ".join(COMMAND),
         usage="%(prog)s --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=value ...] [--dry_run]",
@@ -133,11 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a gin file; looked up here, in --gin_search_paths, then in the package. Repeatable: later ones win",
     )
     parser.add_argument(
-        "--gin.NAME",
-        dest="unused",
-        metavar="value",
+        "--gin.NAME=value",  # for the help alone: flags of this kind are read from what the parser leaves over
+        action="store_true",
+        dest="_",
         help="sets a macro (--gin.STEPS=100) or a parameter (--gin.jobs.distill.teacher=/models/xl) over all files. "
-        "Python literals and gin's @reference and %%MACRO are read as such, anything else is a string: no quotes needed",
+        "Python literals and gin's @reference and %%MACRO are read as such, anything else is a string without quotes",
     )
     parser.add_argument(
         "--gin_search_paths",
@@ -174,8 +174,20 @@ def _held_back_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+@contextlib.contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _line(error: Exception) -> str:

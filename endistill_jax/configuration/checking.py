@@ -1,10 +1,10 @@
-"""Mistakes that show in gin files before anything is called: names, scopes, values that are missing or of a wrong type."""
+"""Mistakes that show in gin files before anything is called: names, scopes, missing values, values of a wrong type."""
 
 import difflib
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from endistill_jax.configuration.reading import Binding, Macro, Reading, Reference
@@ -38,7 +38,7 @@ def check(reading: Reading) -> None:
         if binding.parameter
     }
     _check_macros(reading, macros)
-    _check_scopes(final.values(), references)
+    _check_scopes(final.values(), references, macros)
     _check_required(macros, final)
     for (_, target, _), binding in final.items():
         _check_type(target, binding, macros)
@@ -48,6 +48,8 @@ def check(reading: Reading) -> None:
 def closest(name: str, names: Iterable[str]) -> str:
     """A hint for a name that does not exist."""
     names = sorted(names)
+    if not names:
+        return "there is none"
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
@@ -81,8 +83,18 @@ def _resolve(selector: str, binding: Binding) -> Any:
     return target
 
 
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
+    """None for something that does not tell, as some built-in classes."""
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:
+        return None
+
+
 def _check_parameter(binding: Binding, target: Any) -> None:
-    parameters = inspect.signature(target).parameters
+    parameters = _parameters(target)
+    if parameters is None:
+        return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     if binding.parameter not in parameters:
@@ -114,8 +126,12 @@ def _check_macros(reading: Reading, macros: dict[str, Binding]) -> None:
             )
 
 
-def _check_scopes(final: Iterable[Binding], references: list[tuple[Reference, Any, Binding]]) -> None:
-    used = {scope for reference, _, _ in references for scope in reference.scope.split("/") if scope}
+def _check_scopes(
+    final: Iterable[Binding], references: list[tuple[Reference, Any, Binding]], macros: Iterable[str]
+) -> None:
+    scopes = [reference.scope for reference, _, _ in references]
+    # What a macro refers to is called in a scope of the macro's name; so gin writes it in an operative configuration.
+    used = {scope for nested in (*scopes, *macros) for scope in nested.split("/") if scope}
     for binding in final:
         for scope in filter(None, binding.scope.split("/")):
             if scope not in used:
@@ -168,7 +184,7 @@ def _check_complete(references: list[tuple[Reference, Any, Binding]], final: dic
     for reference, target, binding in references:
         missing = [
             name
-            for name, parameter in inspect.signature(target).parameters.items()
+            for name, parameter in (_parameters(target) or {}).items()
             if parameter.default is parameter.empty
             and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
             and name not in bound.get(target, ())

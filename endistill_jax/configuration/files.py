@@ -2,7 +2,7 @@
 
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from endistill_jax.errors import UserError
 
@@ -40,9 +40,10 @@ def find(name: str, search_paths: Sequence[str] = (), *, asked_by: str = "") -> 
 def near_names(name: str, search_paths: Sequence[str] = ()) -> list[str]:
     """Up to three names of gin files that can be found and are like `name`."""
     path = pathlib.Path(name).expanduser()
-    known = [*shipped(), *map(str, sorted(path.parent.glob("*.gin")))]
+    known = list(map(str, sorted(path.parent.glob("*.gin"))))
     for folder in map(pathlib.Path, search_paths):
-        known += [str(file.relative_to(folder)) for file in sorted(folder.glob("**/*.gin"))]
+        known += _names(folder.glob("**/*.gin"), folder)
+    known += _names((PACKAGE_FOLDER / "gin").glob("**/*.gin"), PACKAGE_FOLDER)
     known = list(dict.fromkeys(known))
     same_base = [other for other in known if pathlib.Path(other).stem == path.stem]
     near_base = difflib.get_close_matches(path.stem, [pathlib.Path(other).stem for other in known], n=3, cutoff=0.75)
@@ -53,8 +54,11 @@ def near_names(name: str, search_paths: Sequence[str] = ()) -> list[str]:
 def shipped() -> list[str]:
     """Names of the gin files of the package that run by themselves, as a user gives them."""
     folder = PACKAGE_FOLDER / "gin"
-    files = sorted([*folder.glob("*.gin"), *folder.glob("runs/*.gin")])
-    return [str(file.relative_to(PACKAGE_FOLDER)) for file in files]
+    return _names([*folder.glob("*.gin"), *folder.glob("runs/*.gin")], PACKAGE_FOLDER)
+
+
+def _names(found: Iterable[pathlib.Path], folder: pathlib.Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in sorted(found)]
 
 
 def purpose(name: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-
 from endistill_jax.configuration.checking import check
 from endistill_jax.configuration.files import find
 from endistill_jax.configuration.reading import Reading, read_file, read_flag
@@ -44,7 +43,8 @@ def load(
 
     if not any(binding.parameter == "job" for binding in reading.bindings):
         raise UserError(
-            f"{', '.join(gin_files)}: no job to run; a gin file must end with a line such as `jobs.run.job = @jobs.distill`"
+            f"{', '.join(gin_files)}: no job to run; "
+            "a gin file must end with a line such as `jobs.run.job = @jobs.distill`"
         )
     check(reading)
     gin.clear_config()
@@ -55,11 +55,7 @@ def load(
 
 
 def flag_value(text: str) -> str:
-    """Gin's form of what stands behind `--gin.NAME=`: paths and names need no quotes there.
-
-    >>> flag_value("/tmp/x"), flag_value("1e-3"), flag_value("%STEPS"), flag_value("(1, 2)")
-    ("'/tmp/x'", '0.001', '%STEPS', '(1, 2)')
-    """
+    """Gin's form of what stands behind `--gin.NAME=`: paths and names need no quotes there."""
     if text.startswith(GIN_VALUE_BEGINS):
         return text
     try:

@@ -12,10 +12,9 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gin import config_parser
-
 from endistill_jax.configuration import files
 from endistill_jax.errors import UserError
+from gin import config_parser
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
@@ -169,6 +168,8 @@ def _import(reading: Reading, symbols: dict[str, Any], statement: config_parser.
     if statement.module.startswith("__gin__."):
         if statement.module != "__gin__.dynamic_registration":
             raise UserError(f"{place}: gin has no feature {statement.module}; there is dynamic_registration")
+        if symbols:
+            raise UserError(f"{place}: `{DYNAMIC_REGISTRATION}` must come once, before a file's imports")
         symbols["gin"] = (DYNAMIC_REGISTRATION, importlib.import_module("gin.config"))
         return
     if "gin" not in symbols:

@@ -37,10 +37,16 @@ class BatchIterator:
 
         Raises:
           StopIteration: a finite dataset is at its end.
-          UserError: a reader found a mistake in the user's data.
+          UserError: a reader found a mistake in the user's data, or a stream that should not end gave no batch.
         """
         try:
             batch = next(self._iterator)
+        except StopIteration:
+            if self._settings.get("repeat"):
+                raise UserError(
+                    f"no example to train on in {self._settings['task']}, {self._settings['split']}"
+                ) from None
+            raise
         except tf.errors.OpError as error:
             # A reader's UserError arrives inside a TensorFlow error, as text.
             if found := re.search(r"UserError: (.*)", error.message):

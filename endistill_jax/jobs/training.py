@@ -18,6 +18,7 @@ from endistill_jax.jobs.models import CHECKPOINTS, TrainedModel
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
+from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.loop import train_loop
 from endistill_jax.train.metrics import MetricWriter, Progress
@@ -86,11 +87,14 @@ class Training:
         from endistill_jax.data.registry import resolve_task
 
         return {
-            "model": self.config.architecture() | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
+            "model": self.config.architecture()
+            | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
             "path": dataclasses.asdict(self.path),
             "optimizer": dataclasses.asdict(self.optimizer),
             "task": resolve_task(self.data.task).name,
-            "data": {name: getattr(self.data, name) for name in ("inputs_length", "targets_length", "batch_size", "pack")},
+            "data": {
+                name: getattr(self.data, name) for name in ("inputs_length", "targets_length", "batch_size", "pack")
+            },
             "steps": self.run.steps,
             "seed": self.run.seed,
             "micro_batches": self.run.micro_batches,
@@ -174,8 +178,8 @@ class _Session:
             keep_best=run.keep_best,
         ) as self.checkpointer:
             resumed = self.checkpointer.latest_step()
-            state = self._restore(resumed) if resumed else init_state(
-                training.config, self.optimizer, self.mesh, init_key
+            state = (
+                self._restore(resumed) if resumed else init_state(training.config, self.optimizer, self.mesh, init_key)
             )
             first = resumed or 0
             with (
@@ -183,6 +187,7 @@ class _Session:
                 Progress(run.steps, first_step=first, description=training.label) as self.progress,
                 StopSignal() as self.stop,
             ):
+                write_run_files(training.model_dir)
                 if resumed:
                     self.progress.say(f"resumed from step {resumed} of {training.model_dir}")
                 if first < run.steps:

@@ -5,15 +5,12 @@ from endistill_jax.losses.logits_kl import logits_kl
 from endistill_jax.losses.objective import coefficients, combine, term_sums, term_weights
 from endistill_jax.losses.path import RELATIONS, SITES, Path, Site
 from endistill_jax.losses.relations import relation_kl, relation_weight
-from endistill_jax.losses.segments import Segments, batch_segments
 
 __all__ = [
     "RELATIONS",
     "SITES",
     "Path",
-    "Segments",
     "Site",
-    "batch_segments",
     "coefficients",
     "combine",
     "cross_entropy",

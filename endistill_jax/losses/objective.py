@@ -10,13 +10,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.batch import Batch, Segments, batch_segments
 from endistill_jax.losses.cross_entropy import cross_entropy
 from endistill_jax.losses.logits_kl import logits_kl
 from endistill_jax.losses.path import Path, Site
 from endistill_jax.losses.relations import relation_kl, relation_weight
-from endistill_jax.losses.segments import Segments, batch_segments
-
-Batch = Mapping[str, jax.Array]
 
 LOGITS = "logits"
 LM = "lm"

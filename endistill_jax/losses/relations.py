@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.batch import visible_keys
 from endistill_jax.errors import UserError
 from endistill_jax.losses.divergence import categorical_kl
 
@@ -27,24 +28,6 @@ def check_relation_heads(
             f"{where} is {relation_heads}, which does not divide the inner dimensions (num_heads * head_dim) "
             f"{teacher_dim} of the teacher and {student_dim} of the student; choose one of {choices}"
         )
-
-
-def visible_keys(query_segments: jax.Array, key_segments: jax.Array, causal: bool) -> jax.Array:
-    """Which keys each query may see: those of its own non-zero segment, and when causal none after it.
-
-    Args:
-      query_segments: int `[batch, query_length]`, 0 is padding.
-      key_segments: int `[batch, key_length]`, 0 is padding.
-      causal: compares positions in the arrays, so segments must be contiguous and both sides the same sequence.
-
-    Returns:
-      bool `[batch, query_length, key_length]`.
-    """
-    queries, keys = query_segments[:, :, None], key_segments[:, None, :]
-    visible = (queries == keys) & (queries != 0)
-    if causal:
-        visible &= jnp.tri(query_segments.shape[1], key_segments.shape[1], dtype=bool)
-    return visible
 
 
 def relation_weight(query_segments: jax.Array, key_segments: jax.Array, causal: bool) -> jax.Array:

@@ -142,9 +142,7 @@ class Attention(nn.Module):
         )
         # [batch, length, num_heads * head_dim] -> [batch, num_heads, length, head_dim]: heads before length, so that
         # both products are plain batched matrix products.
-        query, key, value = (
-            x.reshape(*x.shape[:-1], cfg.num_heads, cfg.head_dim).transpose(0, 2, 1, 3) for x in tap
-        )
+        query, key, value = (x.reshape(*x.shape[:-1], cfg.num_heads, cfg.head_dim).transpose(0, 2, 1, 3) for x in tap)
         # [batch, num_heads, query_length, key_length]
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
         if position_bias is not None:

@@ -11,14 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.batch import Batch, segment_ids, visible_keys
 from endistill_jax.errors import UserError
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.layers import MLP, Attention, RelativePositionBias, RMSNorm, Tap, project
 from endistill_jax.model.stack import run_layers, stacked_init
 
 SITES = ("encoder_self", "decoder_self", "cross")
-
-Batch = Mapping[str, jax.Array]
 
 
 class Output(NamedTuple):
@@ -122,7 +121,7 @@ class Encoder(nn.Module):
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
         bias = RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(x.shape[1], x.shape[1])
-        context = (segment_mask(segments, segments), bias)
+        context = (visible_keys(segments, segments, causal=False)[:, None], bias)
         x = drop(x, deterministic=deterministic)
         layer = EncoderLayer(cfg, parent=None)
         params = self.param("layers", stacked_init(layer, cfg.num_encoder_layers), x, context)
@@ -157,9 +156,8 @@ class Decoder(nn.Module):
         drop = nn.Dropout(cfg.dropout_rate)
         length = x.shape[1]
         bias = RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(length, length)
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        self_mask = segment_mask(segments, segments) & causal
-        context = (encoded, self_mask, bias, segment_mask(segments, encoder_segments))
+        self_mask = visible_keys(segments, segments, causal=True)[:, None]
+        context = (encoded, self_mask, bias, visible_keys(segments, encoder_segments, causal=False)[:, None])
         x = drop(x, deterministic=deterministic)
         layer = DecoderLayer(cfg, parent=None)
         params = self.param("layers", stacked_init(layer, cfg.num_decoder_layers), x, context)
@@ -235,22 +233,6 @@ def resolve_tap_layers(config: T5Config, tap_layers: Mapping[str, int]) -> dict[
             raise UserError(f"layer {index} of {site} does not exist; the stack has layers 0 to {depth - 1} (or -1)")
         resolved[site] = index % depth
     return resolved
-
-
-def segment_ids(batch: Batch, stack: str) -> jax.Array:
-    """[batch, length]: which packed example a position belongs to, 0 for padding; 1 for every token if not packed."""
-    packed = batch.get(f"{stack}_segment_ids")
-    if packed is not None:
-        return packed
-    # Decoder inputs start with token 0, so that padding shows in the targets only.
-    tokens = batch["encoder_input_tokens" if stack == "encoder" else "decoder_target_tokens"]
-    return (tokens != 0).astype(jnp.int32)
-
-
-def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """[batch, 1, query_length, key_length]: true where query and key are real tokens of the same example."""
-    same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
-    return same & (key_segments != 0)[:, None, None, :]
 
 
 def boxed_init(config: T5Config, key: jax.Array) -> Any:

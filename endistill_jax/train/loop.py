@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from endistill_jax.batch import Batch
 from endistill_jax.train.state import TrainState
-from endistill_jax.train.step import Batch, Metrics
+from endistill_jax.train.step import Metrics
 
 
 def train_loop(

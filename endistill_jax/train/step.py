@@ -5,7 +5,7 @@ alone, so the whole batch's weights are known before its first micro-batch runs,
 micro-batching nor the mesh changes what is computed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from endistill_jax.batch import Batch
 from endistill_jax.errors import UserError
-from endistill_jax.losses import Path, coefficients, cross_entropy, term_sums, term_weights
+from endistill_jax.losses import Path, combine, cross_entropy, term_sums, term_weights
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import T5, Output
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
 from endistill_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-Batch = Mapping[str, jax.Array]
 
 
 def forward(config: T5Config, params: Any, batch: Batch, path: Path, role: str, dropout_key: Any = None) -> Output:
@@ -79,7 +79,6 @@ def make_train_step(
     if base_key is None and student.dropout_rate:
         raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
     base_key = jax.random.key(0) if base_key is None else base_key
-    rate = coefficients(path)
 
     def micro_batch_loss(params, teacher_params, batch, weights, key):
         taught = None
@@ -87,7 +86,7 @@ def make_train_step(
             taught = jax.lax.stop_gradient(forward(teacher, teacher_params, batch, path, "teacher"))
         learned = forward(student, params, batch, path, "student", key if student.dropout_rate else None)
         sums = term_sums(path, learned, taught, batch)
-        loss = sum(rate[term] * sums[term] / jnp.maximum(weights[term], 1) for term in sums)
+        loss = combine(path, sums, weights)
         for name, output in (("cross_entropy", learned), ("teacher_cross_entropy", taught)):
             if output is not None and output.logits is not None:
                 logits = jax.lax.stop_gradient(output.logits)
