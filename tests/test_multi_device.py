@@ -13,8 +13,9 @@ def test_multi_device_tests_pass_on_eight_devices(tmp_path, request):
     report = tmp_path / "report.xml"
     slow = ["--slow"] if request.config.getoption("--slow") else []
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", f"--junit-xml={report}"]
-    # Not this process's flags: it may have asked for another number of devices.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Not this process's settings: it may have asked for another number of devices, or for other tests.
+    own = ("XLA_FLAGS", "PYTEST_ADDOPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     ended = subprocess.run(
         [*command, *slow], cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True, check=False
     )

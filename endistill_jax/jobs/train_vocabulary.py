@@ -1,7 +1,7 @@
-"""Training a SentencePiece vocabulary from the texts of a SeqIO source."""
+"""Training a SentencePiece vocabulary on the texts of a SeqIO source or task."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import pathlib
+from typing import TYPE_CHECKING, Union
 
 from endistill_jax.errors import UserError
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def train_vocabulary(
     *,
-    source: "seqio.DataSource",
+    source: Union["seqio.DataSource", "seqio.Task", str],
     path: str,
     size: int = 8000,
     split: str = "train",
@@ -24,7 +24,7 @@ def train_vocabulary(
     Sentinels are not part of the file: a task adds them (100 by default) above its pieces.
 
     Args:
-        source: where the texts come from.
+        source: where the texts come from: a SeqIO source, or a task (or its name), whose source is read.
         path: the model file to write; must not exist yet.
         size: number of pieces.
         split: split of the source.
@@ -35,24 +35,14 @@ def train_vocabulary(
     Raises:
         UserError: if the file exists, there is no such split, or the texts do not allow so many pieces.
     """
-    import pathlib
-
+    from endistill_jax.data.texts import read_texts
     from endistill_jax.data.vocabulary import train_sentencepiece
 
     if pathlib.Path(path).exists():
         raise UserError(f"{path} exists already; a vocabulary is never overwritten, give another path")
-    if split not in source.splits:
-        raise UserError(f"the source has no split {split!r}; it has {', '.join(sorted(source.splits))}")
+    texts = read_texts(source, split=split, text_field=text_field, max_documents=max_documents)
     if dry_run:
         print(f"would train {size} pieces on {text_field!r} of split {split!r} of {source} and write {path}")
         return
-    train_sentencepiece(_texts(source, split, text_field, max_documents), path, size=size)
+    train_sentencepiece(texts, path, size=size)
     print(f"wrote {path}: {size} pieces")
-
-
-def _texts(source: "seqio.DataSource", split: str, text_field: str, limit: int | None) -> Iterator[str]:
-    dataset = source.get_dataset(split, shuffle=False)
-    if text_field not in dataset.element_spec:
-        raise UserError(f"the source's examples have no {text_field!r}; they have {', '.join(dataset.element_spec)}")
-    for example in (dataset if limit is None else dataset.take(limit)).as_numpy_iterator():
-        yield example[text_field].decode()

@@ -64,16 +64,20 @@ def run_layers(
         rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, index)}
         return layer.apply({"params": layer_params}, x, *context, deterministic=dropout_key is None, rngs=rngs)
 
+    looped = alone = apply
     if cfg.remat != "none":
-        apply = jax.checkpoint(apply, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers)
+        # Outside a loop the compiler would merge what is computed twice, and keep it after all.
+        looped, alone = (
+            jax.checkpoint(apply, policy=_REMAT_POLICIES[cfg.remat], prevent_cse=prevent) for prevent in (False, True)
+        )
 
     def apply_one(x: jax.Array, index: int) -> tuple[jax.Array, dict[str, Tap]]:
-        return apply(x, jax.tree.map(lambda leaf: leaf[index], params), jnp.asarray(index))
+        return alone(x, jax.tree.map(lambda leaf: leaf[index], params), jnp.asarray(index))
 
     def apply_segment(x: jax.Array, start: int, stop: int) -> jax.Array:
         if cfg.scan_layers and stop - start > 1:
             segment = jax.tree.map(lambda leaf: leaf[start:stop], params)
-            return jax.lax.scan(lambda x, xs: (apply(x, *xs)[0], None), x, (segment, jnp.arange(start, stop)))[0]
+            return jax.lax.scan(lambda x, xs: (looped(x, *xs)[0], None), x, (segment, jnp.arange(start, stop)))[0]
         for index in range(start, stop):
             x, _ = apply_one(x, index)
         return x

@@ -81,6 +81,18 @@ def test_program_grows_with_depth_without_scan():
     assert large > 2 * small
 
 
+def test_rematerialisation_computes_again_what_the_policy_does_not_keep_in_a_loop_or_not():
+    def products(**changes):
+        program = lower(of_depth(2, **changes), {"encoder_self": -1}, False, gradient=True).compile(COUNTED).as_text()
+        return program.count(" dot(")
+
+    # Merged back by the compiler, they would be as many as without.
+    kept, some, none = (products(remat=remat) for remat in ("none", "dots", "full"))
+    assert kept < some < none
+    # Both layers are outside a loop here: the tapped one always is, and one alone below it needs none.
+    assert (some, none) == tuple(products(remat=remat, scan_layers=True) for remat in ("dots", "full"))
+
+
 @functools.cache
 def flops(config, taps, with_logits=False):
     return lower(config, dict(taps), with_logits).compile(COUNTED).cost_analysis()["flops"]

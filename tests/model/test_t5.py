@@ -89,7 +89,6 @@ def test_every_layer_exposes_another_tap_and_negative_layers_count_from_the_end(
 VARIANTS = {
     "unrolled": {"scan_layers": False},
     "scan": {},
-    "scan, dots": {"remat": "dots"},
     "scan, full": {"remat": "full"},
 }
 

@@ -1,0 +1,74 @@
+"""A small text corpus, a byte vocabulary and models that train in seconds."""
+
+import pathlib
+import pydoc_data.topics
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from endistill_jax.checkpoints import huggingface
+from endistill_jax.jobs import Data, Run
+from endistill_jax.losses import Path, Site
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.t5 import init_params
+from endistill_jax.tasks.pretraining import text_files_task
+from endistill_jax.train.optimizer import OptimizerConfig
+
+TASK = "jobs_tests_v1"
+
+
+def small_model(*, width: int, vocab_size: int = 384) -> T5Config:
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_heads=2,
+        head_dim=width // 2,
+        mlp_dim=2 * width,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        scan_layers=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., T5Config]:
+    return small_model
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """Python's language topics, a document a line."""
+    file = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    topics = (" ".join(text.split()) for text in pydoc_data.topics.topics.values())
+    file.write_text("\n".join(topics), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def data(corpus) -> Data:
+    task = text_files_task(TASK, str(corpus), "bytes", held_out=0.1)
+    return Data(task=task, inputs_length=48, targets_length=16, batch_size=4, eval_batch_size=4, eval_batches=2)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    """An untrained teacher as a Hugging Face folder: what it knows does not matter here."""
+    folder = str(tmp_path_factory.mktemp("teacher") / "folder")
+    config = small_model(width=32)
+    huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(data) -> dict:
+    """What every job takes, for a run of four steps with a checkpoint after two and after four."""
+    run = Run(steps=4, log_every=1, checkpoint_every=2, tensorboard=False)
+    return {"data": data, "optimizer": OptimizerConfig(learning_rate=1e-3), "run": run}
+
+
+@pytest.fixture(scope="session")
+def path() -> Path:
+    both = Site(relations=("qq", "kk", "vv"), relation_heads=4)
+    cross = Site(relations=("qk", "vv"), relation_heads=4)
+    return Path(encoder_self=both, decoder_self=both, cross=cross, logits_weight=1.0)

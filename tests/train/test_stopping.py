@@ -1,0 +1,69 @@
+"""The first signal asks, the second one acts as usual, and afterwards everything is as it was."""
+
+import signal
+import threading
+
+import pytest
+
+from endistill_jax.train.stopping import StopSignal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def usual():
+    """Handlers of the test's own, so that a signal that acts as usual can be seen; undone afterwards."""
+    seen = []
+    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in SIGNALS}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_first_signal_only_asks_and_the_second_acts_as_usual(usual, number):
+    with StopSignal() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested and usual == []
+        signal.raise_signal(number)
+        assert usual == [number]
+
+
+def test_second_signal_may_be_the_other_one(usual):
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and usual == [signal.SIGINT]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_handlers_are_as_before_afterwards_even_after_an_error(usual, asked):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(RuntimeError, match="step failed"), StopSignal():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+        if asked:
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("step failed")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert usual == []
+
+
+def test_signals_that_were_not_named_act_as_usual(usual):
+    with StopSignal((signal.SIGTERM,)) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert usual == [signal.SIGINT] and not stop.requested
+
+
+def test_outside_the_main_thread_nothing_is_changed():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def run():
+        with StopSignal() as stop:
+            seen.append((stop.requested, [signal.getsignal(number) for number in SIGNALS]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
