@@ -10,4 +10,12 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, saved where it was, and ended before its last step."""
+    """A run was asked to stop, saved where it was, and ended before its last step.
+
+    Attributes:
+        signal_number: the signal that asked.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

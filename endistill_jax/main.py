@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _end(f"error: {_line(error)}", 2)
     except Stopped as error:
-        return _end(_line(error), 128 + getattr(error, "signal_number", signal.SIGTERM))
+        return _end(_line(error), 128 + error.signal_number)
     except KeyboardInterrupt:
         return _end("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
     except _Terminated:

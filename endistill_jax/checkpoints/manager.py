@@ -60,6 +60,7 @@ class Checkpointer:
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f"{self._directory} is a file; checkpoints need a directory")
         _set_aside_unfinished(self._directory)
+        logging.get_absl_logger().addFilter(_is_news)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
@@ -185,6 +186,11 @@ class Checkpointer:
         steps = self.all_steps()
         if step not in steps:
             raise UserError(f"{self._directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+
+
+def _is_news(record: logging.logging.LogRecord) -> bool:
+    # Orbax warns at every checkpoint that has no metrics although the best one is kept; held-out figures are rarer.
+    return "tracked_metric" not in str(record.msg)
 
 
 def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) -> ocp.CheckpointManagerOptions:

@@ -6,7 +6,7 @@ import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -24,10 +24,19 @@ class BatchIterator:
     restoring costs no re-reading, and the batches after it are the same bit for bit.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, settings: Mapping[str, object]):
-        """Iterates over `dataset`; `settings` (of JSON values) are what a restored state must agree with."""
+    def __init__(self, make_dataset: Callable[[], tf.data.Dataset], settings: Mapping[str, object]):
+        """Iterates over a dataset that `make_dataset` makes, always the same one.
+
+        Its order must not rest on shuffles that are started again every epoch (`dataset.shuffle(...).repeat()`): tf.data
+        does not save which epoch such a shuffle is in. A shuffle after the repetition is saved.
+
+        Args:
+          make_dataset: called now, and again to restore.
+          settings: JSON values that a restored state must agree with.
+        """
         self._settings = json.loads(json.dumps(dict(settings)))
-        self._iterator = iter(dataset)
+        self._make_dataset = make_dataset
+        self._iterator = iter(make_dataset())
 
     def __iter__(self) -> "BatchIterator":
         return self
@@ -82,6 +91,8 @@ class BatchIterator:
         ]
         if differences:
             raise UserError(f"the data differ from those of the saved state: {'; '.join(differences)}")
+        # A used iterator keeps what an untouched one has not saved, such as a filled shuffle buffer.
+        self._iterator = iter(self._make_dataset())
         with tempfile.TemporaryDirectory() as folder:
             archive.extractall(folder)
             checkpoint = tf.train.Checkpoint(iterator=self._iterator)

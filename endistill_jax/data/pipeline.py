@@ -19,6 +19,7 @@ def make_iterator(
     seed: int,
     pack: bool = True,
     shuffle: bool = True,
+    shuffle_buffer: int = 2048,
     repeat: bool = True,
     process_index: int = 0,
     process_count: int = 1,
@@ -32,9 +33,11 @@ def make_iterator(
       batch_size: global; every process gets its own `batch_size / process_count` rows.
       seed: decides order and corruption. The same arguments give the same batches.
       pack: whether several short examples share a row (adds segment ids and positions).
-      shuffle: whether files and examples are shuffled, anew every epoch.
+      shuffle: whether examples are shuffled, within a buffer and anew every epoch. Files are read in their own order,
+        sixteen at a time.
+      shuffle_buffer: examples in that buffer. They are part of the state, and must be there before the first batch.
       repeat: True for training: an endless stream, every epoch corrupted anew; each process reads its own share of the
-        source, and no text twice in an epoch. False for evaluation: one pass; every process walks through all of it and
+        source, and no text of another. False for evaluation: one pass; every process walks through all of it and
         keeps its rows of each global batch, so that all get equally many batches, and the last batch is filled up with
         rows of zeros (loss weight 0), so that no example is lost.
       process_index: this process.
@@ -43,28 +46,36 @@ def make_iterator(
     Raises:
       UserError: no such task or split, or a batch that does not divide over the processes.
     """
+    # TensorFlow would take the memory of every GPU it sees, which JAX needs.
+    tf.config.set_visible_devices([], "GPU")
     task = resolve_task(task)
     if split not in task_splits(task):
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(sorted(task_splits(task)))}")
     if batch_size % process_count:
         raise UserError(f"batch_size {batch_size} does not divide over {process_count} processes")
-    shards = seqio.ShardInfo(index=process_index, num_shards=process_count) if repeat and process_count > 1 else None
-    examples = task.get_dataset(
-        sequence_length=dict(task_feature_lengths),
-        split=split,
-        shuffle=shuffle,
-        seed=seed,
-        shard_info=shards,
-        num_epochs=None if repeat else 1,
-        # A memory cache would fix the order of the source's files in the first epoch, and go into every saved state.
-        try_in_mem_cache=False,
-    )
-    rows = seqio.EncDecFeatureConverter(pack=pack)(examples, task_feature_lengths=task_feature_lengths)
     local_size = batch_size // process_count
-    if repeat:
-        batches = rows.batch(local_size, drop_remainder=True)
-    else:
-        batches = _host_rows(rows.batch(batch_size), batch_size, process_index * local_size, local_size)
+    shards = seqio.ShardInfo(index=process_index, num_shards=process_count) if repeat and process_count > 1 else None
+
+    def make_dataset() -> tf.data.Dataset:
+        examples = task.get_dataset(
+            sequence_length=dict(task_feature_lengths),
+            split=split,
+            # Sources keep their order of files. Which order a next epoch would have is not part of tf.data's saved
+            # state once the files of this one are open, so shuffled files would come back in another order.
+            shuffle=False,
+            seed=seed,
+            shard_info=shards,
+            num_epochs=None if repeat else 1,
+            try_in_mem_cache=False,  # a cache would go into every saved state
+        )
+        if shuffle:
+            examples = examples.shuffle(shuffle_buffer, seed=seed)
+        rows = seqio.EncDecFeatureConverter(pack=pack)(examples, task_feature_lengths=task_feature_lengths)
+        if repeat:
+            return _with_options(rows.batch(local_size, drop_remainder=True))
+        batches = rows.batch(batch_size)
+        return _with_options(_host_rows(batches, batch_size, process_index * local_size, local_size))
+
     settings = {
         "task": task.name,
         "split": split,
@@ -72,12 +83,12 @@ def make_iterator(
         "batch_size": batch_size,
         "seed": seed,
         "pack": pack,
-        "shuffle": shuffle,
+        "shuffle_buffer": shuffle_buffer if shuffle else 0,
         "repeat": repeat,
         "process_index": process_index,
         "process_count": process_count,
     }
-    return BatchIterator(_with_options(batches), settings)
+    return BatchIterator(make_dataset, settings)
 
 
 def _host_rows(batches: tf.data.Dataset, batch_size: int, start: int, size: int) -> tf.data.Dataset:

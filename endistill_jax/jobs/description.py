@@ -19,8 +19,12 @@ def describe(training: Training) -> str:
         lines.append(f"  {training.teacher.config}")
     lines.append(f"student: {_size(training.config)}" if training.teacher else f"model: {_size(training.config)}")
     lines.append(f"  {training.config}")
+    lines.append(f"task: {training.task().name}")
     for name in ("path", "data", "optimizer", "run"):
-        lines.append(f"{name}: {dataclasses.asdict(getattr(training, name))}")
+        settings = getattr(training, name)
+        shown = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        shown.pop("task", None)
+        lines.append(f"{name}: {shown}")
     tokens = training.data.batch_size * (training.data.inputs_length + training.data.targets_length)
     lines.append(f"tokens: at most {format_count(tokens)} a step, {format_count(tokens * training.run.steps)} in all")
     lines.append("parameters:")

@@ -30,7 +30,5 @@ def export(
     if dry_run:
         print(f"would write {model} to {folder} in {dtype}:\n  {trained.config}")
         return
-    huggingface.save(
-        folder, trained.params, trained.config, vocabulary_file, dtype, embedding_copies=embedding_copies
-    )
+    huggingface.save(folder, trained.params, trained.config, vocabulary_file, dtype, embedding_copies=embedding_copies)
     print(f"wrote {folder}")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from endistill_jax.errors import UserError
@@ -18,8 +19,8 @@ class OptimizerConfig:
     Attributes:
         name: "adamw" or "adafactor" (T5's own, with factored second moments and steps scaled by parameter size).
         learning_rate: peak of the schedule.
-        schedule: what follows the linear warm-up: "constant", "linear" or "cosine" down to `end_fraction` of the peak at
-            the last step, or "rsqrt", the peak times sqrt(warmup_steps / step).
+        schedule: what follows the linear warm-up: "constant", "linear" or "cosine" down to `end_fraction` of the peak,
+            which the step after the last would have, or "rsqrt", the peak times sqrt(warmup_steps / step).
         warmup_steps: steps of linear warm-up from zero.
         end_fraction: see `schedule`.
         weight_decay: decoupled decay per step, relative to the learning rate, on matrices only.
@@ -45,8 +46,17 @@ class OptimizerConfig:
             raise UserError(f"OptimizerConfig.name is {self.name!r}; choose adamw or adafactor")
         if self.schedule not in SCHEDULES:
             raise UserError(f"OptimizerConfig.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:  # so that NaN is refused too
             raise UserError(f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(
+                f"OptimizerConfig.clip_norm is {self.clip_norm}; it must be positive, or None for no clipping"
+            )
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"OptimizerConfig.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.end_fraction <= 1:
+            raise UserError(f"OptimizerConfig.end_fraction is {self.end_fraction}; it must be between 0 and 1")
         if self.schedule == "rsqrt" and self.warmup_steps < 1:
             raise UserError("OptimizerConfig.schedule rsqrt needs warmup_steps of at least 1")
 
@@ -61,7 +71,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, peak * config.end_fraction, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.end_fraction),
-        "rsqrt": lambda: lambda step: peak * (warmup / (step + warmup)) ** 0.5,
+        # Computed during warm-up too, where steps count from -warmup, and thrown away.
+        "rsqrt": lambda: lambda step: peak * (warmup / (jnp.maximum(step, 0) + warmup)) ** 0.5,
     }[config.schedule]()
     if not warmup:
         return after
@@ -73,7 +84,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """The optimizer of a run of `steps` steps, clipping included."""
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
-        decay = config.weight_decay or None
+        # Adafactor adds its decay after the learning rate has been applied, so that it must bring its own.
+        decay = (lambda step: config.weight_decay * schedule(step)) if config.weight_decay else None
         update = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
     else:
         update = optax.adamw(

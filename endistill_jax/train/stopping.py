@@ -5,16 +5,16 @@ from types import FrameType, TracebackType
 
 
 class StopSignal:
-    """While it is entered, the first SIGTERM or Ctrl-C only sets `requested`; a second one acts as usual.
+    """While it is entered, the first SIGTERM or Ctrl-C is only noted; a second one acts as usual.
 
     Attributes:
-        requested: whether a signal came.
+        number: the signal that came, None as long as none did.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)):
         self._signals = signals
         self._before: dict[signal.Signals, object] = {}
-        self.requested = False
+        self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
         try:
@@ -27,7 +27,7 @@ class StopSignal:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:

@@ -46,14 +46,19 @@ def test_documents_come_out_whole(document_task, texts_of, documents):
     assert sorted(texts_of(batches)) == list(range(len(documents)))
 
 
-def test_every_epoch_has_every_document_in_a_new_order_and_newly_corrupted(document_task, texts_of, documents):
-    first, second = (iter_batches := _take(_iterator(document_task, batch_size=60), 2))
-    # The shuffle buffer holds more than one epoch here, so epochs are told apart in the stream that is not shuffled.
-    assert set(texts_of(iter_batches)) <= set(range(len(documents)))
+def test_every_epoch_is_newly_corrupted(document_task, texts_of, documents):
     first, second = _take(_iterator(document_task, batch_size=60, shuffle=False), 2)
     assert sorted(texts_of([first])) == sorted(texts_of([second])) == list(range(len(documents)))
     unchanged = (first["encoder_input_tokens"] == second["encoder_input_tokens"]).all(axis=1)
     assert unchanged.sum() <= 2
+
+
+def test_shuffling_changes_the_order_of_every_epoch(document_task, texts_of, documents):
+    # A buffer of one third of an epoch.
+    batches = _take(_iterator(document_task, batch_size=60, shuffle_buffer=20), 4)
+    orders = [texts_of([batch]) for batch in batches]
+    assert len({tuple(order) for order in orders}) == 4
+    assert set(sum(orders, [])) == set(range(len(documents)))
 
 
 def test_same_seed_same_batches_and_another_seed_others(stream_task):
@@ -75,8 +80,7 @@ def test_decoder_features_are_shifted_and_weighted(stream_task):
     batch = next(_iterator(stream_task))
     targets = batch["decoder_target_tokens"]
     np.testing.assert_array_equal(batch["decoder_loss_weights"], targets > 0)
-    shifted = np.pad(targets, [(0, 0), (1, 0)])[:, :-1]
-    np.testing.assert_array_equal(batch["decoder_input_tokens"], shifted * (targets > 0))
+    np.testing.assert_array_equal(batch["decoder_input_tokens"], np.pad(targets, [(0, 0), (1, 0)])[:, :-1])
     assert all(value.dtype == np.int32 for value in batch.values())
 
 
@@ -148,18 +152,29 @@ def test_held_out_documents_are_not_trained_on(stream_task, documents):
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("taken", [0, 3, 40])  # at the start, within an epoch, after several
 def test_state_restores_exactly(stream_task, taken, pack):
-    iterator = _iterator(stream_task, pack=pack)
+    iterator = _iterator(stream_task, pack=pack, shuffle_buffer=30)  # an epoch has about 25 examples
     _take(iterator, taken)
     state = iterator.state()
     following = _take(iterator, 40)
-    other = _iterator(stream_task, pack=pack)
+    other = _iterator(stream_task, pack=pack, shuffle_buffer=30)
     next(other)
     other.restore(state)
     assert _same(_take(other, 40), following)
 
 
+def test_state_restores_exactly_at_every_step(stream_task):
+    iterator = _iterator(stream_task, shuffle_buffer=10)
+    batches, states = [], []
+    for _ in range(24):
+        states.append(iterator.state())
+        batches.append(next(iterator))
+    for step in range(0, 12):
+        iterator.restore(states[step])
+        assert _same(_take(iterator, 12), batches[step : step + 12])
+
+
 def test_taking_the_state_changes_nothing(stream_task):
-    quiet, saved = _iterator(stream_task), _iterator(stream_task)
+    quiet, saved = (_iterator(stream_task, shuffle_buffer=10) for _ in range(2))
     batches = []
     for _ in range(10):
         batches.append(next(saved))
@@ -189,7 +204,7 @@ def test_state_of_other_settings_is_refused_by_name(stream_task):
     [
         ({"split": "tests"}, "has no split 'tests'; it has train, validation"),
         ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide over 2 processes"),
-        ({"task_feature_lengths": {"inputs": 64, "targets": 9}}, "targets of 9 tokens are too short.*need 15"),
+        ({"task_feature_lengths": {"inputs": 64, "targets": 9}}, "targets of 9 tokens are too short.*need 14"),
     ],
 )
 def test_mistakes_are_told_at_once(stream_task, settings, message):
@@ -201,5 +216,11 @@ def test_mixtures_mix(stream_task, document_task):
     name = "test_mixture_v1"
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(name, [(stream_task.name, 1.0), (document_task.name, 1.0)])
-    full = [(batch["encoder_input_tokens"] > 0).all(axis=1) for batch in _take(_iterator(name), 20)]
-    assert 0.2 < np.mean(full) < 0.8
+    iterator = _iterator(name, shuffle_buffer=10)
+    batches = _take(iterator, 20)
+    full = [(batch["encoder_input_tokens"] > 0).all(axis=1) for batch in batches]
+    assert 0.2 < np.mean(full) < 0.8  # 80 rows, each of either task with probability one half
+    state = iterator.state()
+    following = _take(iterator, 10)
+    iterator.restore(state)
+    assert _same(_take(iterator, 10), following)

@@ -100,7 +100,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(
     uneven = dataclasses.replace(settings["run"], micro_batches=3)
     refused(distill, "batch_size is 4; it must be a multiple of 3", **arguments | {"run": uneven})
     unknown = dataclasses.replace(settings["data"], task="jobs_tests_v7")
-    refused(distill, "no task or mixture named 'jobs_tests_v7'; there is .*jobs_tests_v1", **arguments | {"data": unknown})
+    refused(
+        distill, "no task or mixture named 'jobs_tests_v7'; there is .*jobs_tests_v1", **arguments | {"data": unknown}
+    )
 
 
 def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(tmp_path, student, path, settings, make_model):
@@ -123,9 +125,7 @@ def test_a_dry_run_tells_sizes_and_creates_nothing(tmp_path, teacher, student, p
     assert not (tmp_path / "run").exists()
 
 
-def test_both_students_of_the_demo_start_alike_and_see_the_same_tokens(
-    tmp_path, teacher, student, path, settings
-):
+def test_both_students_of_the_demo_start_alike_and_see_the_same_tokens(tmp_path, teacher, student, path, settings):
     rows = demo(model_dir=str(tmp_path), teacher=teacher, student=student, path=path, seeds=(0, 1), **settings)
     told = {row["model"]: row for row in rows}
     distilled, scratch = told["student, distilled"], told["student, scratch"]
@@ -143,9 +143,7 @@ def test_a_run_can_teach_and_be_exported(tmp_path, distilled, student, settings)
     jax.tree.map(np.testing.assert_array_equal, params, restore_params(str(distilled / "checkpoints"))[0])
     assert config.architecture() == student.architecture()
     logits = Path(logits_weight=1.0)
-    result = distill(
-        model_dir=str(tmp_path / "run"), teacher=str(distilled), student=student, path=logits, **settings
-    )
+    result = distill(model_dir=str(tmp_path / "run"), teacher=str(distilled), student=student, path=logits, **settings)
     assert np.isfinite(result.report.piece_loss)
 
 

@@ -1,4 +1,4 @@
-"""The first signal asks, the second one acts as usual, and afterwards everything is as it was."""
+"""The first signal is noted, the second one acts as usual, and afterwards everything is as it was."""
 
 import signal
 import threading
@@ -21,11 +21,11 @@ def usual():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_first_signal_only_asks_and_the_second_acts_as_usual(usual, number):
+def test_first_signal_is_only_noted_and_the_second_acts_as_usual(usual, number):
     with StopSignal() as stop:
-        assert not stop.requested
+        assert stop.number is None
         signal.raise_signal(number)
-        assert stop.requested and usual == []
+        assert stop.number == number and usual == []
         signal.raise_signal(number)
         assert usual == [number]
 
@@ -34,7 +34,7 @@ def test_second_signal_may_be_the_other_one(usual):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested and usual == [signal.SIGINT]
+        assert stop.number == signal.SIGTERM and usual == [signal.SIGINT]
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -52,7 +52,7 @@ def test_handlers_are_as_before_afterwards_even_after_an_error(usual, asked):
 def test_signals_that_were_not_named_act_as_usual(usual):
     with StopSignal((signal.SIGTERM,)) as stop:
         signal.raise_signal(signal.SIGINT)
-        assert usual == [signal.SIGINT] and not stop.requested
+        assert usual == [signal.SIGINT] and stop.number is None
 
 
 def test_outside_the_main_thread_nothing_is_changed():
@@ -61,9 +61,9 @@ def test_outside_the_main_thread_nothing_is_changed():
 
     def run():
         with StopSignal() as stop:
-            seen.append((stop.requested, [signal.getsignal(number) for number in SIGNALS]))
+            seen.append((stop.number, [signal.getsignal(number) for number in SIGNALS]))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [(False, before)]
+    assert seen == [(None, before)]
