@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+import absl.logging
+
 from endistill_jax import __version__
 from endistill_jax.configuration import files
 from endistill_jax.errors import Stopped, UserError
@@ -110,9 +112,11 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
 
 
 def be_quiet() -> None:
-    """Keeps TensorFlow and its libraries from writing notices; what the environment already sets stays."""
+    """Keeps libraries from writing notices; what the environment already sets stays. Errors are still told."""
     for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2"}.items():
         os.environ.setdefault(name, value)
+    # Orbax warns of a missing file that is optional, and of every checkpoint without held-out figures.
+    absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,13 +6,13 @@ is never in it: only its fingerprint is, among the facts.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
@@ -21,6 +21,8 @@ from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRest
 from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.checkpoints.reading import Facts, PyTree, absolute, finished_steps, read_facts, unreadable
 from endistill_jax.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -60,7 +62,6 @@ class Checkpointer:
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f"{self._directory} is a file; checkpoints need a directory")
         _set_aside_unfinished(self._directory)
-        logging.get_absl_logger().addFilter(_is_news)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
@@ -188,11 +189,6 @@ class Checkpointer:
             raise UserError(f"{self._directory} has no checkpoint of step {step}; it has {steps or 'none'}")
 
 
-def _is_news(record: logging.logging.LogRecord) -> bool:
-    # Orbax warns at every checkpoint that has no metrics although the best one is kept; held-out figures are rarer.
-    return "tracked_metric" not in str(record.msg)
-
-
 def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) -> ocp.CheckpointManagerOptions:
     worst = math.inf if best_mode == "min" else -math.inf
 
@@ -241,7 +237,7 @@ def _set_aside_unfinished(directory: epath.Path) -> None:
         for folder in directory.iterdir():
             if folder.name.isdecimal() and folder.is_dir() and int(folder.name) not in finished:
                 aside = folder.with_name(f"{folder.name}.unfinished")
-                logging.warning("%s is not a whole checkpoint; it is now %s and is not used", folder, aside)
+                _LOGGER.warning("%s is not a whole checkpoint; it is now %s and is not used", folder, aside)
                 if aside.exists():
                     aside.rmtree()
                 folder.rename(aside)

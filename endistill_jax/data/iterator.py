@@ -27,7 +27,7 @@ class BatchIterator:
     def __init__(self, make_dataset: Callable[[], tf.data.Dataset], settings: Mapping[str, object]):
         """Iterates over a dataset that `make_dataset` makes, always the same one.
 
-        Its order must not rest on shuffles that are started again every epoch (`dataset.shuffle(...).repeat()`): tf.data
+        Its order must not rest on a shuffle that starts again every epoch (`dataset.shuffle(...).repeat()`): tf.data
         does not save which epoch such a shuffle is in. A shuffle after the repetition is saved.
 
         Args:
