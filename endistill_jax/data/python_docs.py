@@ -21,10 +21,6 @@ from endistill_jax.data import cache, docstrings
 from endistill_jax.data.near_copies import without_near_copies
 from endistill_jax.errors import UserError
 
-# Several files a split: so files are read in a new order every epoch and each host can have its own.
-FILES_PER_SPLIT = 16
-
-
 @dataclasses.dataclass(kw_only=True)
 class PythonDocsConfig(tfds.core.BuilderConfig):
     """What is read.
@@ -32,10 +28,12 @@ class PythonDocsConfig(tfds.core.BuilderConfig):
     Attributes:
       packages: whether installed distributions are read beside the standard library.
       folder: read the source files below this folder instead of anything installed.
+      files: number of files a split is written to, so that as many hosts can each read their own.
     """
 
     packages: bool = False
     folder: str | None = None
+    files: int = 16
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
@@ -123,7 +121,7 @@ def python_docs_builder(config: str | PythonDocsConfig = "stdlib", data_dir: str
             builder = PythonDocs(data_dir=str(folder), config=config)
             if not _is_prepared(builder):
                 builder.download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(num_shards=FILES_PER_SPLIT, try_download_gcs=False)
+                    download_config=tfds.download.DownloadConfig(num_shards=config.files, try_download_gcs=False)
                 )
     return builder
 

@@ -38,7 +38,7 @@ def demo(
     Args:
         model_dir: receives a folder for every run, and the table.
         teacher: "bundled", a Hugging Face T5 folder, or the model directory of an earlier run.
-        student: shape of the student.
+        student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         path: what the distilled student learns from.
         data: what all of them read.
         optimizer: how the distilled student is updated.
@@ -57,7 +57,7 @@ def demo(
     """
     if not seeds:
         raise UserError("demo.seeds is empty; give at least one seed, such as (0,)")
-    taught_by = load_model(teacher, teacher_dtype)
+    taught_by = load_model(teacher, teacher_dtype, student.scan_layers)
     common = {"config": student, "data": data}
     arms = {
         "distilled": {"path": path, "optimizer": optimizer, "teacher": taught_by},

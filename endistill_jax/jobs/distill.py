@@ -29,7 +29,7 @@ def distill(
     Args:
         model_dir: receives checkpoints, metrics and the final table.
         teacher: "bundled", a Hugging Face T5 folder, or the model directory of an earlier run.
-        student: shape of the student.
+        student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         path: which attention relations are compared, and whether logits are.
         data: what both read; its vocabulary must be the teacher's.
         optimizer: how the student is updated.
@@ -44,7 +44,7 @@ def distill(
         UserError: for settings that do not fit, before anything is created.
         Stopped: when a signal asked the run to stop; what was done is saved.
     """
-    taught_by = load_model(teacher, teacher_dtype)
+    taught_by = load_model(teacher, teacher_dtype, student.scan_layers)
     training = Training(
         model_dir=model_dir,
         config=student,

@@ -38,12 +38,13 @@ class TrainedModel:
     vocabulary: str | None
 
 
-def load_model(source: str, dtype: str = "float32") -> TrainedModel:
+def load_model(source: str, dtype: str = "float32", scan_layers: bool = True) -> TrainedModel:
     """Loads a model from "bundled", a Hugging Face T5 folder, or the model directory of a run.
 
     Args:
         source: which.
         dtype: float32 or bfloat16: type of its parameters and of its computations.
+        scan_layers: whether its layers run in a compiled loop.
 
     Raises:
         UserError: if there is no model, or it cannot be read.
@@ -61,7 +62,7 @@ def load_model(source: str, dtype: str = "float32") -> TrainedModel:
         vocabulary = _folder_vocabulary(folder)
     fingerprint = fingerprint_params(params)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    config = dataclasses.replace(config, dtype=dtype, dropout_rate=0.0)
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, dropout_rate=0.0)
     return TrainedModel(source=source, params=params, config=config, fingerprint=fingerprint, vocabulary=vocabulary)
 
 

@@ -1,8 +1,8 @@
 """Runs a stack of identical layers whose parameters are stacked on a leading axis.
 
 The stack runs as segments: a compiled loop up to the tapped layer, that layer by itself, a loop over the rest. So
-exposing one layer stacks nothing for the others, compile time does not grow with depth, and what nobody reads above a tap
-is dead code that the compiler removes.
+exposing one layer stacks nothing for the others, compile time does not grow with depth, and what nobody reads above a
+tap is dead code that the compiler removes.
 """
 
 from collections.abc import Callable, Mapping

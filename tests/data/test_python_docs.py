@@ -19,7 +19,7 @@ def config(tmp_path_factory):
         (folder / f"module_{number}.py").write_text(
             f'"""Things that {word} does to {word} when all {word}s are away."""\n'
         )
-    return PythonDocsConfig(name="folder", folder=str(folder))
+    return PythonDocsConfig(name="folder", folder=str(folder), files=2)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_near_copies_are_not_on_both_sides():
 def test_standard_library_is_english_text():
     library = docstrings.standard_library()
     topics = list(docstrings.read_topics(library / "pydoc_data" / "topics.py"))
-    assert len(topics) > 50 and sum(len(topic.text) for topic in topics) > 500_000
+    assert len(topics) > 50 and sum(len(topic.text) for topic in topics) > 300_000
     found = list(docstrings.read_files([(library / "textwrap.py", pathlib.PurePath("textwrap.py"))], "stdlib"))
     assert ("textwrap", "TextWrapper.fill") in {(document.module, document.name) for document in found}
 
