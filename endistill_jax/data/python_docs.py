@@ -21,6 +21,7 @@ from endistill_jax.data import cache, docstrings
 from endistill_jax.data.near_copies import without_near_copies
 from endistill_jax.errors import UserError
 
+
 @dataclasses.dataclass(kw_only=True)
 class PythonDocsConfig(tfds.core.BuilderConfig):
     """What is read.

@@ -35,7 +35,7 @@ def test_every_docstring_has_its_qualified_name():
     found = dict(docstrings.docstrings(ast.parse(textwrap.dedent(source))))
     assert found == {
         "": "Module.",
-        "Outer": "Outer\n    indented.",
+        "Outer": "Outer\nindented.",
         "Outer.method": "Method.",
         "Outer.method.inner": "Inner.",
         "fallback": "Fallback.",

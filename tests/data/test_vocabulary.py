@@ -12,21 +12,21 @@ TEXTS = [f"The {noun} of the {other} is {verb}." for noun in NOUNS for other in 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "sub" / "spiece.model"
-    vocabulary.train_sentencepiece(TEXTS, path, size=120)
+    vocabulary.train_sentencepiece(TEXTS, path, size=100)
     return path
 
 
 def test_conventions_of_t5(model):
     loaded = vocabulary.load_vocabulary(model)
     assert (loaded.pad_id, loaded.eos_id, loaded.unk_id) == (0, 1, 2)
-    assert loaded.vocab_size == 120 + 100
-    text = "The list of the class is returned"
+    assert loaded.vocab_size == 100 + 100
+    text = "The list of the class is read"
     assert loaded.decode(loaded.encode(text)) == text
     assert list(loaded.encode("line\n   end")) == list(loaded.encode("line end"))
 
 
 def test_training_repeats_and_leaves_nothing_else(model, tmp_path):
-    vocabulary.train_sentencepiece(iter(TEXTS), tmp_path / "again.model", size=120)
+    vocabulary.train_sentencepiece(iter(TEXTS), tmp_path / "again.model", size=100)
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
 
