@@ -6,10 +6,10 @@ from typing import Any
 
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.held_out import HeldOut, prepare_held_out
 from endistill_jax.jobs.models import load_model
 from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.session import train
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path

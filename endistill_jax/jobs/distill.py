@@ -1,10 +1,10 @@
 """Distillation: a frozen teacher, a small student, and the path between them."""
 
 from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
 from endistill_jax.jobs.models import load_model
 from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.session import TrainingResult, train
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path

@@ -1,9 +1,9 @@
 """Pretraining from scratch: the language-model loss alone, no teacher."""
 
 from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
 from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.session import TrainingResult, train
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path

@@ -15,8 +15,8 @@ def _bucket_by_description(distance, *, bidirectional, buckets, max_distance):
     """The bucket of one key-minus-query distance, in integers alone.
 
     Raffel et al. (arXiv 1910.10683): half of the buckets are for single distances, the others grow logarithmically and
-    end at `max_distance`; further ones share the last. A bidirectional stack gives each direction half of the buckets; a
-    causal one has no use for keys to the right. Coarse bucket k begins where
+    end at `max_distance`; further ones share the last. A bidirectional stack gives each direction half of the buckets;
+    a causal one has no use for keys to the right. Coarse bucket k begins where
     log(d / exact) / log(max / exact) * coarse >= k, which is d^coarse * exact^k >= max^k * exact^coarse.
     """
     if bidirectional:

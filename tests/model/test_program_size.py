@@ -1,4 +1,4 @@
-"""Programs do not grow with depth, and hold nothing that nobody reads. Counted in instructions and FLOPs, not seconds."""
+"""Programs do not grow with depth and hold nothing that nobody reads: counted in instructions and FLOPs."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 """One step gives the same on every mesh: terms, gradients, moments and parameters; and everything lies where it should.
 
-The first moment after one step of Adam from zero is (1 - b1) times the gradient, so the state tells it. The examples are
-uneven: whole devices hold padding alone, so averaging per device, or per micro-batch, would show.
+The first moment after one step of Adam from zero is (1 - b1) times the gradient, so the state tells it. The examples
+are uneven: whole devices hold padding alone, so averaging per device, or per micro-batch, would show.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
 from endistill_jax.train.step import make_train_step
 
-# Every width is a multiple of eight, the largest mesh axis. The loop over the encoder's lower layers is compiled as one.
+# Every width is a multiple of eight, the largest mesh axis. Two lower layers of the encoder run as a loop.
 STUDENT = T5Config(
     vocab_size=40,
     d_model=16,

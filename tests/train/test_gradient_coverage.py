@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.losses import Path, Site, combine, term_sums, term_weights
+from endistill_jax.losses import Path, Site, coefficients, term_sums, term_weights
 from endistill_jax.model.layout import unstack_layers
 from endistill_jax.train.step import forward
 
@@ -52,15 +52,11 @@ UNTAUGHT = {
         | DECODER_LAYERS
         | HEAD,
     ),
-    "decoder, first layer": (
-        Path(
-            decoder_self=dataclasses.replace(SELF, student_layer=0), cross=dataclasses.replace(CROSS, student_layer=0)
-        ),
-        in_layer("decoder/layers_0", {"encoder_decoder_attention/out/kernel"} | MLP)
-        | in_layer(LAST, SELF_ATTENTION | CROSS_ATTENTION | MLP)
-        | HEAD,
-    ),
 }
+
+# Everything that any of them has, at the last layers.
+UNION = Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS, logits_weight=1.0, lm_weight=1.0)
+BELOW = Path(decoder_self=dataclasses.replace(SELF, student_layer=0), cross=dataclasses.replace(CROSS, student_layer=0))
 
 
 @pytest.fixture(scope="module")
@@ -76,23 +72,50 @@ def gradients(student, teacher, make_params, teacher_params):
         "decoder_loss_weights": np.ones((2, 4), np.float32),
     }
 
-    def gradient(path):
-        def loss(params):
-            taught = forward(teacher, teacher_params, batch, path, "teacher") if path.needs_teacher else None
-            sums = term_sums(path, forward(deep, params, batch, path, "student"), taught, batch)
-            return combine(path, sums, term_weights(path, batch))
+    def gradient_of_terms(path):
+        """Gradient of the path's terms, each times a rate that is given later: one program for many paths."""
 
-        flat = unstack_layers(jax.jit(jax.grad(loss))(make_params(deep, 0)))
+        def loss(params, rates):
+            taught = forward(teacher, teacher_params, batch, path, "teacher")
+            sums, weights = (
+                term_sums(path, forward(deep, params, batch, path, "student"), taught, batch),
+                term_weights(path, batch),
+            )
+            return sum(rates[term] * sums[term] / weights[term] for term in sums)
+
+        return jax.jit(jax.grad(loss))
+
+    of_union, of_below = gradient_of_terms(UNION), gradient_of_terms(BELOW)
+
+    def gradient(path):
+        terms = of_below if path is BELOW else of_union
+        everything = coefficients(BELOW if path is BELOW else UNION)
+        assert coefficients(path).keys() <= everything.keys()
+        flat = unstack_layers(terms(make_params(deep, 0), dict.fromkeys(everything, 0.0) | coefficients(path)))
         leaves = jax.tree_util.tree_leaves_with_path(flat)
         return {"/".join(entry.key for entry in path): np.asarray(leaf) for path, leaf in leaves}
 
     return gradient
 
 
-@pytest.mark.parametrize("name", UNTAUGHT)
-def test_path_teaches_exactly_these_parameters(gradients, name):
-    path, untaught = UNTAUGHT[name]
-    gradient = gradients(path)
+def assert_taught_all_but(untaught, gradient):
     assert untaught <= gradient.keys()
     assert {leaf for leaf, values in gradient.items() if not values.any()} == untaught
     assert all(np.isfinite(values).all() for values in gradient.values())
+
+
+@pytest.mark.parametrize("name", UNTAUGHT)
+def test_path_teaches_exactly_these_parameters(gradients, name):
+    path, untaught = UNTAUGHT[name]
+    assert_taught_all_but(untaught, gradients(path))
+
+
+def test_relations_of_a_lower_layer_teach_nothing_above_it(gradients):
+    above = in_layer("decoder/layers_0", {"encoder_decoder_attention/out/kernel"} | MLP)
+    above |= in_layer(LAST, SELF_ATTENTION | CROSS_ATTENTION | MLP) | HEAD
+    assert_taught_all_but(above, gradients(BELOW))
+
+
+def test_students_logits_are_computed_exactly_where_a_path_teaches_the_head():
+    for name, (path, untaught) in UNTAUGHT.items():
+        assert path.needs_logits("student") == (not HEAD & untaught), name

@@ -44,10 +44,10 @@ class TrainingResult:
 
 def train(training: Training, held_out: HeldOut) -> TrainingResult:
     """Runs a training to its end, from its last checkpoint if there is one; a finished one is only evaluated."""
-    return _Session(training, held_out).run()
+    return _Execution(training, held_out).run()
 
 
-class _Session:
+class _Execution:
     """The moving parts of a run in progress."""
 
     def __init__(self, training: Training, held_out: HeldOut):
