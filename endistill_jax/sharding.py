@@ -55,7 +55,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.
 @contextlib.contextmanager
 def activation_sharding(mesh: Mesh) -> Iterator[None]:
     """While tracing inside it, the model's logical constraints on activations refer to this mesh."""
-    with mesh, nn.logical_axis_rules(LOGICAL_RULES):
+    # Flax reads the abstract mesh: under `with mesh:` alone it drops every constraint without a word.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_RULES):
         yield
 
 

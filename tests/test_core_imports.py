@@ -80,7 +80,7 @@ import jax
 import numpy as np
 from endistill_jax.losses import Path, Site
 from endistill_jax.model.config import T5Config
-from endistill_jax.sharding import make_mesh, place_batch
+from endistill_jax.sharding import abstract_params, make_mesh, place_batch
 from endistill_jax.train.loop import train_loop
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import init_state
@@ -89,7 +89,6 @@ from endistill_jax.train.step import make_train_step
 config = T5Config(vocab_size=8, d_model=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
                   num_decoder_layers=1, mlp_activations=("relu",), tied_head=True)
 rng = np.random.default_rng(0)
-from endistill_jax.sharding import abstract_params
 params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config))
 mesh, optimizer = make_mesh(1, devices=jax.devices()[:1]), make_optimizer(OptimizerConfig(), 2)
 path = Path(cross=Site(relations=("qk",), relation_heads=1), lm_weight=1.0)

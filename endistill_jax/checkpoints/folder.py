@@ -33,6 +33,7 @@ def replace_folder(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.P
         partial.mkdir(parents=True)
         yield partial
         for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors makes files that nobody else may read
             _flush(file)
         _swap(partial, path)
     except (OSError, safetensors.SafetensorError) as error:

@@ -20,7 +20,7 @@ from endistill_jax.errors import UserError
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 EXTRA_IDS = 100
 BYTES = "bytes"
-BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "spiece.model"
+BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher" / "spiece.model"
 
 
 def train_sentencepiece(

@@ -8,6 +8,8 @@ FLAG = "--xla_force_host_platform_device_count=8"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs for eight devices take long to compile and are run once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_sessionstart():

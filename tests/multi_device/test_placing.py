@@ -43,7 +43,7 @@ def test_mesh_of_another_number_of_devices_is_refused(axes):
     [
         ({"num_heads": 4}, (1, 1, 8), r"rel_embedding has an axis of 4, which mesh axis tensor=8"),
         ({"mlp_dim": 20}, (1, 1, 8), r"mlp/.* has an axis of 20, which mesh axis tensor=8"),
-        ({"vocab_size": 42}, (2, 1, 4), r"token_embedder/embedding has an axis of 42, which mesh axis tensor=4"),
+        ({"vocab_size": 42}, (2, 1, 4), r"has an axis of 42, which mesh axis tensor=4"),
         ({"d_model": 12}, (1, 8, 1), r"has an axis of 12, which mesh axis fsdp=8"),
     ],
 )
