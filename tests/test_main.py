@@ -44,6 +44,14 @@ def part(*, size: int, label: str = ""):
     return (size, label)
 
 
+def stopped():
+    return Stopped("stopped at step 7", signal.SIGTERM)
+
+
+def stopped_by_hand():
+    return Stopped("stopped at step 7", signal.SIGINT)
+
+
 def user_error():
     return UserError("that is wrong; this would be right")
 
@@ -53,7 +61,8 @@ def toy(monkeypatch, tmp_path):
     """A folder to stand in, and a module `toy` that gin files can import."""
     module = types.ModuleType("toy")
     module.job, module.part, module.user_error = job, part, user_error
-    module.zero_division, module.stopped, module.interrupted = ZeroDivisionError, Stopped, KeyboardInterrupt
+    module.zero_division, module.interrupted = ZeroDivisionError, KeyboardInterrupt
+    module.stopped, module.stopped_by_hand = stopped, stopped_by_hand
     monkeypatch.setitem(sys.modules, "toy", module)
     monkeypatch.chdir(tmp_path)
     calls.clear()
@@ -224,11 +233,14 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
     [
         ("@toy.interrupted", 128 + signal.SIGINT),
         ("@toy.stopped", 128 + signal.SIGTERM),
+        ("@toy.stopped_by_hand", 128 + signal.SIGINT),
         (int(signal.SIGTERM), 128 + signal.SIGTERM),
         (int(signal.SIGINT), 128 + signal.SIGINT),
     ],
 )
 def test_an_ended_run_is_one_line_and_the_code_of_its_signal(capsys, error, code):
+    # A shell starts its background programs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert main([write(f"{HEAD}toy.job.error = {error}\n")]) == code
     assert capsys.readouterr().err.count("\n") == 1

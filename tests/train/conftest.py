@@ -26,10 +26,9 @@ STUDENT = T5Config(
 )
 TEACHER = dataclasses.replace(STUDENT, d_model=14, head_dim=8, mlp_dim=22)
 
-_SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
 EVERYTHING = Path(
-    encoder_self=_SELF,
-    decoder_self=_SELF,
+    encoder_self=Site(relations=("qq", "kk"), relation_heads=4),
+    decoder_self=Site(relations=("qk", "vv"), relation_heads=4),
     cross=Site(relations=("qk", "vv"), weight=2.0, relation_heads=2),
     logits_weight=0.7,
     temperature=2.0,

@@ -19,9 +19,16 @@ from endistill_jax.train.state import init_state, state_shardings
 from endistill_jax.train.step import make_train_step, split_micro_batches
 
 ADAM = make_optimizer(OptimizerConfig(learning_rate=0.01, schedule="constant"), 100)
-TERMS = {"encoder_self/qq", "encoder_self/kk", "encoder_self/vv", "decoder_self/qq", "decoder_self/kk"} | {
-    "decoder_self/vv", "cross/qk", "cross/vv", "logits", "lm"
-}  # fmt: skip
+TERMS = {
+    "encoder_self/qq",
+    "encoder_self/kk",
+    "decoder_self/qk",
+    "decoder_self/vv",
+    "cross/qk",
+    "cross/vv",
+    "logits",
+    "lm",
+}
 
 
 @pytest.fixture(scope="module")
