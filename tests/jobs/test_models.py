@@ -1,0 +1,39 @@
+"""Finding trained models: the bundled teacher is what its documentation says."""
+
+import pytest
+
+from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
+from endistill_jax.data.vocabulary import bundled_vocabulary, padded_vocab_size
+from endistill_jax.errors import UserError
+from endistill_jax.jobs.models import BUNDLED_FOLDER, load_model
+from endistill_jax.model.t5 import count_params
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model("bundled", "bfloat16", scan_layers=False)
+
+
+def test_the_bundled_teacher_has_the_size_that_is_documented(bundled):
+    assert count_params(bundled.params) == 7_608_064
+    assert sum(file.stat().st_size for file in BUNDLED_FOLDER.iterdir()) < 16_000_000
+    assert (bundled.config.num_encoder_layers, bundled.config.num_decoder_layers, bundled.config.d_model) == (4, 4, 256)
+
+
+def test_the_bundled_teacher_speaks_the_vocabulary_of_the_offline_tasks(bundled):
+    vocabulary = bundled_vocabulary()
+    assert bundled.vocabulary == fingerprint_vocabulary(vocabulary)
+    assert bundled.config.vocab_size == padded_vocab_size(vocabulary)
+
+
+def test_a_models_type_is_what_was_asked_for_and_its_fingerprint_is_not_of_the_type(bundled):
+    assert bundled.params["token_embedder"]["embedding"].dtype == "bfloat16"
+    assert bundled.fingerprint == fingerprint_params(load_model("bundled").params)
+    assert not bundled.config.scan_layers and bundled.config.dtype == "bfloat16"
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(UserError, match="no model at .*nowhere; give 'bundled'"):
+        load_model(str(tmp_path / "nowhere"))
