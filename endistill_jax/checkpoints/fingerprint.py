@@ -5,7 +5,9 @@ resumed with others. Equal sizes or equal paths prove nothing; only the content 
 """
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.model.layout import STACKS
 
 _ABSENT = "absent"
+_BLOCK = 1 << 22  # elements looked at together
 
 
 def fingerprint_params(params: Mapping[str, Any]) -> str:
@@ -32,7 +35,28 @@ def fingerprint_params(params: Mapping[str, Any]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digests = {name: _digest(leaf) for name, leaf in _interchange_leaves(params)}
+    return combine_digests({name: digest_tensor(leaf) for name, leaf in _interchange_leaves(params)})
+
+
+def digest_tensor(tensor: Any) -> str:
+    """What `fingerprint_params` hashes of one tensor: its shape and its values, a block at a time."""
+    array = np.asarray(tensor)
+    small_float = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4
+    dtype = np.dtype("<f4") if small_float else array.dtype.newbyteorder("<")
+    # A transposed or narrow tensor is copied, but not as a whole.
+    contents = (np.ascontiguousarray(block, dtype).data for block in row_blocks(array))
+    return _sha256(itertools.chain([f"{dtype.str} {array.shape} ".encode()], contents))
+
+
+def row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array as views of some of its rows each, so that what is computed of it needs little memory at a time."""
+    rows = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array) if array.ndim else 1, rows):
+        yield array[start : start + rows] if array.ndim else array
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model from its tensors' digests by interchange name."""
     return _sha256(f"{name} {digests[name]}\n".encode() for name in sorted(digests))
 
 
@@ -94,14 +118,6 @@ def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> 
                 yield "/".join((here[0], f"layers_{index}", *here[2:])), value[index]
         else:
             yield "/".join(here), value
-
-
-def _digest(leaf: Any) -> str:
-    array = np.asarray(leaf)
-    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4:
-        array = array.astype("<f4")
-    array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    return _sha256([f"{array.dtype.str} {leaf.shape} ".encode(), array.data])
 
 
 def _sentencepiece_content(vocabulary: Any) -> Iterator[bytes]:

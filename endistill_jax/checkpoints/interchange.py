@@ -1,0 +1,198 @@
+"""The common tongue of foreign checkpoints: one tensor at a time, under our names and in our orientation.
+
+A reader of a format is a `Source`, which says what model it holds and gives its tensors one by one; a writer asks
+`tensors_of` for them one by one. So memory never holds a second copy of a model, whatever the format.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
+from endistill_jax.errors import UserError
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.layout import STACKS
+from endistill_jax.sharding import abstract_params
+
+Params = dict[str, Any]
+
+
+class Parameter(NamedTuple):
+    """One tensor of a model: of one layer, if it belongs to a layer.
+
+    Attributes:
+        path: where it lies in our nested dictionaries, such as `("encoder", "layers", "mlp", "wo", "kernel")`.
+        layer: its layer, None outside the stacks.
+        shape: its shape without the axis of layers; kernels are [in, out].
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """T5X's name, such as `encoder/layers_0/mlp/wo/kernel`."""
+        return "/".join(f"layers_{self.layer}" if part == "layers" else part for part in self.path)
+
+
+class VocabularyFile(NamedTuple):
+    """A SentencePiece model beside a checkpoint.
+
+    Attributes:
+        path: the file.
+        extra_ids: sentinels above its own pieces.
+    """
+
+    path: str
+    extra_ids: int
+
+
+class Source(Protocol):
+    """A foreign checkpoint, opened: names, shapes and types are checked, nothing large is read yet.
+
+    Attributes:
+        where: its path, for messages.
+        config: what model it holds.
+        vocabulary: the vocabulary that lies beside it, if one does.
+    """
+
+    where: str
+    config: T5Config
+    vocabulary: VocabularyFile | None
+
+    def read(self, parameter: Parameter) -> np.ndarray:
+        """One tensor in our orientation (a transposed view will do), of the type it is stored in, finite.
+
+        Raises:
+            UserError: naming file and tensor, if it cannot be read or holds NaN or infinity.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+@functools.lru_cache(maxsize=32)
+def parameters(config: T5Config) -> tuple[Parameter, ...]:
+    """Every tensor of a model, from the model's own initialisation; the layers of one parameter follow each other."""
+    found = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        path = tuple(key.key for key in keys)
+        if path[0] in STACKS and path[1] == "layers":
+            found += [Parameter(path, layer, tuple(leaf.shape[1:])) for layer in range(leaf.shape[0])]
+        else:
+            found.append(Parameter(path, None, tuple(leaf.shape)))
+    return tuple(found)
+
+
+def assemble(source: Source, dtype: Any, shardings: Any = None) -> tuple[Params, str]:
+    """Reads a whole model, one tensor at a time.
+
+    Args:
+        source: where from.
+        dtype: float32 or bfloat16, what the parameters become.
+        shardings: tree of `NamedSharding` like the parameters: every tensor goes to the devices that keep a part of
+            it as soon as it is read, and the host holds no more than one. None: NumPy arrays.
+
+    Returns:
+        The parameters, layers stacked, and the fingerprint of what was read (before it was cast).
+
+    Raises:
+        UserError: naming file and tensor.
+    """
+    params: Params = {}
+    digests = {}
+    for path, group in itertools.groupby(parameters(source.config), key=lambda parameter: parameter.path):
+        members = list(group)
+        sharding = functools.reduce(lambda tree, name: tree[name], path, shardings) if shardings else None
+        leaf = None
+        for parameter in members:
+            tensor = source.read(parameter)
+            digests[parameter.name] = digest_tensor(tensor)
+            leaf = _place(leaf, tensor, parameter.layer, len(members), jnp.dtype(dtype), sharding)
+            del tensor  # before the next one is read
+        *parents, last = path
+        functools.reduce(lambda tree, name: tree.setdefault(name, {}), parents, params)[last] = leaf
+    return params, combine_digests(digests)
+
+
+def tensors_of(params: Mapping[str, Any], config: T5Config) -> Callable[[Parameter], np.ndarray]:
+    """Checks that parameters are a configuration's, and gives a function that fetches them one tensor at a time.
+
+    Raises:
+        UserError: if one is missing, misshapen or has no place; later, from the function, if one is not finite.
+    """
+    wanted = {}
+    for parameter in parameters(config):
+        depth = (parameter.layer or 0) + 1
+        wanted["/".join(parameter.path)] = (*((depth,) if parameter.layer is not None else ()), *parameter.shape)
+    leaves = {"/".join(path): leaf for path, leaf in _leaves(params)}
+    for name, shape in wanted.items():
+        if name not in leaves:
+            raise UserError(f"the parameters lack {name}, which the configuration asks for")
+        if tuple(leaves[name].shape) != shape:
+            raise UserError(f"{name} has shape {tuple(leaves[name].shape)}; the configuration makes it {shape}")
+    extra = sorted(leaves.keys() - wanted.keys())
+    if extra:
+        raise UserError(f"the configuration has no place for the parameter {extra[0]}")
+
+    def fetch(parameter: Parameter) -> np.ndarray:
+        leaf = leaves["/".join(parameter.path)]
+        tensor = np.asarray(leaf if parameter.layer is None else leaf[parameter.layer])
+        check_finite(tensor, f"parameter {parameter.name}")
+        return tensor
+
+    return fetch
+
+
+def check_finite(tensor: np.ndarray, name: str) -> None:
+    """Looks for NaN and infinity, a block at a time.
+
+    Raises:
+        UserError: "<name> holds NaN or infinity".
+    """
+    if not all(np.isfinite(block).all() for block in row_blocks(tensor)):
+        raise UserError(f"{name} holds NaN or infinity")
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _place(
+    leaf: Any, tensor: np.ndarray, layer: int | None, depth: int, dtype: np.dtype, sharding: NamedSharding | None
+) -> Any:
+    """Puts a tensor into its parameter, which the first of its layers makes."""
+    if sharding is None:
+        if layer is None:
+            return np.ascontiguousarray(tensor, dtype=dtype)
+        leaf = np.empty((depth, *tensor.shape), dtype) if leaf is None else leaf
+        leaf[layer] = tensor
+        return leaf
+    spec = sharding.spec if layer is None else PartitionSpec(*sharding.spec[1:])
+    part = jax.make_array_from_callback(
+        tensor.shape, NamedSharding(sharding.mesh, spec), lambda index: tensor[index].astype(dtype)
+    )
+    if layer is not None:
+        if leaf is None:
+            leaf = jax.jit(functools.partial(jnp.zeros, (depth, *tensor.shape), dtype), out_shardings=sharding)()
+        part = _insert(leaf, part, layer)
+    # Else the next tensor is read while this one still waits in the host's memory.
+    return jax.block_until_ready(part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stacked: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, axis=0)
