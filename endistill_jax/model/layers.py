@@ -33,6 +33,13 @@ class Tap(NamedTuple):
     value: jax.Array
 
 
+class KeysValues(NamedTuple):
+    """Keys and values kept for later queries: each [batch, num_heads, length, head_dim]; stacks put layers first."""
+
+    key: jax.Array
+    value: jax.Array
+
+
 class Linear(nn.Module):
     """A projection without bias: [..., inputs] -> [..., features].
 
@@ -106,7 +113,19 @@ class Attention(nn.Module):
 
     config: T5Config
 
-    @nn.compact
+    def setup(self):
+        cfg = self.config
+
+        def projection(stddev: float) -> Linear:
+            return Linear(cfg.inner_dim, ("embed", "joined_kv"), stddev, jnp.dtype(cfg.dtype))
+
+        # T5 folds the missing 1 / sqrt(head_dim) of the scores into the initial queries.
+        self.query = projection((cfg.d_model * cfg.head_dim) ** -0.5)
+        self.key = projection(cfg.d_model**-0.5)
+        self.value = projection(cfg.d_model**-0.5)
+        self.out = Linear(cfg.d_model, ("joined_kv", "embed"), cfg.inner_dim**-0.5, jnp.dtype(cfg.dtype))
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+
     def __call__(
         self,
         queries_from: jax.Array,
@@ -127,33 +146,44 @@ class Attention(nn.Module):
         Returns:
             The projected output [batch, query_length, d_model], and the queries, keys and values it used.
         """
-        cfg = self.config
-        dtype = jnp.dtype(cfg.dtype)
+        projections = ((self.query, queries_from), (self.key, keys_from), (self.value, keys_from))
+        tap = Tap(*(_constrained(project_from(x)) for project_from, x in projections))
+        query, key, value = map(self.split_heads, tap)
+        return self._attend(query, key, value, mask, position_bias, deterministic), tap
 
-        def projection(x: jax.Array, name: str, stddev: float) -> jax.Array:
-            y = Linear(cfg.inner_dim, ("embed", "joined_kv"), stddev, dtype, name=name)(x)
-            return nn.with_logical_constraint(y, ("batch", "length", "joined_kv"))
+    def keys_values(self, x: jax.Array) -> KeysValues:
+        """The keys and values of [batch, length, d_model], to be kept for `attend`."""
+        return KeysValues(*(self.split_heads(_constrained(projection(x))) for projection in (self.key, self.value)))
 
-        # T5 folds the missing 1 / sqrt(head_dim) of the scores into the initial queries.
-        tap = Tap(
-            query=projection(queries_from, "query", (cfg.d_model * cfg.head_dim) ** -0.5),
-            key=projection(keys_from, "key", cfg.d_model**-0.5),
-            value=projection(keys_from, "value", cfg.d_model**-0.5),
-        )
-        # [batch, length, num_heads * head_dim] -> [batch, num_heads, length, head_dim]: heads before length, so that
-        # both products are plain batched matrix products.
-        query, key, value = (x.reshape(*x.shape[:-1], cfg.num_heads, cfg.head_dim).transpose(0, 2, 1, 3) for x in tap)
+    def attend(
+        self, queries_from: jax.Array, kept: KeysValues, mask: jax.Array, position_bias: jax.Array | None
+    ) -> jax.Array:
+        """As the call, without dropout, to keys and values that were kept."""
+        query = self.split_heads(_constrained(self.query(queries_from)))
+        return self._attend(query, *kept, mask, position_bias, deterministic=True)
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        """[batch, length, num_heads * head_dim] -> [batch, num_heads, length, head_dim].
+
+        Heads before length, so that both products of attention are plain batched matrix products.
+        """
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim).transpose(0, 2, 1, 3)
+
+    def _attend(self, query, key, value, mask, position_bias, deterministic: bool) -> jax.Array:
         # [batch, num_heads, query_length, key_length]
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
         if position_bias is not None:
             scores = scores + position_bias
-        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(dtype)
-        weights = nn.Dropout(cfg.dropout_rate)(weights, deterministic=deterministic)
+        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(value.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
         attended = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         # [batch, num_heads, length, head_dim] -> [batch, length, num_heads * head_dim]
-        attended = attended.transpose(0, 2, 1, 3).reshape(*queries_from.shape[:2], cfg.inner_dim)
-        out = Linear(cfg.d_model, ("joined_kv", "embed"), cfg.inner_dim**-0.5, dtype, name="out")(attended)
-        return out, tap
+        attended = attended.transpose(0, 2, 1, 3)
+        return self.out(attended.reshape(*attended.shape[:2], self.config.inner_dim))
+
+
+def _constrained(projected: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(projected, ("batch", "length", "joined_kv"))
 
 
 def relative_position_buckets(
@@ -191,18 +221,33 @@ class RelativePositionBias(nn.Module):
     config: T5Config
     bidirectional: bool
 
-    @nn.compact
-    def __call__(self, query_length: int, key_length: int) -> jax.Array:
+    def setup(self):
         cfg = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ("heads", "relpos_buckets"))
-        table = self.param("rel_embedding", init, (cfg.num_heads, cfg.relative_buckets), jnp.float32)
-        buckets = relative_position_buckets(
+        self.rel_embedding = self.param("rel_embedding", init, (cfg.num_heads, cfg.relative_buckets), jnp.float32)
+
+    def __call__(self, query_length: int, key_length: int) -> jax.Array:
+        return self._bias(self._buckets(query_length, key_length))
+
+    def row(self, index: jax.Array, length: int) -> jax.Array:
+        """The causal bias of one query, the index-th, to `length` keys: [1, num_heads, 1, length].
+
+        Keys after it, which it may not see, have the bias of distance 0.
+        """
+        of_distance = jnp.asarray(self._buckets(length, 1)[:, 0])  # to key 0 the distance is the query's index
+        return self._bias(of_distance[jnp.maximum(index - jnp.arange(length), 0)][None])
+
+    def _buckets(self, query_length: int, key_length: int) -> np.ndarray:
+        cfg = self.config
+        return relative_position_buckets(
             query_length,
             key_length,
             bidirectional=self.bidirectional,
             buckets=cfg.relative_buckets,
             max_distance=cfg.relative_max_distance,
         )
+
+    def _bias(self, buckets: jax.Array | np.ndarray) -> jax.Array:
         # One-hot product instead of a gather: its gradient is a matrix product too, not a scatter.
-        one_hot = jax.nn.one_hot(buckets, cfg.relative_buckets, dtype=jnp.float32)
-        return jnp.einsum("hn,qkn->hqk", table, one_hot)[None]
+        one_hot = jax.nn.one_hot(buckets, self.config.relative_buckets, dtype=jnp.float32)
+        return jnp.einsum("hn,qkn->hqk", self.rel_embedding, one_hot)[None]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from endistill_jax.batch import Batch, segment_ids, visible_keys
 from endistill_jax.errors import UserError
+from endistill_jax.model.blocks import DecoderLayer, EncoderLayer
 from endistill_jax.model.config import T5Config
-from endistill_jax.model.layers import MLP, Attention, RelativePositionBias, RMSNorm, Tap, project
+from endistill_jax.model.layers import RelativePositionBias, RMSNorm, Tap, project
 from endistill_jax.model.stack import run_layers, stacked_init
 
 SITES = ("encoder_self", "decoder_self", "cross")
@@ -32,47 +33,6 @@ class Output(NamedTuple):
     encoded: jax.Array | None
     logits: jax.Array | None
     taps: dict[str, Tap]
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each on a normalised input and added to the residual stream."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask, position_bias, deterministic: bool) -> tuple[jax.Array, dict[str, Tap]]:
-        cfg = self.config
-        drop = nn.Dropout(cfg.dropout_rate)
-        y = RMSNorm(cfg, name="pre_attention_layer_norm")(x)
-        y, tap = Attention(cfg, name="attention")(y, y, mask, position_bias, deterministic)
-        x = x + drop(y, deterministic=deterministic)
-        y = RMSNorm(cfg, name="pre_mlp_layer_norm")(x)
-        x = x + drop(MLP(cfg, name="mlp")(y, deterministic), deterministic=deterministic)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_activation")), {"encoder_self": tap}
-
-
-class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder's output, and MLP."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(
-        self, x, encoded, mask, position_bias, cross_mask, deterministic: bool
-    ) -> tuple[jax.Array, dict[str, Tap]]:
-        cfg = self.config
-        drop = nn.Dropout(cfg.dropout_rate)
-        y = RMSNorm(cfg, name="pre_self_attention_layer_norm")(x)
-        y, self_tap = Attention(cfg, name="self_attention")(y, y, mask, position_bias, deterministic)
-        x = x + drop(y, deterministic=deterministic)
-        y = RMSNorm(cfg, name="pre_cross_attention_layer_norm")(x)
-        attention = Attention(cfg, name="encoder_decoder_attention")
-        y, cross_tap = attention(y, encoded, cross_mask, None, deterministic)
-        x = x + drop(y, deterministic=deterministic)
-        y = RMSNorm(cfg, name="pre_mlp_layer_norm")(x)
-        x = x + drop(MLP(cfg, name="mlp")(y, deterministic), deterministic=deterministic)
-        taps = {"decoder_self": self_tap, "cross": cross_tap}
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_activation")), taps
 
 
 class Embedding(nn.Module):
@@ -239,7 +199,7 @@ def boxed_init(config: T5Config, key: jax.Array) -> Any:
     """Parameters in Flax's boxes, which carry the logical axis names; see `sharding.py`."""
     tokens = jnp.ones((1, 2), jnp.int32)
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-    return T5(config).init({"params": key}, dict.fromkeys(names, tokens))["params"]
+    return T5(config, parent=None).init({"params": key}, dict.fromkeys(names, tokens))["params"]
 
 
 def init_params(config: T5Config, key: jax.Array) -> Any:

@@ -5,6 +5,7 @@ alone, so the whole batch's weights are known before its first micro-batch runs,
 micro-batching nor the mesh changes what is computed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,46 @@ def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
     return {name: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
+def loss_and_sums(
+    params: Any,
+    teacher_params: Any,
+    batch: Batch,
+    weights: dict[str, jax.Array],
+    dropout_key: jax.Array | None,
+    *,
+    student: T5Config,
+    teacher: T5Config | None,
+    path: Path,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a batch, or a micro-batch's share of it: what is differentiated with respect to `params`.
+
+    Args:
+        params: the student's.
+        teacher_params: the teacher's, constants; None without a teacher.
+        batch: the micro-batch.
+        weights: `term_weights` of the whole batch.
+        dropout_key: needed with dropout; None runs without it.
+        student: settings of the student.
+        teacher: settings of the teacher.
+        path: what is compared.
+
+    Returns:
+        The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` where
+        logits are computed, the last two without gradient.
+    """
+    taught = None
+    if path.needs_teacher:
+        taught = jax.lax.stop_gradient(forward(teacher, teacher_params, batch, path, "teacher"))
+    learned = forward(student, params, batch, path, "student", dropout_key if student.dropout_rate else None)
+    sums = term_sums(path, learned, taught, batch)
+    loss = combine(path, sums, weights)
+    for name, output in (("cross_entropy", learned), ("teacher_cross_entropy", taught)):
+        if output is not None and output.logits is not None:
+            logits = jax.lax.stop_gradient(output.logits)
+            sums[name], _ = cross_entropy(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+    return loss, sums
+
+
 def make_train_step(
     *,
     student: T5Config,
@@ -80,18 +121,7 @@ def make_train_step(
         raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
     base_key = jax.random.key(0) if base_key is None else base_key
 
-    def micro_batch_loss(params, teacher_params, batch, weights, key):
-        taught = None
-        if path.needs_teacher:
-            taught = jax.lax.stop_gradient(forward(teacher, teacher_params, batch, path, "teacher"))
-        learned = forward(student, params, batch, path, "student", key if student.dropout_rate else None)
-        sums = term_sums(path, learned, taught, batch)
-        loss = combine(path, sums, weights)
-        for name, output in (("cross_entropy", learned), ("teacher_cross_entropy", taught)):
-            if output is not None and output.logits is not None:
-                logits = jax.lax.stop_gradient(output.logits)
-                sums[name], _ = cross_entropy(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
-        return loss, sums
+    micro_batch_loss = functools.partial(loss_and_sums, student=student, teacher=teacher, path=path)
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with activation_sharding(mesh):
