@@ -6,18 +6,17 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-import safetensors
-
 from endistill_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def replace_folder(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+def replace_folder(path: pathlib.Path, *, overwrite: bool, marker: str = "config.json") -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `path`; it takes the name on leaving, and is removed if anything fails.
 
     Args:
         path: the final name.
-        overwrite: whether a folder with a config.json may be replaced; an empty one always may.
+        overwrite: whether a folder that holds the marker may be replaced; an empty one always may.
+        marker: a file by which a folder is known to be what is written here.
 
     Raises:
         UserError: if something else is in the way, or the disk gives out.
@@ -25,20 +24,19 @@ def replace_folder(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.P
     if path.exists() or path.is_symlink():
         if not path.is_dir():
             raise UserError(f"{path} is a file; give a folder that does not exist yet")
-        replaceable = overwrite and (path / "config.json").is_file()
+        replaceable = overwrite and (path / marker).is_file()
         if any(path.iterdir()) and not replaceable:
             raise UserError(f"{path} is not empty; give a folder that does not exist yet")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors makes files that nobody else may read
-            _flush(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
         _swap(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"could not write {path}: {reason}; nothing was left there") from error
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -61,11 +61,15 @@ class Source(Protocol):
         where: its path, for messages.
         config: what model it holds.
         vocabulary: the vocabulary that lies beside it, if one does.
+        step: how far it was trained, 0 if it does not say.
+        notes: what was assumed because the checkpoint does not say, a sentence each.
     """
 
     where: str
     config: T5Config
     vocabulary: VocabularyFile | None
+    step: int
+    notes: tuple[str, ...]
 
     def read(self, parameter: Parameter) -> np.ndarray:
         """One tensor in our orientation (a transposed view will do), of the type it is stored in, finite.
@@ -182,15 +186,22 @@ def _place(
         leaf[layer] = tensor
         return leaf
     spec = sharding.spec if layer is None else PartitionSpec(*sharding.spec[1:])
-    part = jax.make_array_from_callback(
-        tensor.shape, NamedSharding(sharding.mesh, spec), lambda index: tensor[index].astype(dtype)
-    )
+    part = _spread(tensor, dtype, NamedSharding(sharding.mesh, spec))
     if layer is not None:
         if leaf is None:
             leaf = jax.jit(functools.partial(jnp.zeros, (depth, *tensor.shape), dtype), out_shardings=sharding)()
         part = _insert(leaf, part, layer)
     # Else the next tensor is read while this one still waits in the host's memory.
     return jax.block_until_ready(part)
+
+
+def _spread(tensor: np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    """Puts a tensor's shards on this host's devices, one after the other: the host holds no second copy of it."""
+    shards = [
+        jax.block_until_ready(jax.device_put(np.ascontiguousarray(tensor[index], dtype), device))
+        for device, index in sharding.addressable_devices_indices_map(tensor.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

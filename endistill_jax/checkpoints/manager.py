@@ -39,6 +39,7 @@ class Checkpointer:
         keep_last: int = 3,
         keep_best: str | None = None,
         best_mode: str = "min",
+        concurrent_gigabytes: int = 96,
     ):
         """Opens the directory, making it if need be, and sets aside what an interrupted run left half done.
 
@@ -48,6 +49,7 @@ class Checkpointer:
             keep_last: how many of the latest checkpoints to keep.
             keep_best: name of the metric whose best checkpoint is kept besides; None keeps none.
             best_mode: "min" or "max": which end of that metric is best.
+            concurrent_gigabytes: how much is copied and written at a time, at most; no array may be larger.
 
         Raises:
             UserError: for settings that make no sense, or a path that cannot be a directory.
@@ -65,7 +67,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
-            handler_registry=_handlers(),
+            handler_registry=_handlers(concurrent_gigabytes),
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -218,10 +220,11 @@ def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) 
     )
 
 
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def _handlers(concurrent_gigabytes: int) -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    state = ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gigabytes)
     for item, handler, arguments in (
-        ("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+        ("state", state, (ocp.args.StandardSave, ocp.args.StandardRestore)),
         ("data", DataStateHandler(), (DataStateSave, DataStateRestore)),
         ("facts", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
     ):

@@ -64,6 +64,15 @@ def restore_params(
         raise unreadable(folder, error) from error
 
 
+def read_facts_of_step(directory: str, step: int) -> Facts:
+    """What a finished step was saved with; no array is read.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return read_facts(absolute(directory) / str(step))
+
+
 def absolute(directory: str) -> epath.Path:
     """Orbax takes absolute paths only."""
     return epath.Path(directory).expanduser().resolve()

@@ -8,7 +8,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.held_out import HeldOut, prepare_held_out
-from endistill_jax.jobs.models import load_model
+from endistill_jax.jobs.models import open_model
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -37,7 +37,7 @@ def demo(
 
     Args:
         model_dir: receives a folder for every run, and the table.
-        teacher: "bundled", a Hugging Face T5 folder, or the model directory of an earlier run.
+        teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         path: what the distilled student learns from.
         data: what all of them read.
@@ -57,7 +57,7 @@ def demo(
     """
     if not seeds:
         raise UserError("demo.seeds is empty; give at least one seed, such as (0,)")
-    taught_by = load_model(teacher, teacher_dtype, student.scan_layers)
+    taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
     common = {"config": student, "data": data}
     arms = {
         "distilled": {"path": path, "optimizer": optimizer, "teacher": taught_by},
@@ -83,7 +83,7 @@ def demo(
         return None
 
     held_out = prepare_held_out(data, trainings["distilled"][0].mesh())
-    report = held_out.evaluate(taught_by.config, taught_by.params)
+    report = held_out.evaluate(taught_by.config, taught_by.load(held_out.mesh))
     rows = [model_row(f"teacher ({teacher})", taught_by.config, report, None, None)]
     for arm, each in trainings.items():
         rows.append(_merge([_train_row(f"student, {arm}", training, held_out) for training in each]))

@@ -19,6 +19,8 @@ def describe(training: Training) -> str:
         lines.append(f"  {training.teacher.config}")
     lines.append(f"student: {_size(training.config)}" if training.teacher else f"model: {_size(training.config)}")
     lines.append(f"  {training.config}")
+    if training.teacher is not None:
+        lines.append(f"student_init: {training.student_init.facts(training.teacher.config, training.config)}")
     lines.append(f"task: {training.task().name}")
     for name in ("path", "data", "optimizer", "run"):
         settings = getattr(training, name)

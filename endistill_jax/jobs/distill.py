@@ -1,9 +1,10 @@
 """Distillation: a frozen teacher, a small student, and the path between them."""
 
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
-from endistill_jax.jobs.models import load_model
+from endistill_jax.jobs.models import open_model
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -22,19 +23,21 @@ def distill(
     optimizer: OptimizerConfig,
     run: Run,
     teacher_dtype: str = "bfloat16",
+    student_init: StudentInit = RANDOM,
     dry_run: bool = False,
 ) -> TrainingResult | None:
-    """Trains a student to agree with a teacher, from scratch or from the last checkpoint in `model_dir`.
+    """Trains a student to agree with a teacher, from the start or from the last checkpoint in `model_dir`.
 
     Args:
         model_dir: receives checkpoints, metrics and the final table.
-        teacher: "bundled", a Hugging Face T5 folder, or the model directory of an earlier run.
+        teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         path: which attention relations are compared, and whether logits are.
         data: what both read; its vocabulary must be the teacher's.
         optimizer: how the student is updated.
         run: how long, on which mesh, what is kept.
         teacher_dtype: type of the teacher's parameters and computations.
+        student_init: what the student starts from: fresh parameters, or the teacher's layers, whole or cut narrower.
         dry_run: print what would be done, and do nothing.
 
     Returns:
@@ -44,7 +47,7 @@ def distill(
         UserError: for settings that do not fit, before anything is created.
         Stopped: when a signal asked the run to stop; what was done is saved.
     """
-    taught_by = load_model(teacher, teacher_dtype, student.scan_layers)
+    taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
     training = Training(
         model_dir=model_dir,
         config=student,
@@ -53,6 +56,7 @@ def distill(
         optimizer=optimizer,
         run=run,
         teacher=taught_by,
+        student_init=student_init,
         label="distill",
     )
     training.check()

@@ -10,13 +10,14 @@ import numpy as np
 
 from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.student_init import init_from_teacher
 from endistill_jax.errors import Stopped, UserError
 from endistill_jax.evaluation.denoising import DenoisingReport
 from endistill_jax.jobs.held_out import HeldOut
-from endistill_jax.jobs.models import CHECKPOINTS
+from endistill_jax.jobs.models import CHECKPOINTS, keep_tokenizer
 from endistill_jax.jobs.training import Training
 from endistill_jax.reports.run_files import write_run_files
-from endistill_jax.sharding import param_shardings, place_batch
+from endistill_jax.sharding import place_batch
 from endistill_jax.train.loop import train_loop
 from endistill_jax.train.metrics import MetricWriter, Progress
 from endistill_jax.train.optimizer import make_optimizer, make_schedule
@@ -56,6 +57,8 @@ class _Execution:
         self.training, self.held_out = training, held_out
         data, run = training.data, training.run
         self.mesh = training.mesh()
+        if training.teacher is not None:
+            training.teacher.load(self.mesh)
         self.optimizer = make_optimizer(training.optimizer, run.steps)
         self.schedule = make_schedule(training.optimizer, run.steps)
         self.iterator = make_iterator(
@@ -81,9 +84,7 @@ class _Execution:
             keep_best=run.keep_best,
         ) as self.checkpointer:
             resumed = self.checkpointer.latest_step()
-            state = (
-                self._restore(resumed) if resumed else init_state(training.config, self.optimizer, self.mesh, init_key)
-            )
+            state = self._start(init_key) if resumed is None else self._restore(resumed)
             first = resumed or 0
             with (
                 MetricWriter(training.model_dir, resume_step=resumed, tensorboard=run.tensorboard) as self.writer,
@@ -92,6 +93,8 @@ class _Execution:
             ):
                 if jax.process_index() == 0:
                     write_run_files(training.model_dir)
+                    if training.vocabulary_file() is not None:
+                        keep_tokenizer(training.model_dir, training.vocabulary_file())
                 if resumed:
                     self.progress.say(f"resumed from step {resumed} of {training.model_dir}")
                 if first < run.steps:
@@ -99,11 +102,23 @@ class _Execution:
                 report = self.report or self.held_out.evaluate(training.config, state.params)
             return TrainingResult(params=state.params, report=report, tokens=self.tokens, seconds=self.seconds)
 
+    def _start(self, key: jax.Array) -> TrainState:
+        training, params = self.training, None
+        if training.student_init.kind != "random":
+            params = init_from_teacher(
+                training.student_init,
+                training.teacher.load(self.mesh),
+                teacher=training.teacher.config,
+                student=training.config,
+                mesh=self.mesh,
+            )
+        return init_state(training.config, self.optimizer, self.mesh, key, params)
+
     def _train(self, state: TrainState, dropout_key: jax.Array) -> TrainState:
         training, teacher = self.training, self.training.teacher
         teacher_params = None
         if training.path.needs_teacher:
-            teacher_params = jax.device_put(teacher.params, param_shardings(teacher.config, self.mesh))
+            teacher_params = teacher.load(self.mesh)
         step = make_train_step(
             student=training.config,
             teacher=None if teacher is None else teacher.config,
@@ -155,7 +170,13 @@ class _Execution:
             )
         stopping = self.stop.number is not None and not last
         if step % run.checkpoint_every == 0 or last or stopping:
-            facts = {"run": self.training.identity(), "progress": {"tokens": self.tokens, "seconds": self.seconds}}
+            teacher = self.training.teacher
+            facts = {
+                "run": self.training.identity(),
+                "progress": {"tokens": self.tokens, "seconds": self.seconds},
+                "teacher": None if teacher is None else {"source": teacher.source},
+                "held_out": metrics,
+            }
             self.checkpointer.save(step, state, self.iterator.state(), facts, metrics, force=True)
         if stopping:
             self.checkpointer.wait()

@@ -6,6 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.models import TrainedModel
 from endistill_jax.jobs.settings import Data, Run
@@ -27,6 +29,7 @@ class Training:
         optimizer: how it is updated.
         run: how long, and what is kept.
         teacher: the frozen model, None if the path needs none.
+        student_init: what of the teacher the model starts from.
         label: a word for progress lines.
     """
 
@@ -37,7 +40,13 @@ class Training:
     optimizer: OptimizerConfig
     run: Run
     teacher: TrainedModel | None = None
+    student_init: StudentInit = RANDOM
     label: str = ""
+
+    @property
+    def teacher_config(self) -> T5Config | None:
+        """The teacher's settings, if there is a teacher."""
+        return None if self.teacher is None else self.teacher.config
 
     def check(self) -> None:
         """Finds what would go wrong later, before anything is created.
@@ -46,9 +55,11 @@ class Training:
             UserError: naming the setting and what would be right.
         """
         make_schedule(self.optimizer, self.run.steps)
-        self.path.validate(self.config, None if self.teacher is None else self.teacher.config)
+        self.path.validate(self.config, self.teacher_config)
+        self.student_init.check(self.teacher_config, self.config)
         mesh = self.mesh()
-        param_shardings(self.config, mesh)
+        for config in (self.config, *([] if self.teacher is None else [self.teacher.config])):
+            param_shardings(config, mesh)
         spread = mesh.shape["data"] * mesh.shape["fsdp"]
         for name, parts in (("batch_size", spread * self.run.micro_batches), ("eval_batch_size", spread)):
             if getattr(self.data, name) % parts:
@@ -72,6 +83,12 @@ class Training:
         """The vocabulary of the task."""
         return self.task().output_features["targets"].vocabulary
 
+    def vocabulary_file(self) -> VocabularyFile | None:
+        """The SentencePiece model of the task; None if its vocabulary is another kind."""
+        vocabulary = self.vocabulary()
+        path = getattr(vocabulary, "sentencepiece_model_file", None)
+        return None if path is None else VocabularyFile(path, vocabulary.extra_ids)
+
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
         return {
@@ -88,6 +105,7 @@ class Training:
             "micro_batches": self.run.micro_batches,
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
+            "student_init": self.student_init.facts(self.teacher_config, self.config),
         }
 
 

@@ -44,18 +44,14 @@ def params(config):
 def train_vocabulary(path, text="the cat sat on the mat and the dog sat on the log", size=40, **settings):
     """A tiny SentencePiece model with T5's special ids, at `path`."""
     model = io.BytesIO()
+    specials = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "pad_piece": "<pad>"}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text] * 20),
         model_writer=model,
         vocab_size=size,
         hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        pad_piece="<pad>",
         minloglevel=2,
-        **settings,
+        **(specials | settings),
     )
     path.write_bytes(model.getvalue())
     return path

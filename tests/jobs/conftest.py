@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.jobs import Data, Run
+from endistill_jax.errors import UserError
+from endistill_jax.jobs import Data, Run, distill
 from endistill_jax.losses import Path, Site
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import init_params
@@ -72,3 +73,32 @@ def path() -> Path:
     both = Site(relations=("qq", "kk", "vv"), relation_heads=4)
     cross = Site(relations=("qk", "vv"), relation_heads=4)
     return Path(encoder_self=both, decoder_self=both, cross=cross, logits_weight=1.0)
+
+
+@pytest.fixture(scope="session")
+def student(make_model) -> T5Config:
+    return make_model(width=16)
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, teacher, student, path, settings) -> pathlib.Path:
+    """A finished distillation."""
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    distill(model_dir=str(folder), teacher=teacher, student=student, path=path, **settings)
+    return folder
+
+
+def _refused(job, match: str, leaves: str = "model_dir", **arguments) -> None:
+    folder = pathlib.Path(arguments[leaves])
+    before = sorted(folder.rglob("*")) if folder.exists() else None
+    with pytest.raises(UserError, match=match) as error:
+        job(**arguments)
+    assert "\n" not in str(error.value)
+    assert (sorted(folder.rglob("*")) if folder.exists() else None) == before
+    assert not list(folder.parent.glob(f".{folder.name}.*"))
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., None]:
+    """Asserts that a job raises a one-line UserError that matches, and leaves its folder as it was."""
+    return _refused

@@ -5,13 +5,13 @@ import pytest
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.data.vocabulary import bundled_vocabulary, padded_vocab_size
 from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import BUNDLED_FOLDER, load_model
+from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
 from endistill_jax.model.t5 import count_params
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load_model("bundled", "bfloat16", scan_layers=False)
+    return open_model("bundled", "bfloat16", scan_layers=False)
 
 
 def test_the_bundled_teacher_has_the_size_that_is_documented(bundled):
@@ -28,12 +28,12 @@ def test_the_bundled_teacher_speaks_the_vocabulary_of_the_offline_tasks(bundled)
 
 def test_a_models_type_is_what_was_asked_for_and_its_fingerprint_is_not_of_the_type(bundled):
     assert bundled.params["token_embedder"]["embedding"].dtype == "bfloat16"
-    assert bundled.fingerprint == fingerprint_params(load_model("bundled").params)
+    assert bundled.fingerprint == fingerprint_params(open_model("bundled").params)
     assert not bundled.config.scan_layers and bundled.config.dtype == "bfloat16"
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
-        load_model(str(tmp_path))
+        open_model(str(tmp_path))
     with pytest.raises(UserError, match="no model at .*nowhere; give 'bundled'"):
-        load_model(str(tmp_path / "nowhere"))
+        open_model(str(tmp_path / "nowhere"))

@@ -2,46 +2,23 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface
+from endistill_jax.checkpoints.interchange import VocabularyFile
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.errors import UserError
 from endistill_jax.jobs import demo, distill, export, pretrain, train_vocabulary
-from endistill_jax.jobs.models import load_model
+from endistill_jax.jobs.models import open_model
 from endistill_jax.losses import Path
 from endistill_jax.model.t5 import count_params, init_params
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
-
-
-@pytest.fixture(scope="module")
-def student(make_model):
-    return make_model(width=16)
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory, teacher, student, path, settings) -> pathlib.Path:
-    """A finished distillation."""
-    folder = tmp_path_factory.mktemp("distilled") / "run"
-    distill(model_dir=str(folder), teacher=teacher, student=student, path=path, **settings)
-    return folder
-
-
-def refused(job, match: str, **arguments) -> None:
-    """The job raises a one-line UserError that matches, and leaves its model directory as it was."""
-    folder = pathlib.Path(arguments["model_dir"])
-    before = sorted(folder.rglob("*")) if folder.exists() else None
-    with pytest.raises(UserError, match=match) as error:
-        job(**arguments)
-    assert "\n" not in str(error.value)
-    assert (sorted(folder.rglob("*")) if folder.exists() else None) == before
 
 
 def test_a_distillation_leaves_checkpoints_metrics_and_a_table(distilled, teacher):
@@ -59,7 +36,7 @@ def test_the_teacher_is_not_in_the_checkpoint(distilled, student, teacher):
     params, facts = restore_params(str(distilled / "checkpoints"))
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, init_params(student, jax.random.key(0)))
-    assert facts["run"]["teacher"] == load_model(teacher).fingerprint
+    assert facts["run"]["teacher"] == open_model(teacher).fingerprint
 
 
 def test_a_finished_run_is_evaluated_and_not_trained_again(distilled, teacher, student, path, settings):
@@ -71,7 +48,7 @@ def test_a_finished_run_is_evaluated_and_not_trained_again(distilled, teacher, s
 
 
 def test_what_changed_since_the_checkpoint_is_named(
-    distilled, teacher, student, path, settings, corpus, make_model, tmp_path
+    refused, distilled, teacher, student, path, settings, corpus, make_model, tmp_path
 ):
     arguments = {"model_dir": str(distilled), "teacher": teacher, "student": student, "path": path, **settings}
     deeper = dataclasses.replace(student, num_decoder_layers=3)
@@ -87,7 +64,7 @@ def test_what_changed_since_the_checkpoint_is_named(
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_created(
-    tmp_path, teacher, student, path, settings, make_model
+    refused, tmp_path, teacher, student, path, settings, make_model
 ):
     arguments = {"model_dir": str(tmp_path / "run"), "teacher": teacher, "student": student, "path": path, **settings}
     heads = dataclasses.replace(path, cross=dataclasses.replace(path.cross, relation_heads=3))
@@ -105,12 +82,15 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(
     )
 
 
-def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(tmp_path, student, path, settings, make_model):
-    from endistill_jax.data.vocabulary import BUNDLED
+def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(
+    refused, tmp_path, student, path, settings, make_model
+):
+    from endistill_jax.data.vocabulary import BUNDLED, EXTRA_IDS
 
     folder = str(tmp_path / "teacher")
     config = make_model(width=32, vocab_size=8192)
-    huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config, str(BUNDLED))
+    vocabulary = VocabularyFile(str(BUNDLED), EXTRA_IDS)
+    huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config, vocabulary)
     student = dataclasses.replace(student, vocab_size=8192)
     arguments = {"model_dir": str(tmp_path / "run"), "teacher": folder, "student": student, "path": path, **settings}
     refused(distill, "trained with another vocabulary", **arguments)

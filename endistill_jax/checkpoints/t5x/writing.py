@@ -1,0 +1,189 @@
+"""Writing T5X's own format: a msgpack file, and an array of TensorStore's for every tensor."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from flax import serialization, traverse_util
+
+from endistill_jax.checkpoints.folder import replace_folder
+from endistill_jax.checkpoints.interchange import Parameter, parameters, tensors_of
+from endistill_jax.checkpoints.t5x.locating import MSGPACK, key_value_store
+from endistill_jax.checkpoints.t5x.names import SCANNED, T5, Layout, Place, bias_places, insert_axis, place
+from endistill_jax.checkpoints.t5x.names import tensor_shapes as possible_shapes
+from endistill_jax.errors import UserError
+from endistill_jax.model.config import T5Config
+
+_VERSION = 3  # bfloat16 is stored as such
+_PIECE_BYTES = 64 << 20
+_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+# What T5X's network has built in.
+_FIXED = {"relative_buckets": 32, "relative_max_distance": 128, "layer_norm_epsilon": 1e-6}
+_ACTIVATIONS = ("relu", "gelu", "silu", "linear")
+
+
+def save(
+    folder: str,
+    params: Mapping[str, Any],
+    config: T5Config,
+    *,
+    step: int,
+    dtype: Any = np.float32,
+    scanned: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes `checkpoint_<step>` into a T5X model directory, for the networks of `t5x.examples`.
+
+    It holds parameters and the step, no optimizer state, and beside them `model.gin`, which sets T5X's network up for
+    them. It appears under its name when it is whole, or not at all; one tensor is in memory at a time.
+
+    Args:
+        folder: the model directory, local; made if need be.
+        params: nested dictionary of NumPy or JAX arrays, layers stacked.
+        config: what `params` are the parameters of.
+        step: the number of the checkpoint.
+        dtype: float32 or bfloat16; what is written.
+        scanned: write for `t5x.examples.scalable_t5` with scanned layers, whose position biases repeat in every layer;
+            else for `t5x.examples.t5`.
+        overwrite: replace a checkpoint of that step.
+
+    Raises:
+        UserError: if something is in the way, T5X's network cannot be such a model, parameters do not fit the
+            configuration or are not finite, or writing fails.
+    """
+    if str(folder).startswith("gs://"):
+        raise UserError(f"{folder} is not local; write to a local folder and copy it with 'gcloud storage cp -r'")
+    dtype = np.dtype(dtype)
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype is {dtype}; choose float32 or bfloat16")
+    if step < 0:
+        raise UserError(f"step is {step}; it must be at least 0")
+    _check_network(config)
+    fetch = tensors_of(params, config)
+    model_dir = pathlib.Path(folder).expanduser()
+    was_there = model_dir.exists()
+    try:
+        with replace_folder(model_dir / f"checkpoint_{step}", overwrite=overwrite, marker=MSGPACK) as partial:
+            writer = _Writer(partial, config, dtype, SCANNED if scanned else T5)
+            for parameter in parameters(config):
+                writer.write(parameter, fetch(parameter))
+            (partial / "model.gin").write_text(gin_text(config, scanned=scanned), encoding="utf-8")
+            (partial / MSGPACK).write_bytes(_msgpack(writer.described, step))
+    except BaseException:
+        if not was_there and model_dir.is_dir() and not any(model_dir.iterdir()):
+            model_dir.rmdir()
+        raise
+
+
+def gin_text(config: T5Config, *, scanned: bool) -> str:
+    """A gin file that sets up T5X's network for a model."""
+    settings = {
+        "vocab_size": config.vocab_size,
+        "emb_dim": config.d_model,
+        "num_heads": config.num_heads,
+        "num_encoder_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "head_dim": config.head_dim,
+        "mlp_dim": config.mlp_dim,
+        "mlp_activations": config.mlp_activations,
+        "dropout_rate": config.dropout_rate,
+        "logits_via_embedding": config.tied_head,
+        **({"scan_layers": True, "param_scan_axis": SCANNED.scan_axis} if scanned else {}),
+    }
+    family = "scalable_t5" if scanned else "t5"
+    lines = [
+        "# The model of this checkpoint, for T5X: give it after the gin file of a model of the same family, such as",
+        f"# t5x/examples/{family}/t5_1_1/base.gin, whose sizes it replaces.",
+        "from __gin__ import dynamic_registration",
+        "",
+        f"from t5x.examples.{family} import network",
+        "",
+        *(f"network.T5Config.{name} = {value!r}" for name, value in settings.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class _Writer:
+    """Writes tensors into their arrays, making an array with its first tensor.
+
+    Attributes:
+        described: TensorStore's description of every array, by T5X's name.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: T5Config, dtype: np.dtype, layout: Layout):
+        self._folder = folder
+        self._config = config
+        self._dtype = dtype
+        self._layout = layout
+        self._stores: dict[str, ts.TensorStore] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+
+    def write(self, parameter: Parameter, tensor: np.ndarray) -> None:
+        """Writes one tensor, the position bias of a stack into each of its layers.
+
+        Raises:
+            OSError: if the disk refuses it.
+        """
+        shape = possible_shapes(parameter, self._config)[-1 if self._layout.split_heads else 0]
+        depth = getattr(self._config, f"num_{parameter.path[0]}_layers", 1)
+        places = [place(parameter, self._layout)]
+        if parameter.path[1] == "relpos_bias":
+            places = bias_places(parameter.path[0], depth, self._layout)
+        tensor = tensor.astype(self._dtype, copy=False).reshape(shape)
+        try:
+            for found in places:
+                store = self._stores.get(found.name) or self._create(found, shape, depth)
+                self._stores[found.name] = store
+                index = ... if found.layer is None else (*(slice(None),) * self._layout.scan_axis, found.layer)
+                store[index].write(tensor).result()
+        except (ValueError, RuntimeError) as error:  # what TensorStore makes of a full disk
+            raise OSError(f"{parameter.name}: {str(error).split(' [')[0]}") from error
+
+    def _create(self, found: Place, shape: tuple[int, ...], depth: int) -> ts.TensorStore:
+        folder = f"target.{found.name.replace('/', '.')}"
+        # A piece holds no more than one layer, so that layers are written and read by themselves.
+        pieces = _pieces(shape, self._dtype.itemsize)
+        if found.layer is not None:
+            shape = insert_axis(shape, self._layout.scan_axis, depth)
+            pieces = insert_axis(pieces, self._layout.scan_axis, 1)
+        metadata = {"shape": shape, "chunks": pieces, "compressor": {"id": "gzip", "level": 1}}
+        spec = {"driver": "zarr", "dtype": self._dtype.name, "metadata": metadata}
+        relative = {"driver": "file", "path": folder}
+        self.described[found.name] = {**spec, "kvstore": relative, "metadata": _plain(metadata)}
+        store = key_value_store(epath.Path(os.fspath(self._folder / folder)))
+        # Pieces of zeros are written too: one that is not there is taken for lost when it is read.
+        options = {"create": True, "store_data_equal_to_fill_value": True}
+        return ts.open({**spec, "kvstore": store, **options}).result()
+
+
+def _check_network(config: T5Config) -> None:
+    for name, value in _FIXED.items():
+        if getattr(config, name) != value:
+            raise UserError(f"the model has {name} {getattr(config, name)}; T5X's network has {value} built in")
+    unknown = [name for name in config.mlp_activations if name not in _ACTIVATIONS]
+    if unknown:
+        raise UserError(f"mlp_activations has {unknown[0]}; T5X's network knows {', '.join(_ACTIVATIONS)}")
+
+
+def _pieces(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of an array's pieces: halves of the longest axis until one is small enough."""
+    pieces = list(shape)
+    while int(np.prod(pieces)) * itemsize > _PIECE_BYTES:
+        longest = pieces.index(max(pieces))
+        pieces[longest] = -(-pieces[longest] // 2)
+    return tuple(pieces)
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in metadata.items()}
+
+
+def _msgpack(described: Mapping[str, Any], step: int) -> bytes:
+    target = traverse_util.unflatten_dict(dict(described), sep="/")
+    state = {"step": np.asarray(step, np.int32)}
+    return serialization.msgpack_serialize({"version": _VERSION, "optimizer": {"target": target, "state": state}})

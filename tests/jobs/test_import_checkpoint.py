@@ -1,0 +1,124 @@
+"""Foreign checkpoints become model directories, and leave as they came."""
+
+import errno
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from endistill_jax.checkpoints import huggingface
+from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.jobs import distill, export, import_checkpoint
+from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
+from endistill_jax.losses import Path
+
+BUNDLED = str(BUNDLED_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> pathlib.Path:
+    """The bundled teacher, imported."""
+    folder = tmp_path_factory.mktemp("imported") / "run"
+    import_checkpoint(source=BUNDLED, model_dir=str(folder))
+    return folder
+
+
+def test_an_import_is_the_same_model_with_its_configuration_and_vocabulary(imported):
+    theirs, ours = open_model(BUNDLED), open_model(str(imported))
+    assert ours.config == theirs.config
+    assert ours.vocabulary == theirs.vocabulary is not None
+    assert ours.fingerprint == theirs.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert json.loads((imported / "model.json").read_text()) == theirs.config.architecture()
+
+
+def test_an_import_is_exported_as_it_came(imported, tmp_path):
+    export(model=str(imported), folder=str(tmp_path / "out"), dtype="bfloat16", embedding_copies=False)
+    ours, theirs = (
+        safetensors.numpy.load_file(folder / "model.safetensors") for folder in (tmp_path / "out", BUNDLED_FOLDER)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and tensor.tobytes() == ours[name].tobytes()
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == (BUNDLED_FOLDER / "spiece.model").read_bytes()
+    assert f"Converted from `{BUNDLED}`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_imported_in_bfloat16_has_the_fingerprint_of_what_is_there(teacher, tmp_path):
+    import_checkpoint(source=teacher, model_dir=str(tmp_path / "narrow"), dtype="bfloat16")
+    export(model=str(tmp_path / "narrow"), folder=str(tmp_path / "folder"))
+    assert open_model(str(tmp_path / "narrow")).fingerprint == open_model(str(tmp_path / "folder")).fingerprint
+    assert open_model(str(tmp_path / "narrow")).fingerprint != open_model(teacher).fingerprint
+
+
+def test_an_import_teaches_what_its_source_teaches(teacher, student, settings, tmp_path):
+    import_checkpoint(source=teacher, model_dir=str(tmp_path / "teacher"))
+    logits = Path(logits_weight=1.0)
+    reports = [
+        distill(
+            model_dir=str(tmp_path / f"run_{number}"), teacher=taught_by, student=student, path=logits, **settings
+        ).report
+        for number, taught_by in enumerate((teacher, str(tmp_path / "teacher")))
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_a_dry_run_writes_nothing_and_tells_the_configuration(teacher, tmp_path, capsys):
+    import_checkpoint(source=teacher, model_dir=str(tmp_path / "run"), dry_run=True)
+    assert "num_encoder_layers=2" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_source_or_place_is_refused_and_nothing_is_left(refused, imported, distilled, teacher, tmp_path):
+    arguments = {"source": teacher, "model_dir": str(tmp_path / "run")}
+    refused(import_checkpoint, "holds checkpoints already", **arguments | {"model_dir": str(imported)})
+    refused(import_checkpoint, "is a model directory of this system", **arguments | {"source": str(distilled)})
+    refused(import_checkpoint, "no model at .*nowhere", **arguments | {"source": str(tmp_path / "nowhere")})
+    refused(import_checkpoint, "is no checkpoint: it has neither config.json", **arguments | {"source": str(tmp_path)})
+    refused(import_checkpoint, "mesh", **arguments | {"mesh": (3, 1, 1)})
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(teacher, poisoned)
+    tensors = safetensors.numpy.load_file(poisoned / "model.safetensors")
+    tensors["decoder.final_layer_norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, poisoned / "model.safetensors")
+    message = "poisoned/model.safetensors: decoder.final_layer_norm.weight holds NaN"
+    refused(import_checkpoint, message, **arguments | {"source": str(poisoned)})
+
+
+def test_a_full_disk_leaves_no_checkpoint(teacher, tmp_path, monkeypatch, refused):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpointer, "save", full)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(Exception, match="could not write .*run: .*No space left on device; there is no checkpoint"):
+        import_checkpoint(source=teacher, model_dir=str(folder))
+    refused(open_model, "is no checkpoint", leaves="source", source=str(folder))
+
+
+def test_an_import_is_not_a_run_to_go_on_with(refused, teacher, student, settings, tmp_path):
+    folder = str(tmp_path / "teacher")
+    import_checkpoint(source=teacher, model_dir=folder)
+    logits = Path(logits_weight=1.0)
+    refused(
+        distill,
+        "was made with other settings",
+        model_dir=folder,
+        teacher=teacher,
+        student=student,
+        path=logits,
+        **settings,
+    )
+
+
+def test_a_hub_name_is_looked_up_on_the_hub(teacher, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface, "download", lambda name: asked.append(name) or teacher)
+    assert open_model("google/t5-v1_1-small").fingerprint == open_model(teacher).fingerprint
+    assert asked == ["google/t5-v1_1-small"]
