@@ -67,9 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         return _end(_line(error), 128 + error.signal_number)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
+        return _end(
+            "interrupted; the same command goes on from the last checkpoint, if there is one", 128 + signal.SIGINT
+        )
     except _Terminated:
-        return _end("terminated; the same command goes on from the last checkpoint", 128 + signal.SIGTERM)
+        return _end(
+            "terminated; the same command goes on from the last checkpoint, if there is one", 128 + signal.SIGTERM
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import clu.metrics
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import seqio
@@ -159,15 +160,11 @@ class MiniEndTrainer(trainer.Trainer):
         if teacher is None:
             return None, None
         boxed = jax.eval_shape(lambda: boxed_init(teacher.config, jax.random.key(0)))
-        variables = {"params": teacher.load(), "params_axes": logical_axes(boxed, stacked=True)}
-        specs = self._partitioner.get_mesh_axes(train_state.InferenceState.create(freeze(variables))).params
-
-        def place(leaf: Any, spec: Any) -> jax.Array:
-            sharding = NamedSharding(self._partitioner.mesh, spec)
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
+        variables = {"params": nn.meta.unbox(boxed), "params_axes": logical_axes(boxed, stacked=True)}
+        specs = unfreeze(self._partitioner.get_mesh_axes(train_state.InferenceState.create(freeze(variables))).params)
+        params = teacher.load(jax.tree.map(lambda spec: NamedSharding(self._partitioner.mesh, spec), specs))
         logging.info("Teacher %s, fingerprint %s.", teacher.source, teacher.fingerprint)
-        return jax.tree.map(place, variables["params"], unfreeze(specs)), unfreeze(specs)
+        return params, specs
 
 
 class _WithTeacher:

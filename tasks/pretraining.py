@@ -35,7 +35,7 @@ def span_corruption_task(
     Args:
       name: of the task; versioned names, such as `my_texts_span_corruption_v1`, are a good habit.
       source: whose examples have a string feature `text_field`.
-      vocabulary: with enough sentinels (`extra_ids`) for the spans of one text.
+      vocabulary: with enough sentinels (`extra_ids`, or pieces at its end, as mT5's) for the spans of one text.
       noise_density: share of the tokens that is taken out.
       mean_span_length: mean number of tokens in a span.
       concatenate: whether texts run on into each other to fill the inputs (see `split_into_chunks`).
@@ -78,6 +78,7 @@ def text_files_task(
     train: str | Sequence[str],
     vocabulary: str,
     *,
+    extra_ids: int = EXTRA_IDS,
     validation: str | Sequence[str] | None = None,
     field: str = "text",
     documents: Documents = "line",
@@ -92,6 +93,7 @@ def text_files_task(
       name: of the task.
       train: glob or globs of the training files (`.txt`, `.jsonl`, ..., plain or `.gz`).
       vocabulary: path of a SentencePiece model, or `bytes`.
+      extra_ids: sentinels above its own pieces; 0 for a model that ends with sentinels, as mT5's.
       validation: of the validation files; without it a share `held_out` of the documents is held out.
       field: field of the JSON objects that holds the text.
       documents: what a document of a text file is: a `line`, or what stands between two empty lines (`blank_line`).
@@ -105,7 +107,7 @@ def text_files_task(
     return span_corruption_task(
         name,
         source,
-        load_vocabulary(vocabulary),
+        load_vocabulary(vocabulary, extra_ids=extra_ids),
         noise_density=noise_density,
         mean_span_length=mean_span_length,
         concatenate=concatenate,

@@ -11,8 +11,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from endistill_jax.errors import UserError
 from endistill_jax.model.layout import STACKS
@@ -29,8 +31,8 @@ def fingerprint_params(params: Mapping[str, Any]) -> str:
     equal. One leaf (one layer of a stacked leaf) is on the host at a time.
 
     Args:
-        params: nested dictionary of NumPy or JAX arrays, layers stacked or not. Arrays that span several processes must
-            be gathered first.
+        params: nested dictionary of NumPy or JAX arrays, layers stacked or not. Arrays that span several processes are
+            gathered a layer at a time; every process must call this.
 
     Returns:
         64 hexadecimal digits.
@@ -40,6 +42,8 @@ def fingerprint_params(params: Mapping[str, Any]) -> str:
 
 def digest_tensor(tensor: Any) -> str:
     """What `fingerprint_params` hashes of one tensor: its shape and its values, a block at a time."""
+    if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable:
+        tensor = multihost_utils.process_allgather(tensor, tiled=True)
     array = np.asarray(tensor)
     small_float = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4
     dtype = np.dtype("<f4") if small_float else array.dtype.newbyteorder("<")

@@ -4,9 +4,45 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from endistill_jax.errors import UserError
+
+
+def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """A folder that is to be written.
+
+    Raises:
+        UserError: if it is on a bucket: pathlib would make a local folder called "gs:" of it.
+    """
+    if "://" in os.fspath(folder):
+        raise UserError(f"{folder} is not local; write to a local folder and copy it with 'gcloud storage cp -r'")
+    return pathlib.Path(folder).expanduser()
+
+
+def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "config.json") -> None:
+    """Makes sure that a folder may be written under this name.
+
+    Args:
+        path: the name.
+        overwrite: whether a folder that holds the marker may be replaced; an empty one always may.
+        marker: a file by which a folder is known to be what will be written.
+
+    Raises:
+        UserError: if something else is in the way, or it cannot be written there.
+    """
+    if path.exists() or path.is_symlink():
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; give a folder that does not exist yet")
+        replaceable = overwrite and (path / marker).is_file()
+        if any(path.iterdir()) and not replaceable:
+            raise UserError(f"{path} is not empty; give a folder that does not exist yet")
+        if os.path.ismount(path) or path.resolve() == pathlib.Path.cwd():
+            raise UserError(f"{path} is mounted, or the current folder, and cannot be renamed; give a folder inside it")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be made: {parent} is not a folder that may be written to; give another place")
 
 
 @contextlib.contextmanager
@@ -15,30 +51,33 @@ def replace_folder(path: pathlib.Path, *, overwrite: bool, marker: str = "config
 
     Args:
         path: the final name.
-        overwrite: whether a folder that holds the marker may be replaced; an empty one always may.
-        marker: a file by which a folder is known to be what is written here.
+        overwrite: as for `check_free`.
+        marker: likewise.
 
     Raises:
         UserError: if something else is in the way, or the disk gives out.
     """
-    if path.exists() or path.is_symlink():
-        if not path.is_dir():
-            raise UserError(f"{path} is a file; give a folder that does not exist yet")
-        replaceable = overwrite and (path / marker).is_file()
-        if any(path.iterdir()) and not replaceable:
-            raise UserError(f"{path} is not empty; give a folder that does not exist yet")
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    check_free(path, overwrite=overwrite, marker=marker)
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        partial.chmod(0o755)  # else nobody but its maker could read it
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush(file)
         _swap(partial, path)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"could not write {path}: {error.strerror or error}; nothing was left there") from error
+        raise
 
 
 def _flush(file: pathlib.Path) -> None:

@@ -61,6 +61,7 @@ class Source(Protocol):
         where: its path, for messages.
         config: what model it holds.
         vocabulary: the vocabulary that lies beside it, if one does.
+        pieces: where there is none, the fingerprint of the pieces that another file tells of; see `pieces`.
         step: how far it was trained, 0 if it does not say.
         notes: what was assumed because the checkpoint does not say, a sentence each.
     """
@@ -68,6 +69,7 @@ class Source(Protocol):
     where: str
     config: T5Config
     vocabulary: VocabularyFile | None
+    pieces: str | None
     step: int
     notes: tuple[str, ...]
 

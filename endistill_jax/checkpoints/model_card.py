@@ -49,11 +49,12 @@ def model_card(name: str, config: T5Config, facts: Mapping[str, Any], step: int)
 
 def _what_it_is(config: T5Config, teacher: Mapping[str, Any] | None) -> str:
     size = format_count(count_params(abstract_params(config)))
-    kind = "v1.0" if config.tied_head else "v1.1"
+    head = "the embedding as its head" if config.tied_head else "a head of its own"
     layers = f"{config.num_encoder_layers} encoder and {config.num_decoder_layers} decoder layers"
     text = (
-        f"A T5 {kind} encoder-decoder of {size} parameters: {layers}, width {config.d_model}, "
-        f"{config.num_heads} heads of {config.head_dim}, feed-forward width {config.mlp_dim}."
+        f"A T5 encoder-decoder of {size} parameters: {layers}, width {config.d_model}, "
+        f"{config.num_heads} heads of {config.head_dim}, feed-forward width {config.mlp_dim} "
+        f"({' x '.join(config.mlp_activations)}), {head}."
     )
     if teacher is None:
         return text
@@ -101,6 +102,6 @@ def _path(path: Mapping[str, Any]) -> str:
 
 
 def _initial(student_init: Mapping[str, Any] | None) -> str | None:
-    if student_init is None:
-        return None
+    if student_init is None or student_init["kind"] == "random":
+        return "random"
     return ", ".join(f"{name} {value}" for name, value in student_init.items() if value is not None)

@@ -1,6 +1,7 @@
 """Reading checkpoints from outside the run that writes them."""
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -51,8 +52,10 @@ def restore_params(
     facts = read_facts(folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = reader.metadata(folder / "state").item_metadata.tree["params"]
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_largest_gigabytes(stored))) as reader:
             if abstract_params is None:
-                abstract_params = reader.metadata(folder / "state").item_metadata.tree["params"]
+                abstract_params = stored
                 how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
             else:
                 how = ocp.checkpoint_utils.construct_restore_args(abstract_params)
@@ -62,6 +65,12 @@ def restore_params(
             return reader.restore(folder / "state", args=wanted)["params"], facts
     except Exception as error:
         raise unreadable(folder, error) from error
+
+
+def _largest_gigabytes(stored: PyTree) -> int:
+    """Room for the largest array: about as much is read at a time, not a second copy of everything."""
+    sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(stored)]
+    return math.ceil(max(sizes) / 1e9)
 
 
 def read_facts_of_step(directory: str, step: int) -> Facts:

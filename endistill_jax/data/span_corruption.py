@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from endistill_jax.data.vocabulary import sentinel_ids
 from endistill_jax.errors import UserError
 
 MINIMUM_TOKENS = 2  # one token to keep and one to take out
@@ -164,15 +165,16 @@ def span_corruption(
             f"noise_density {noise_density} and mean_span_length {mean_span_length} need {targets_length}"
         )
     spans = span_counts(tokens_length, noise_density, mean_span_length)[1]
-    if spans > vocabulary.extra_ids:
-        raise UserError(f"{spans} spans need as many sentinels; the vocabulary has {vocabulary.extra_ids} (extra_ids)")
+    sentinels = sentinel_ids(vocabulary)
+    if spans > len(sentinels):
+        raise UserError(f"{spans} spans need as many sentinels; the vocabulary has {len(sentinels)} (extra_ids)")
 
     @seqio.map_over_dataset(num_seeds=1)
     def corrupted(tokens: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
         return corrupt(
             tokens,
             tf.stack(seed),
-            first_sentinel=vocabulary.vocab_size - 1,
+            first_sentinel=sentinels[-1],
             eos_id=vocabulary.eos_id,
             noise_density=noise_density,
             mean_span_length=mean_span_length,

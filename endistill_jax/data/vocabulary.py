@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import sentencepiece
 import seqio
 
+from endistill_jax.checkpoints.pieces import own_sentinels, pieces_of_vocabulary
 from endistill_jax.errors import UserError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -77,21 +78,30 @@ def load_vocabulary(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS)
 
     Args:
       spec: `bytes` (UTF-8 bytes shifted by 3, as ByT5) or a path.
-      extra_ids: number of sentinels at the end.
+      extra_ids: number of sentinels that follow its own pieces; 0 for a model that ends with sentinels, as mT5's.
 
     Raises:
-      UserError: no such file, not a SentencePiece model, or special pieces that are not where T5 has them.
+      UserError: no such file, not a SentencePiece model, special pieces that are not where T5 has them, or extra ids
+        for a model with sentinels of its own.
     """
+    if not isinstance(extra_ids, int) or extra_ids < 0:
+        raise UserError(f"extra_ids is {extra_ids!r}; give the number of sentinels, such as 100, or 0")
     if os.fspath(spec) == BYTES:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
     if "://" not in os.fspath(spec):
-        _check_model(pathlib.Path(spec))
+        _check_model(pathlib.Path(spec), extra_ids)
     return seqio.SentencePieceVocabulary(os.fspath(spec), extra_ids=extra_ids)
 
 
 def bundled_vocabulary() -> seqio.SentencePieceVocabulary:
     """The vocabulary of the offline corpus: 8,000 pieces trained on `python_docs/packages`, and 100 sentinels."""
     return load_vocabulary(BUNDLED)
+
+
+def sentinel_ids(vocabulary: seqio.Vocabulary) -> range:
+    """The ids of the sentinels, the last of a vocabulary: its extra ids, or, without any, what its model ends with."""
+    count = vocabulary.extra_ids or own_sentinels(pieces_of_vocabulary(vocabulary) or ())
+    return range(vocabulary.vocab_size - count, vocabulary.vocab_size)
 
 
 def padded_vocab_size(vocabulary: seqio.Vocabulary, multiple: int = 128) -> int:
@@ -114,7 +124,7 @@ class _CollapsedTexts:
                 yield collapsed
 
 
-def _check_model(path: pathlib.Path) -> None:
+def _check_model(path: pathlib.Path, extra_ids: int) -> None:
     if not path.is_file():
         raise UserError(f"no vocabulary file at {path}; give a SentencePiece model or {BYTES!r}")
     try:
@@ -126,6 +136,9 @@ def _check_model(path: pathlib.Path) -> None:
         raise UserError(
             f"{path} has padding, end and unknown at ids {specials}; T5's models have {(PAD_ID, EOS_ID, UNK_ID)}"
         )
+    own = own_sentinels([processor.id_to_piece(index) for index in range(processor.get_piece_size())])
+    if own and extra_ids:
+        raise UserError(f"{path} ends with {own} sentinels of its own, as mT5's does; set extra_ids to 0")
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.held_out import HeldOut, prepare_held_out
-from endistill_jax.jobs.models import open_model
+from endistill_jax.jobs.models import open_model, tell_notes
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -58,6 +58,7 @@ def demo(
     if not seeds:
         raise UserError("demo.seeds is empty; give at least one seed, such as (0,)")
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
+    tell_notes(taught_by)
     common = {"config": student, "data": data}
     arms = {
         "distilled": {"path": path, "optimizer": optimizer, "teacher": taught_by},
@@ -82,8 +83,10 @@ def demo(
         print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in trainings.items()))
         return None
 
-    held_out = prepare_held_out(data, trainings["distilled"][0].mesh())
-    report = held_out.evaluate(taught_by.config, taught_by.load(held_out.mesh))
+    mesh = trainings["distilled"][0].mesh()
+    taught_by.load_on(mesh)  # what is wrong with it shows before the corpus is read
+    held_out = prepare_held_out(data, mesh)
+    report = held_out.evaluate(taught_by.config, taught_by.params)
     rows = [model_row(f"teacher ({teacher})", taught_by.config, report, None, None)]
     for arm, each in trainings.items():
         rows.append(_merge([_train_row(f"student, {arm}", training, held_out) for training in each]))

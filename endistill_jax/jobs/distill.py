@@ -4,7 +4,7 @@ from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
-from endistill_jax.jobs.models import open_model
+from endistill_jax.jobs.models import open_model, tell_notes
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -48,6 +48,7 @@ def distill(
         Stopped: when a signal asked the run to stop; what was done is saved.
     """
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
+    tell_notes(taught_by)
     training = Training(
         model_dir=model_dir,
         config=student,
@@ -63,6 +64,7 @@ def distill(
     if dry_run:
         print(describe(training))
         return None
+    taught_by.load_on(training.mesh())  # what is wrong with it shows before the corpus is read
     held_out = prepare_held_out(data, training.mesh())
     result = train(training, held_out)
     report = held_out.evaluate(taught_by.config, taught_by.params)

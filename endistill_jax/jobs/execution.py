@@ -58,7 +58,7 @@ class _Execution:
         data, run = training.data, training.run
         self.mesh = training.mesh()
         if training.teacher is not None:
-            training.teacher.load(self.mesh)
+            training.teacher.load_on(self.mesh)
         self.optimizer = make_optimizer(training.optimizer, run.steps)
         self.schedule = make_schedule(training.optimizer, run.steps)
         self.iterator = make_iterator(
@@ -107,7 +107,7 @@ class _Execution:
         if training.student_init.kind != "random":
             params = init_from_teacher(
                 training.student_init,
-                training.teacher.load(self.mesh),
+                training.teacher.load_on(self.mesh),
                 teacher=training.teacher.config,
                 student=training.config,
                 mesh=self.mesh,
@@ -118,7 +118,7 @@ class _Execution:
         training, teacher = self.training, self.training.teacher
         teacher_params = None
         if training.path.needs_teacher:
-            teacher_params = teacher.load(self.mesh)
+            teacher_params = teacher.load_on(self.mesh)
         step = make_train_step(
             student=training.config,
             teacher=None if teacher is None else teacher.config,
@@ -127,6 +127,7 @@ class _Execution:
             mesh=self.mesh,
             micro_batches=training.run.micro_batches,
             base_key=dropout_key,
+            computation=training.run.losses,
         )
         self.since = time.monotonic()
         return train_loop(

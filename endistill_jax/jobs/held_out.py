@@ -51,6 +51,7 @@ def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
     """Reads the held-out batches and counts the references."""
     from endistill_jax.data.pipeline import make_iterator
     from endistill_jax.data.registry import resolve_task
+    from endistill_jax.data.vocabulary import sentinel_ids
 
     def batches(split: str, batch_size: int):
         return make_iterator(
@@ -77,5 +78,5 @@ def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
         mesh=mesh,
         batches=list(islice(batches(data.eval_split, data.eval_batch_size), data.eval_batches)),
         ngrams=counter.fit(),
-        sentinel_ids=range(vocabulary.vocab_size - vocabulary.extra_ids, vocabulary.vocab_size),
+        sentinel_ids=sentinel_ids(vocabulary),
     )

@@ -1,16 +1,33 @@
 """From a Hugging Face or T5X checkpoint to a model directory of our own."""
 
+import contextlib
+import errno
+import logging
 import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
+from endistill_jax.checkpoints.folder import check_free, local_folder, replace_folder
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import CHECKPOINTS, TrainedModel, keep_tokenizer, open_model
+from endistill_jax.jobs.models import (
+    CHECKPOINTS,
+    DTYPES,
+    TrainedModel,
+    choose_vocabulary,
+    fingerprint_of,
+    keep_tokenizer,
+    open_model,
+    tell_notes,
+)
 from endistill_jax.model.t5 import count_params
-from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings
 
@@ -19,6 +36,8 @@ def import_checkpoint(
     *,
     source: str,
     model_dir: str,
+    vocabulary_file: str | None = None,
+    extra_ids: int = 100,
     dtype: str = "float32",
     mesh: tuple[int, int, int] = (-1, 1, 1),
     dry_run: bool = False,
@@ -30,48 +49,83 @@ def import_checkpoint(
 
     Args:
         source: a Hugging Face T5 folder, the name of one on the hub, or a T5X checkpoint.
-        model_dir: receives `checkpoints/<step>`, `model.json` and `tokenizer/`.
+        model_dir: receives `checkpoints/<step>`, `model.json` and `tokenizer/`; must not exist, or be empty. It appears
+            whole or not at all.
+        vocabulary_file: SentencePiece model; None takes the one that lies beside the checkpoint, if one does.
+        extra_ids: sentinels above the pieces of `vocabulary_file`.
         dtype: float32 or bfloat16: type of the written parameters.
-        mesh: sizes of the axes data, fsdp and tensor on which the parameters lie meanwhile.
+        mesh: sizes of the axes data, fsdp and tensor on which the parameters lie meanwhile, on this host's devices.
         dry_run: print what would be done, and do nothing.
 
     Raises:
         UserError: for a source that cannot be read, or a model directory that is in use or cannot be written.
     """
-    directory = f"{model_dir}/{CHECKPOINTS}"
-    if finished_steps(directory):
-        raise UserError(f"{model_dir} holds checkpoints already; give another model_dir")
+    if dtype not in DTYPES:
+        raise UserError(f"import_checkpoint.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    target = local_folder(model_dir)
+    check_free(target)
     opened = open_model(source, dtype)
     if opened.facts:
         raise UserError(f"{source} is a model directory of this system; use it as it is")
+    vocabulary = choose_vocabulary(opened, vocabulary_file, extra_ids)
     on = make_mesh(*mesh)
     param_shardings(opened.config, on)
-    size = format_count(count_params(abstract_params(opened.config)))
-    print(f"{source}: {size} parameters\n  {opened.config}", *opened.notes, sep="\n  ")
+    numbers = count_params(abstract_params(opened.config))
+    _check_room(target, numbers * jax.numpy.dtype(dtype).itemsize)
+    print(f"{source}: {format_count(numbers)} parameters\n  {opened.config}")
+    tell_notes(opened)
+    if vocabulary is None:
+        print("no vocabulary lies beside it: exports will have no tokenizer; give one with vocabulary_file")
     if dry_run:
         print(f"would write {model_dir} in {dtype}")
         return
-    params = opened.load(on)
-    try:
-        write_atomically(f"{model_dir}/model.json", json_text(opened.config.architecture(), indent=2) + "\n")
-        if opened.vocabulary_file is not None:
-            keep_tokenizer(model_dir, opened.vocabulary_file)
+    params = opened.load_on(on)
+    with replace_folder(target, overwrite=False) as partial, _one_line_for_failure(model_dir):
+        model = _model_facts(opened, dtype)
+        (partial / "model.json").write_text(json_text(model, indent=2) + "\n", encoding="utf-8")
+        if vocabulary is not None:
+            keep_tokenizer(str(partial), vocabulary)
+        facts = {
+            "run": {"model": model, "vocabulary": fingerprint_of(vocabulary)},
+            # What was read and what is written differ if the type became narrower.
+            "import": {
+                "source": source,
+                "pieces": opened.pieces,
+                "fingerprint": opened.fingerprint if dtype == "float32" else fingerprint_params(params),
+            },
+        }
         # About one array after the other: a large model is not copied as a whole on its way to the disk.
         largest = math.ceil(max(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9)
-        with Checkpointer(directory, keep_last=1, concurrent_gigabytes=largest) as checkpointer:
-            checkpointer.save(opened.step, {"params": params}, b"", _facts(opened, params, dtype), force=True)
-    except UserError:
-        raise
-    except Exception as error:  # Orbax and TensorStore report a full disk in several types
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"could not write {model_dir}: {reason}; there is no checkpoint in it") from error
+        with Checkpointer(str(partial / CHECKPOINTS), keep_last=1, concurrent_gigabytes=largest) as checkpointer:
+            checkpointer.save(opened.step, {"params": params}, b"", facts, force=True)
     print(f"wrote {model_dir}")
 
 
-def _facts(opened: TrainedModel, params: dict, dtype: str) -> dict:
-    # What was read and what is written differ if the type became narrower.
-    fingerprint = opened.fingerprint if dtype == "float32" else fingerprint_params(params)
-    return {
-        "run": {"model": opened.config.architecture() | {"dtype": dtype}, "vocabulary": opened.vocabulary},
-        "import": {"source": opened.source, "fingerprint": fingerprint},
-    }
+def _model_facts(opened: TrainedModel, dtype: str) -> dict[str, Any]:
+    return opened.config.architecture() | {"dtype": dtype, "dropout_rate": opened.config.dropout_rate}
+
+
+def _check_room(target: pathlib.Path, needed: int) -> None:
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{place} has {free / 1e9:.3g} GB free, and the parameters take up to {needed / 1e9:.3g} GB; "
+            "make room, or give another model_dir"
+        )
+
+
+@contextlib.contextmanager
+def _one_line_for_failure(model_dir: str) -> Iterator[None]:
+    """Orbax and TensorStore report a full disk in several types, and log each with its whole stack."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        reason = os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in text else text[:300]
+        raise UserError(f"could not write {model_dir}: {reason}; nothing was left there") from error
+    finally:
+        logger.setLevel(level)

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
-from endistill_jax.checkpoints.huggingface.tokenizer import vocabulary_of, write_tokenizer
+from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
 from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile, assemble
 from endistill_jax.checkpoints.opening import open_source
-from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
+from endistill_jax.checkpoints.reading import Facts, absolute, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.errors import UserError
 from endistill_jax.model.config import T5Config
 from endistill_jax.sharding import abstract_params, param_shardings
 
 BUNDLED = "bundled"
+DTYPES = ("float32", "bfloat16")
 BUNDLED_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher"
 # Within the model directory of a run or of an import:
 CHECKPOINTS = "checkpoints"
@@ -36,6 +40,7 @@ class TrainedModel:
         step: how far it was trained, if that is known; else 0.
         facts: what its checkpoint tells of how it was made; empty for a foreign one.
         notes: what was assumed because the checkpoint does not say, a sentence each.
+        pieces: fingerprint of its vocabulary's pieces, where no SentencePiece model tells of it.
     """
 
     source: str
@@ -44,21 +49,27 @@ class TrainedModel:
     step: int
     facts: Facts
     notes: tuple[str, ...] = ()
-    _read: Callable[[Mesh | None], tuple[Params, str]]
+    pieces: str | None = None
+    _read: Callable[[Any], tuple[Params, str]]
     _loaded: tuple[Params, str] | None = None
 
-    def load(self, mesh: Mesh | None = None) -> Params:
+    def load(self, shardings: Any = None) -> Params:
         """Reads the parameters, unless they are there already: nested dictionaries, layers stacked.
 
         Args:
-            mesh: every array goes straight onto the devices that keep a part of it; None gives NumPy arrays.
+            shardings: tree of `NamedSharding` like the parameters: every array goes straight onto the devices that keep
+                a part of it. None gives NumPy arrays.
 
         Raises:
             UserError: naming what cannot be read.
         """
         if self._loaded is None:
-            self._loaded = self._read(mesh)
+            self._loaded = self._read(shardings)
         return self._loaded[0]
+
+    def load_on(self, mesh: Mesh) -> Params:
+        """As `load`, spread over a mesh by our own rules."""
+        return self.load(param_shardings(self.config, mesh))
 
     @property
     def params(self) -> Params:
@@ -78,32 +89,39 @@ class TrainedModel:
             return self.facts["run"]["vocabulary"]
         return fingerprint_of(self.vocabulary_file)
 
+    def has_other_vocabulary(self, vocabulary: Any) -> bool:
+        """Whether it is known to have been trained with another vocabulary."""
+        if self.vocabulary is not None:
+            return self.vocabulary != fingerprint_vocabulary(vocabulary)
+        return self.pieces is not None and self.pieces != fingerprint_pieces(pieces_of_vocabulary(vocabulary))
+
 
 def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) -> TrainedModel:
     """Finds a model and checks names, shapes and files; reads no parameters yet.
 
     Args:
-        source: "bundled", the model directory of a run or of an import, a Hugging Face T5 folder, the name of one on
-            the Hugging Face hub, or a T5X checkpoint.
+        source: "bundled", the model directory of a run or of an import (its last step) or `checkpoints/<step>` in it, a
+            Hugging Face T5 folder, the name of one on the Hugging Face hub, or a T5X checkpoint.
         dtype: float32 or bfloat16: type of its parameters and of its computations.
         scan_layers: whether its layers run in a compiled loop.
 
     Raises:
         UserError: if there is no model, or it cannot be read.
     """
-    execution = {"dtype": dtype, "scan_layers": scan_layers, "dropout_rate": 0.0}
-    folder = pathlib.Path(source).expanduser()
-    steps = finished_steps(str(folder / CHECKPOINTS))
-    if steps:
-        facts = read_facts_of_step(str(folder / CHECKPOINTS), steps[-1])
+    execution = {"dtype": dtype, "scan_layers": scan_layers}
+    run = _find_run(source)
+    if run is not None:
+        directory, step = run
+        facts = read_facts_of_step(str(directory), step)
         config = dataclasses.replace(T5Config(**facts["run"]["model"]), **execution)
         return TrainedModel(
             source=source,
             config=config,
-            vocabulary_file=vocabulary_of(folder / TOKENIZER),
-            step=steps[-1],
+            vocabulary_file=vocabulary_of(directory.parent / TOKENIZER),
+            step=step,
             facts=facts,
-            _read=lambda mesh: _read_run(str(folder / CHECKPOINTS), steps[-1], facts, config, mesh),
+            pieces=facts.get("import", {}).get("pieces"),
+            _read=lambda shardings: _read_run(str(directory), step, facts, config, shardings),
         )
     opened = open_source(str(BUNDLED_FOLDER) if source == BUNDLED else source)
     config = dataclasses.replace(opened.config, **execution)
@@ -114,8 +132,47 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         step=opened.step,
         facts={},
         notes=opened.notes,
-        _read=lambda mesh: _read_source(opened, config, mesh),
+        pieces=opened.pieces,
+        _read=lambda shardings: _read_source(opened, config, shardings),
     )
+
+
+def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
+    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+
+    Raises:
+        UserError: if the model was trained with another one, or has fewer ids.
+    """
+    from endistill_jax.data.vocabulary import load_vocabulary
+
+    found = model.vocabulary_file
+    if file is not None:
+        found = VocabularyFile(file, extra_ids)
+        if model.has_other_vocabulary(load_vocabulary(file, extra_ids=extra_ids)):
+            raise UserError(
+                f"{model.source} was trained with another vocabulary than {file} with {extra_ids} extra ids; "
+                "give its own, or leave vocabulary_file out"
+            )
+    if found is not None:
+        check_vocabulary(found, model.config.vocab_size)
+    return found
+
+
+def tell_notes(model: TrainedModel) -> None:
+    """Prints what had to be assumed of a model."""
+    for note in model.notes:
+        print(f"{model.source}: {note}")
+
+
+def _find_run(source: str) -> tuple[epath.Path, int] | None:
+    """The directory of the checkpoints that a path names, and the step: the last, if the path names none."""
+    folder = epath.Path(source).expanduser()
+    if folder.name.isdecimal() and int(folder.name) in finished_steps(str(folder.parent)):
+        return absolute(str(folder.parent)), int(folder.name)
+    for directory in (folder / CHECKPOINTS, folder):
+        if steps := finished_steps(str(directory)):
+            return absolute(str(directory)), steps[-1]
+    return None
 
 
 def fingerprint_of(file: VocabularyFile | None) -> str | None:
@@ -127,30 +184,34 @@ def fingerprint_of(file: VocabularyFile | None) -> str | None:
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
     """Puts a vocabulary into a model directory, in the form that Hugging Face tokenizers have."""
-    folder = pathlib.Path(model_dir).expanduser() / TOKENIZER
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(suffix=".model") as local:  # the file may lie on a bucket
-        local.write(epath.Path(file.path).read_bytes())
-        local.flush()
-        write_tokenizer(folder, file._replace(path=local.name))
+    target = epath.Path(model_dir).expanduser() / TOKENIZER
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:  # vocabulary and model directory may each lie on a bucket
+        local = pathlib.Path(temporary, "vocabulary.model")
+        local.write_bytes(epath.Path(file.path).read_bytes())
+        made = pathlib.Path(temporary, TOKENIZER)
+        made.mkdir()
+        write_tokenizer(made, file._replace(path=str(local)))
+        for written in made.iterdir():
+            (target / written.name).write_bytes(written.read_bytes())
 
 
-def _read_source(opened: Source, config: T5Config, mesh: Mesh | None) -> tuple[Params, str]:
+def _read_source(opened: Source, config: T5Config, shardings: Any) -> tuple[Params, str]:
     with opened:
-        return assemble(opened, config.dtype, None if mesh is None else param_shardings(config, mesh))
+        return assemble(opened, config.dtype, shardings)
 
 
-def _read_run(directory: str, step: int, facts: Facts, config: T5Config, mesh: Mesh | None) -> tuple[Params, str]:
+def _read_run(directory: str, step: int, facts: Facts, config: T5Config, shardings: Any) -> tuple[Params, str]:
     """Restores a run's parameters; those of an import, whose fingerprint is known, come in their final type at once."""
     fingerprint = facts.get("import", {}).get("fingerprint")
     abstract = None
-    if mesh is not None:
+    if shardings is not None:
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
                 leaf.shape, config.dtype if fingerprint else leaf.dtype, sharding=sharding
             ),
             abstract_params(config),
-            param_shardings(config, mesh),
+            shardings,
         )
     params = restore_params(directory, step, abstract_params=abstract)[0]
     fingerprint = fingerprint or fingerprint_params(params)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from endistill_jax.errors import UserError
+from endistill_jax.losses import Computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Run:
         keep_last: number of latest checkpoints kept.
         keep_best: name of a held-out metric, such as "piece_loss", whose best (lowest) checkpoint is kept too.
         tensorboard: write TensorBoard scalars beside metrics.jsonl.
+        losses: in which form the losses are computed; by default chosen by platform and shape.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class Run:
     keep_last: int = 2
     keep_best: str | None = None
     tensorboard: bool = True
+    losses: Computation = Computation()
 
     def __post_init__(self):
         object.__setattr__(self, "mesh", tuple(self.mesh))

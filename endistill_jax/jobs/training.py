@@ -122,7 +122,7 @@ def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel 
         )
     if teacher is None:
         return
-    if teacher.vocabulary not in (None, fingerprint_vocabulary(vocabulary)):
+    if teacher.has_other_vocabulary(vocabulary):
         raise UserError(
             f"the teacher {teacher.source} was trained with another vocabulary than the task's; "
             "choose a task with the teacher's vocabulary"

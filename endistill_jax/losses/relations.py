@@ -14,7 +14,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.losses.divergence import categorical_kl
 
 # Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
-_MASKED_SCORE = -1e30
+MASKED_SCORE = -1e30
 
 
 def check_relation_heads(
@@ -98,7 +98,7 @@ def relation_kl(
 
     def masked_scores(vectors: tuple[jax.Array, jax.Array]) -> jax.Array:
         scores = relation_scores(*vectors, query_segments, key_segments, relation_heads)
-        return jnp.where(visible, scores, _MASKED_SCORE)  # [batch, relation_heads, query_length, key_length]
+        return jnp.where(visible, scores, MASKED_SCORE)  # [batch, relation_heads, query_length, key_length]
 
     divergence = categorical_kl(masked_scores(teacher), masked_scores(student))  # [batch, relation_heads, query_length]
     # Rows that see nothing need no further mask: their scores are the same constants in both models, which differ by

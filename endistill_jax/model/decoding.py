@@ -17,7 +17,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.model.blocks import DecoderLayer
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
-from endistill_jax.model.t5 import Embedding, Encoder, Head
+from endistill_jax.model.t5 import Embedding, Encoder, Head, apply_head
 
 START_TOKEN = 0  # T5 begins a target with the padding token
 
@@ -193,8 +193,8 @@ def greedy(config: T5Config, params: Any, batch: Batch, max_length: int, eos_id:
 def _logits(config: T5Config, params: Any, x: jax.Array) -> jax.Array:
     x = _apply(RMSNorm, config, params["decoder"]["decoder_norm"], x)
     if config.tied_head:
-        return _apply(Embedding, config, params["token_embedder"], x, method="attend")
-    return _apply(Head, config, params["decoder"]["logits_dense"], x)
+        return apply_head(_apply(Embedding, config, params["token_embedder"], x, method="head"))
+    return apply_head(_apply(Head, config, params["decoder"]["logits_dense"], x))
 
 
 def _apply(module: Callable[..., nn.Module], config: T5Config, params: Any, *args: Any, **kwargs: Any) -> Any:

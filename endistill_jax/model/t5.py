@@ -21,6 +21,18 @@ from endistill_jax.model.stack import run_layers, stacked_init
 SITES = ("encoder_self", "decoder_self", "cross")
 
 
+class UnappliedHead(NamedTuple):
+    """A head whose logits, `hidden @ kernel`, are left to whoever needs only some of them at a time.
+
+    Attributes:
+        hidden: [batch, target, d_model], what the head is applied to.
+        kernel: [d_model, vocab_size].
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+
+
 class Output(NamedTuple):
     """What a forward pass returns.
 
@@ -28,11 +40,13 @@ class Output(NamedTuple):
         encoded: [batch, source, d_model], after the encoder's final normalisation; None if nothing reads it.
         logits: [batch, target, vocab_size], float32; None unless asked for.
         taps: the queries, keys and values of each site asked for.
+        head: in place of logits, if it was asked not to be applied.
     """
 
     encoded: jax.Array | None
     logits: jax.Array | None
     taps: dict[str, Tap]
+    head: UnappliedHead | None = None
 
 
 class Embedding(nn.Module):
@@ -49,24 +63,27 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """v1.0's head: [batch, length, d_model] -> [batch, length, vocab_size], input scaled by d_model ** -0.5."""
-        x = x * jnp.asarray(self.config.d_model**-0.5, x.dtype)
-        return project(x, self.embedding.T, x.dtype, jnp.float32)
+    def head(self, x: jax.Array) -> UnappliedHead:
+        """v1.0's head: the table itself, applied to [batch, length, d_model] scaled by d_model ** -0.5."""
+        return UnappliedHead(x * jnp.asarray(self.config.d_model**-0.5, x.dtype), self.embedding.T)
 
 
 class Head(nn.Module):
-    """v1.1's own head: [batch, length, d_model] -> [batch, length, vocab_size], float32."""
+    """v1.1's own head, for [batch, length, d_model]."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> UnappliedHead:
         cfg = self.config
         stddev = cfg.head_init_scale * cfg.d_model**-0.5
         init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("embed", "vocab"))
-        kernel = self.param("kernel", init, (cfg.d_model, cfg.vocab_size), jnp.float32)
-        return project(x, kernel, x.dtype, jnp.float32)
+        return UnappliedHead(x, self.param("kernel", init, (cfg.d_model, cfg.vocab_size), jnp.float32))
+
+
+def apply_head(head: UnappliedHead) -> jax.Array:
+    """The logits: [batch, length, vocab_size], float32, from factors of the hidden states' type."""
+    return project(head.hidden, head.kernel, head.hidden.dtype, jnp.float32)
 
 
 class Encoder(nn.Module):
@@ -109,9 +126,9 @@ class Decoder(nn.Module):
         segments: jax.Array,
         encoder_segments: jax.Array,
         tap_layers: Mapping[str, int],
-        with_logits: bool,
+        with_head: bool,
         deterministic: bool,
-    ) -> tuple[jax.Array | None, dict[str, Tap]]:
+    ) -> tuple[UnappliedHead | None, dict[str, Tap]]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
         length = x.shape[1]
@@ -122,12 +139,11 @@ class Decoder(nn.Module):
         layer = DecoderLayer(cfg, parent=None)
         params = self.param("layers", stacked_init(layer, cfg.num_decoder_layers), x, context)
         key = None if deterministic or not cfg.dropout_rate else self.make_rng("dropout")
-        x, taps = run_layers(layer, params, x, context, tap_layers, with_logits, key)
-        if not with_logits:
+        x, taps = run_layers(layer, params, x, context, tap_layers, with_head, key)
+        if not with_head:
             return None, taps
         x = drop(RMSNorm(cfg, name="decoder_norm")(x), deterministic=deterministic)
-        logits = self.token_embedder.attend(x) if cfg.tied_head else Head(cfg, name="logits_dense")(x)
-        return nn.with_logical_constraint(logits, ("batch", "length", "vocab")), taps
+        return self.token_embedder.head(x) if cfg.tied_head else Head(cfg, name="logits_dense")(x), taps
 
 
 class T5(nn.Module):
@@ -142,6 +158,7 @@ class T5(nn.Module):
         *,
         tap_layers: Mapping[str, int] | None = None,
         with_logits: bool = True,
+        with_head: bool = False,
         deterministic: bool = True,
     ) -> Output:
         """One forward pass with teacher forcing.
@@ -152,6 +169,7 @@ class T5(nn.Module):
                 packed, `encoder_segment_ids` and `decoder_segment_ids` of the same shapes. Token 0 is padding.
             tap_layers: site (`encoder_self`, `decoder_self`, `cross`) -> layer to expose; negative counts from the top.
             with_logits: whether logits are read.
+            with_head: return the head unapplied instead of logits, whatever `with_logits` says.
             deterministic: no dropout; else a "dropout" key must be given in `rngs`.
 
         Raises:
@@ -161,7 +179,8 @@ class T5(nn.Module):
         taps = resolve_tap_layers(cfg, tap_layers or {})
         encoder_taps = {site: index for site, index in taps.items() if site == "encoder_self"}
         decoder_taps = {site: index for site, index in taps.items() if site != "encoder_self"}
-        run_decoder = with_logits or bool(decoder_taps)
+        read_head = with_logits or with_head
+        run_decoder = read_head or bool(decoder_taps)
 
         embedder = Embedding(cfg, name="token_embedder")
         encoder_segments = segment_ids(batch, "encoder")
@@ -172,10 +191,14 @@ class T5(nn.Module):
             return Output(encoded=None, logits=None, taps=exposed)
         x = embedder(batch["decoder_input_tokens"])
         decoder = Decoder(cfg, embedder, name="decoder")
-        logits, decoder_exposed = decoder(
-            x, encoded, segment_ids(batch, "decoder"), encoder_segments, decoder_taps, with_logits, deterministic
+        head, decoder_exposed = decoder(
+            x, encoded, segment_ids(batch, "decoder"), encoder_segments, decoder_taps, read_head, deterministic
         )
-        return Output(encoded=encoded, logits=logits, taps=exposed | decoder_exposed)
+        exposed |= decoder_exposed
+        if with_head or not with_logits:
+            return Output(encoded=encoded, logits=None, taps=exposed, head=head)
+        logits = nn.with_logical_constraint(apply_head(head), ("batch", "length", "vocab"))
+        return Output(encoded=encoded, logits=logits, taps=exposed)
 
 
 def resolve_tap_layers(config: T5Config, tap_layers: Mapping[str, int]) -> dict[str, int]:

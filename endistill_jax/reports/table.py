@@ -27,13 +27,13 @@ class Column:
     Attributes:
         key: the rows' key.
         title: the heading, with the unit where it is not plain.
-        kind: how numbers are shown: "count" 5.7 M, "loss" three decimals, "share" 0.123 as 12.3 %, "seconds" 412 s,
-            "text" as it is.
+        kind: how numbers are shown: "count" 5.7 M, "loss" three decimals, "number" at least three digits, "share" 0.123
+            as 12.3 %, "seconds" 412 s, "text" as it is.
     """
 
     key: str
     title: str
-    kind: Literal["text", "count", "loss", "share", "seconds"] = "text"
+    kind: Literal["text", "count", "loss", "number", "share", "seconds"] = "text"
 
 
 def format_count(count: float) -> str:
@@ -55,6 +55,9 @@ def _format_number(value: float, kind: str) -> str:
             return format_count(value)
         case "loss":
             return f"{value:.3f}"
+        case "number":
+            decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+            return f"{value:.{min(max(decimals, 0), 9)}f}"
         case "share":
             return f"{100 * value:.1f} %"
         case "seconds":

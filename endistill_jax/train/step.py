@@ -5,6 +5,7 @@ alone, so the whole batch's weights are known before its first micro-batch runs,
 micro-batching nor the mesh changes what is computed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.batch import Batch
 from endistill_jax.errors import UserError
-from endistill_jax.losses import Path, combine, cross_entropy, term_sums, term_weights
+from endistill_jax.losses import Computation, Path, Placement, loss_from_outputs, term_weights
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import T5, Output
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
@@ -24,14 +25,30 @@ from endistill_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
+DENSE = Computation(relations="dense", vocabulary="dense")
 
-def forward(config: T5Config, params: Any, batch: Batch, path: Path, role: str, dropout_key: Any = None) -> Output:
-    """The taps and logits that a path reads of its "teacher" or its "student"; without a key, without dropout."""
+
+def forward(
+    config: T5Config,
+    params: Any,
+    batch: Batch,
+    path: Path,
+    role: str,
+    dropout_key: Any = None,
+    computation: Computation = DENSE,
+) -> Output:
+    """What a path reads of its "teacher" or its "student"; without a key, without dropout.
+
+    That is the taps and, if it reads words, the logits, or the head where the losses apply it to some tokens at a time.
+    """
+    reads_words = path.needs_logits(role)
+    chunked = computation.chunks_vocabulary(len(batch["encoder_input_tokens"]))
     return T5(config).apply(
         {"params": params},
         batch,
         tap_layers=path.tap_layers(role),
-        with_logits=path.needs_logits(role),
+        with_logits=reads_words and not chunked,
+        with_head=reads_words and chunked,
         deterministic=dropout_key is None,
         rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
@@ -58,6 +75,7 @@ def loss_and_sums(
     student: T5Config,
     teacher: T5Config | None,
     path: Path,
+    computation: Computation = DENSE,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch, or a micro-batch's share of it: what is differentiated with respect to `params`.
 
@@ -70,22 +88,19 @@ def loss_and_sums(
         student: settings of the student.
         teacher: settings of the teacher.
         path: what is compared.
+        computation: in which form; the dense one is right anywhere.
 
     Returns:
         The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` where
-        logits are computed, the last two without gradient.
+        words are read, without gradient of their own.
     """
     taught = None
     if path.needs_teacher:
-        taught = jax.lax.stop_gradient(forward(teacher, teacher_params, batch, path, "teacher"))
-    learned = forward(student, params, batch, path, "student", dropout_key if student.dropout_rate else None)
-    sums = term_sums(path, learned, taught, batch)
-    loss = combine(path, sums, weights)
-    for name, output in (("cross_entropy", learned), ("teacher_cross_entropy", taught)):
-        if output is not None and output.logits is not None:
-            logits = jax.lax.stop_gradient(output.logits)
-            sums[name], _ = cross_entropy(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
-    return loss, sums
+        taught = forward(teacher, teacher_params, batch, path, "teacher", computation=computation)
+        taught = jax.lax.stop_gradient(taught)
+    key = dropout_key if student.dropout_rate else None
+    learned = forward(student, params, batch, path, "student", key, computation)
+    return loss_from_outputs(path, learned, taught, batch, weights, computation)
 
 
 def make_train_step(
@@ -97,6 +112,7 @@ def make_train_step(
     mesh: Mesh,
     micro_batches: int = 1,
     base_key: jax.Array | None = None,
+    computation: Computation | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, teacher_params, batch) -> (state, metrics)`, jitted with shardings on the mesh.
 
@@ -110,6 +126,7 @@ def make_train_step(
         mesh: from `make_mesh`.
         micro_batches: parts of a batch whose gradients are accumulated before the update.
         base_key: dropout at a step uses `fold_in(base_key, step)`; needed only with dropout.
+        computation: in which form the losses are computed; by default chosen by platform and shape.
 
     Returns:
         The step. Its metrics are (sum, weight) pairs: every term of the path by name, `loss`, `cross_entropy` of the
@@ -121,7 +138,10 @@ def make_train_step(
         raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
     base_key = jax.random.key(0) if base_key is None else base_key
 
-    micro_batch_loss = functools.partial(loss_and_sums, student=student, teacher=teacher, path=path)
+    computation = dataclasses.replace(computation or Computation(), placement=Placement(mesh=mesh))
+    micro_batch_loss = functools.partial(
+        loss_and_sums, student=student, teacher=teacher, path=path, computation=computation
+    )
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with activation_sharding(mesh):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import init_params
@@ -60,6 +61,18 @@ def train_vocabulary(path, text="the cat sat on the mat and the dog sat on the l
 @pytest.fixture(scope="session")
 def make_vocabulary():
     return train_vocabulary
+
+
+@pytest.fixture(scope="session")
+def mt5_vocabulary_file(tmp_path_factory):
+    """A SentencePiece model that ends with a hundred sentinels, as mT5's."""
+    folder = tmp_path_factory.mktemp("mt5_vocabulary")
+    path = train_vocabulary(folder / "plain.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for index in reversed(range(100)):
+        model.pieces.add(piece=f"▁<extra_id_{index}>", score=0.0, type=model.SentencePiece.USER_DEFINED)
+    (folder / "mt5.model").write_bytes(model.SerializeToString())
+    return folder / "mt5.model"
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,16 @@ def test_same_ids_as_hugging_face():
         assert [*bundled.encode(text), 1] == tokenizer(text).input_ids
 
 
+def test_sentinels_are_extra_ids_or_the_last_pieces(tmp_path, model):
+    plain = vocabulary.load_vocabulary(model, extra_ids=7)
+    assert vocabulary.sentinel_ids(plain) == range(100, 107)
+    (tmp_path / "mt5.model").write_bytes(plain.sp_model)
+    assert vocabulary.sentinel_ids(vocabulary.load_vocabulary(tmp_path / "mt5.model", extra_ids=0)) == range(100, 107)
+    assert len(vocabulary.sentinel_ids(vocabulary.load_vocabulary(model, extra_ids=0))) == 0
+    assert vocabulary.sentinel_ids(vocabulary.load_vocabulary("bytes")) == range(259, 359)
+    assert len(vocabulary.sentinel_ids(vocabulary.load_vocabulary("bytes", extra_ids=0))) == 0
+
+
 def test_bytes():
     loaded = vocabulary.load_vocabulary("bytes")
     assert loaded.vocab_size == 3 + 256 + 100

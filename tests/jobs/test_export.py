@@ -50,6 +50,13 @@ def test_a_run_keeps_its_vocabulary_and_its_export_has_the_tokenizer(corpus, mak
     assert open_model(str(tmp_path / "folder")).vocabulary == open_model(str(tmp_path / "run")).vocabulary
 
 
+def test_dropout_is_what_the_model_was_trained_with_or_what_is_asked_for(tmp_path, teacher):
+    export(model=teacher, folder=str(tmp_path / "asked"), dropout_rate=0.1)
+    assert json.loads((tmp_path / "asked" / "config.json").read_text())["dropout_rate"] == 0.1
+    export(model=str(tmp_path / "asked"), folder=str(tmp_path / "kept"))
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["dropout_rate"] == 0.1
+
+
 def test_without_a_vocabulary_the_export_says_so(distilled, tmp_path, capsys):
     export(model=str(distilled), folder=str(tmp_path / "folder"))
     assert "the folder has no tokenizer" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Foreign checkpoints become model directories, and leave as they came."""
 
-import errno
 import json
 import pathlib
 import shutil
@@ -33,7 +32,8 @@ def test_an_import_is_the_same_model_with_its_configuration_and_vocabulary(impor
     assert ours.vocabulary == theirs.vocabulary is not None
     assert ours.fingerprint == theirs.fingerprint
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
-    assert json.loads((imported / "model.json").read_text()) == theirs.config.architecture()
+    told = json.loads((imported / "model.json").read_text())
+    assert told == theirs.config.architecture() | {"dtype": "float32", "dropout_rate": theirs.config.dropout_rate}
 
 
 def test_an_import_is_exported_as_it_came(imported, tmp_path):
@@ -75,7 +75,15 @@ def test_a_dry_run_writes_nothing_and_tells_the_configuration(teacher, tmp_path,
 
 def test_a_bad_source_or_place_is_refused_and_nothing_is_left(refused, imported, distilled, teacher, tmp_path):
     arguments = {"source": teacher, "model_dir": str(tmp_path / "run")}
-    refused(import_checkpoint, "holds checkpoints already", **arguments | {"model_dir": str(imported)})
+    refused(import_checkpoint, "run is not empty", **arguments | {"model_dir": str(imported)})
+    refused(import_checkpoint, "dtype is 'int8'; choose", **arguments | {"dtype": "int8"})
+    refused(import_checkpoint, "gs://bucket/run is not local", **arguments | {"model_dir": "gs://bucket/run"})
+    file = tmp_path / "file"
+    file.write_text("irreplaceable")
+    refused(import_checkpoint, "file is a file", **arguments | {"model_dir": str(file)})
+    refused(import_checkpoint, "file is not a folder that may be", **arguments | {"model_dir": str(file / "run")})
+    too_large = {"vocabulary_file": str(BUNDLED_FOLDER / "spiece.model")}
+    refused(import_checkpoint, "has 8100 ids .* and the model only 384", **arguments | too_large)
     refused(import_checkpoint, "is a model directory of this system", **arguments | {"source": str(distilled)})
     refused(import_checkpoint, "no model at .*nowhere", **arguments | {"source": str(tmp_path / "nowhere")})
     refused(import_checkpoint, "is no checkpoint: it has neither config.json", **arguments | {"source": str(tmp_path)})
@@ -89,16 +97,26 @@ def test_a_bad_source_or_place_is_refused_and_nothing_is_left(refused, imported,
     refused(import_checkpoint, message, **arguments | {"source": str(poisoned)})
 
 
-def test_a_full_disk_leaves_no_checkpoint(teacher, tmp_path, monkeypatch, refused):
+def test_a_full_disk_leaves_nothing_and_says_why(teacher, tmp_path, monkeypatch, refused):
     def full(*_args, **_kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise ValueError("RESOURCE_EXHAUSTED: a long description " + "x" * 500 + ": No space left on device")
 
     monkeypatch.setattr(Checkpointer, "save", full)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with pytest.raises(Exception, match="could not write .*run: .*No space left on device; there is no checkpoint"):
-        import_checkpoint(source=teacher, model_dir=str(folder))
-    refused(open_model, "is no checkpoint", leaves="source", source=str(folder))
+    arguments = {"source": teacher, "model_dir": str(tmp_path / "new" / "run")}
+    refused(import_checkpoint, "could not write .*run: No space left on device; nothing was left there", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_little_room_is_seen_before_anything_is_read(teacher, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1000))
+    refused(import_checkpoint, "has 1e-06 GB free", source=teacher, model_dir=str(tmp_path / "run"))
+
+
+def test_a_step_of_a_run_is_a_model(distilled):
+    directory = distilled / "checkpoints"
+    first, last = (open_model(str(directory / step)) for step in ("2", "4"))
+    assert (first.step, last.step) == (2, 4) and first.fingerprint != last.fingerprint
+    assert open_model(str(distilled)).fingerprint == open_model(str(directory)).fingerprint == last.fingerprint
 
 
 def test_an_import_is_not_a_run_to_go_on_with(refused, teacher, student, settings, tmp_path):

@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+from endistill_jax.errors import UserError
+from endistill_jax.losses.computation import Computation
 from endistill_jax.losses.cross_entropy import cross_entropy
 from endistill_jax.losses.logits_kl import logits_kl
-from endistill_jax.losses.objective import coefficients, combine, term_sums, term_weights
+from endistill_jax.losses.objective import coefficients, combine, loss_from_outputs, term_sums, term_weights
 from endistill_jax.losses.path import RELATIONS, SITES, Path, Site
 from endistill_jax.losses.relations import relation_kl
+from endistill_jax.losses.vocabulary_tokens import Head
 
 LENGTHS = ((4, 3), (0, 2), (2, 5), (5, 1))  # (source, target) of each example; the second has an empty source
 VOCABULARY = 5
@@ -40,8 +43,9 @@ class Tap(NamedTuple):
 
 
 class Output(NamedTuple):
-    logits: np.ndarray
+    logits: np.ndarray | None
     taps: dict[str, Tap]
+    head: Head | None = None
 
 
 def _per_side(encoder, decoder):
@@ -343,3 +347,70 @@ def test_batch_of_nothing_but_padding_has_loss_zero_and_finite_gradients():
     assert float(loss) == 0.0
     assert all(float(w) == 0.0 for w in weights.values())
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+COMPUTATIONS = {
+    "dense": Computation(relations="dense", vocabulary="dense"),
+    "fast": Computation(relations="grouped", vocabulary="chunked"),
+    "fast in parts": Computation(group_bytes=300, chunk_bytes=200),
+}
+
+
+def _with_head(model, layout):
+    """An output whose logits come of hidden states."""
+    rng = np.random.default_rng({"teacher": 3, "student": 4}[model])
+    width = INNER_DIM[model]
+    hidden = [rng.standard_normal((target, width)).astype(np.float32) for _, target in LENGTHS]
+    kernel = rng.standard_normal((width, VOCABULARY)).astype(np.float32)
+    head = Head(layout.lay_out("target", hidden, 0.5), kernel)
+    return layout.output(model)._replace(logits=None, head=head)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "computation"))
+def _loss_from_outputs(path, computation, student, teacher, batch):
+    def loss(outputs):
+        if not computation.chunks_vocabulary(len(batch["decoder_target_tokens"])):
+            outputs = [x._replace(logits=x.head.hidden @ x.head.kernel, head=None) for x in outputs]
+        return loss_from_outputs(path, *outputs, batch, term_weights(path, batch), computation)
+
+    return jax.value_and_grad(loss, has_aux=True)((student, teacher))
+
+
+PATHS = {
+    "everything": EVERYTHING,
+    "logits": Path(logits_weight=1.0),
+    "words without a teacher": Path(lm_weight=1.0, z_loss=0.1),
+}
+
+
+@pytest.mark.parametrize("layout", [TIGHT, PACKED], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("name", [name for name in COMPUTATIONS if name != "dense"])
+def test_every_form_of_the_losses_gives_one_objective(name, path, layout):
+    student, teacher, batch = _with_head("student", layout), _with_head("teacher", layout), layout.batch()
+    run = functools.partial(_loss_from_outputs, path, student=student, teacher=teacher, batch=batch)
+    (expected, expected_sums), (expected_gradient, _) = run(COMPUTATIONS["dense"])
+    (loss, sums), (gradient, by_teacher) = run(COMPUTATIONS[name])
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert sums.keys() == expected_sums.keys() == {*coefficients(path), "cross_entropy", "teacher_cross_entropy"}
+    for term, total in expected_sums.items():
+        np.testing.assert_allclose(sums[term], total, rtol=2e-6, err_msg=term)
+
+    def compare(actual, whole):
+        assert np.isfinite(actual).all()
+        assert np.linalg.norm(actual - whole) <= 2e-6 * np.linalg.norm(whole)
+
+    jax.tree.map(compare, gradient, expected_gradient)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(by_teacher))
+
+
+def test_forms_of_the_losses_that_do_not_exist_are_an_error():
+    with pytest.raises(UserError, match="computation.relations is 'fast'; choose auto, dense or grouped"):
+        loss_from_outputs(
+            EVERYTHING,
+            TIGHT.output("student"),
+            TIGHT.output("teacher"),
+            TIGHT.batch(),
+            term_weights(EVERYTHING, TIGHT.batch()),
+            Computation(relations="fast"),
+        )

@@ -45,7 +45,7 @@ def test_an_import_is_restored_onto_another_mesh(folder, params, tmp_path):
     import_checkpoint(source=folder, model_dir=str(tmp_path / "run"), mesh=(1, 4, 2))
     model = open_model(str(tmp_path / "run"))
     mesh = make_mesh(2, 2, 2)
-    placed = model.load(mesh)
+    placed = model.load_on(mesh)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), params)
     assert jax.tree.map(lambda leaf: leaf.sharding, placed) == param_shardings(CONFIG, mesh)
     assert model.fingerprint == fingerprint_params(params)

@@ -8,7 +8,7 @@ import numpy as np
 
 from endistill_jax.checkpoints.huggingface.config import config_from_json, read_config, scales_logits
 from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COPIES, HEAD, IGNORED, tensor_of
-from endistill_jax.checkpoints.huggingface.tokenizer import vocabulary_of
+from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces, vocabulary_of
 from endistill_jax.checkpoints.huggingface.weights import Weights
 from endistill_jax.checkpoints.interchange import Parameter, Params, assemble, parameters
 from endistill_jax.errors import UserError
@@ -46,8 +46,9 @@ class FolderSource:
         self.where = str(path)
         self.config = config
         self.vocabulary = vocabulary_of(path)
+        self.pieces = fingerprint_of_pieces(path) if self.vocabulary is None else None
         self.step = 0
-        self.notes = _notes(path)
+        self.notes = (_note(path),) if self.pieces else ()
         self._weights = weights
         self._elsewhere = _elsewhere(weights, raw, path)
         self._check_tensors()
@@ -107,13 +108,11 @@ class FolderSource:
         raise UserError(f"{where}: {name} differs from {found}; a T5 has one embedding")
 
 
-def _notes(path: pathlib.Path) -> tuple[str, ...]:
-    if (path / "tokenizer.json").is_file() and not (path / "spiece.model").is_file():
-        return (
-            f"{path} has tokenizer.json alone, as transformers 5 writes it, and no spiece.model: its vocabulary is not "
-            "compared with any other",
-        )
-    return ()
+def _note(path: pathlib.Path) -> str:
+    return (
+        f"{path} has tokenizer.json alone, as transformers 5 writes it, and no spiece.model: of its vocabulary the "
+        "pieces and their ids are compared, how it normalises text is not"
+    )
 
 
 def _elsewhere(weights: Weights, raw: dict[str, Any], path: pathlib.Path) -> dict[str, str]:

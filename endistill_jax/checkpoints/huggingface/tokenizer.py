@@ -8,11 +8,19 @@ from typing import Any
 import sentencepiece
 from etils import epath
 
+from endistill_jax.checkpoints.huggingface.git_lfs import refuse_pointer
 from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.pieces import (
+    fingerprint_pieces,
+    own_sentinels,
+    pieces_of_json,
+    sentinel_name,
+)
 from endistill_jax.errors import UserError
 
 _MODEL = "spiece.model"
 _SETTINGS = "tokenizer_config.json"
+_PIECES = "tokenizer.json"
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _DEFAULT_EXTRA_IDS = 100  # of transformers' T5Tokenizer
 
@@ -27,7 +35,7 @@ def vocabulary_of(folder: pathlib.Path) -> VocabularyFile | None:
     if not model.is_file():
         return None
     settings, text = {}, ""
-    for name in (_SETTINGS, "tokenizer.json"):
+    for name in (_SETTINGS, _PIECES):
         if (folder / name).is_file():
             text = (folder / name).read_text(encoding="utf-8")
             settings = _parsed(folder / name, text)
@@ -35,8 +43,22 @@ def vocabulary_of(folder: pathlib.Path) -> VocabularyFile | None:
     if isinstance(settings.get("extra_ids"), int):
         return VocabularyFile(str(model), settings["extra_ids"])
     # Versions of transformers list the sentinels under several names; a vocabulary may also hold pieces called so.
-    listed = set(_SENTINEL.findall(text)) - _pieces(str(model))
-    return VocabularyFile(str(model), len(listed) or _DEFAULT_EXTRA_IDS)
+    pieces = _pieces(str(model))
+    listed = set(_SENTINEL.findall(text)) - {sentinel_name(piece) for piece in pieces}
+    return VocabularyFile(str(model), len(listed) or (0 if own_sentinels(pieces) else _DEFAULT_EXTRA_IDS))
+
+
+def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
+    """The fingerprint of the pieces in a folder's tokenizer.json; None if it has no such file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / _PIECES
+    if not path.is_file():
+        return None
+    refuse_pointer(path)
+    return fingerprint_pieces(pieces_of_json(path))
 
 
 def check_vocabulary(vocabulary: VocabularyFile, vocab_size: int) -> None:
@@ -83,9 +105,9 @@ def _parsed(path: pathlib.Path, text: str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _pieces(path: str) -> set[str]:
+def _pieces(path: str) -> list[str]:
     processor = _processor(path)
-    return {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
 
 
 def _path(file: str) -> epath.Path:
@@ -96,6 +118,7 @@ def _processor(file: str) -> sentencepiece.SentencePieceProcessor:
     path = _path(file)
     if not path.exists():
         raise UserError(f"{file} is not there; give a SentencePiece model file")
+    refuse_pointer(path)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(path.read_bytes())

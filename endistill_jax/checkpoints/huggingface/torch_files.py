@@ -59,7 +59,8 @@ def _stored(path: pathlib.Path, name: str, tensor: Any) -> StoredTensor:
 def _rows(tensor: Any, start: int, stop: int) -> np.ndarray:
     import torch
 
-    part = tensor[start:stop]
+    # A copy: on CPU, JAX takes an array as it lies, and the model would change, or crash, with the mapped file.
+    part = tensor[start:stop].clone()
     if part.dtype == torch.bfloat16:  # which torch does not hand to NumPy
         return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return part.numpy()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from endistill_jax.checkpoints.huggingface import safetensors_files, torch_files
+from endistill_jax.checkpoints.huggingface.git_lfs import refuse_pointer
 from endistill_jax.checkpoints.huggingface.stored_tensor import StoredTensor
 from endistill_jax.checkpoints.interchange import check_finite
 from endistill_jax.errors import UserError
@@ -41,6 +42,8 @@ class Weights:
         """
         self._tensors: dict[str, StoredTensor] = {}
         files, promised, open_file = _find(folder)
+        for file in files:
+            refuse_pointer(file)
         for tensor in itertools.chain.from_iterable(map(open_file, files)):
             if tensor.name in self._tensors:
                 raise UserError(f"{tensor.path} and {self._tensors[tensor.name].path.name} both hold {tensor.name}")

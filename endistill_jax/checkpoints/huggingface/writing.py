@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from endistill_jax.checkpoints.fingerprint import row_blocks
-from endistill_jax.checkpoints.folder import replace_folder
+from endistill_jax.checkpoints.folder import local_folder, replace_folder
 from endistill_jax.checkpoints.huggingface.config import config_to_json
 from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COPIES, HEAD, tensor_of
 from endistill_jax.checkpoints.huggingface.safetensors_files import Written, write_files
@@ -54,7 +54,7 @@ def save(
         UserError: if the folder is in the way, parameters do not fit the configuration, are not finite or too large for
             `dtype`, the vocabulary has more ids than the model, or writing fails.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = local_folder(folder)
     dtype = _known_dtype(dtype)
     raw = config_to_json(config, dtype.name)
     fetch = tensors_of(params, config)

@@ -131,7 +131,7 @@ def _settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str,
     notes = []
     if "mlp_activations" in told:
         activations, file = told["mlp_activations"]
-        if len(activations) != 1 + gated:
+        if not isinstance(activations, tuple | list) or len(activations) != 1 + gated:
             raise UserError(f"{file} has mlp_activations {activations}, but the checkpoint has {1 + gated} branches")
     else:
         activations = _DEFAULTS[gated]
@@ -143,7 +143,10 @@ def _settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str,
         )
     settings = {"mlp_activations": activations}
     if "dropout_rate" in told:
-        settings["dropout_rate"] = float(told["dropout_rate"][0])
+        rate, file = told["dropout_rate"]
+        if not isinstance(rate, int | float):
+            raise UserError(f"{file} has dropout_rate {rate!r}; a number is expected")
+        settings["dropout_rate"] = float(rate)
     return settings, tuple(notes)
 
 

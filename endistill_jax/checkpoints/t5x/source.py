@@ -21,11 +21,13 @@ class T5XSource:
         where: the folder of the step.
         config: what model it holds.
         vocabulary: None; T5X keeps none beside its checkpoints.
+        pieces: None likewise.
         step: from the name of that folder; 0 if it tells none.
         notes: what could not be read and was assumed, a sentence each.
     """
 
     vocabulary: VocabularyFile | None = None
+    pieces: str | None = None
 
     def __init__(self, location: Location):
         """Opens every array and checks names, shapes and types.

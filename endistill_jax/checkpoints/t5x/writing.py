@@ -11,7 +11,7 @@ import tensorstore as ts
 from etils import epath
 from flax import serialization, traverse_util
 
-from endistill_jax.checkpoints.folder import replace_folder
+from endistill_jax.checkpoints.folder import local_folder, replace_folder
 from endistill_jax.checkpoints.interchange import Parameter, parameters, tensors_of
 from endistill_jax.checkpoints.t5x.locating import MSGPACK, key_value_store
 from endistill_jax.checkpoints.t5x.names import SCANNED, T5, Layout, Place, bias_places, insert_axis, place
@@ -56,8 +56,7 @@ def save(
         UserError: if something is in the way, T5X's network cannot be such a model, parameters do not fit the
             configuration or are not finite, or writing fails.
     """
-    if str(folder).startswith("gs://"):
-        raise UserError(f"{folder} is not local; write to a local folder and copy it with 'gcloud storage cp -r'")
+    model_dir = local_folder(folder)
     dtype = np.dtype(dtype)
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype}; choose float32 or bfloat16")
@@ -65,7 +64,6 @@ def save(
         raise UserError(f"step is {step}; it must be at least 0")
     _check_network(config)
     fetch = tensors_of(params, config)
-    model_dir = pathlib.Path(folder).expanduser()
     was_there = model_dir.exists()
     try:
         with replace_folder(model_dir / f"checkpoint_{step}", overwrite=overwrite, marker=MSGPACK) as partial:

@@ -19,6 +19,7 @@ from comparison import differences, generate_ours, run_ours  # noqa: E402
 from endistill_jax.checkpoints import huggingface  # noqa: E402
 from endistill_jax.checkpoints.huggingface.config import config_from_json  # noqa: E402
 from endistill_jax.checkpoints.interchange import VocabularyFile  # noqa: E402
+from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary  # noqa: E402
 from endistill_jax.errors import UserError  # noqa: E402
 
 
@@ -108,22 +109,29 @@ def test_auto_classes_read_our_export_and_the_tokenizer_gives_our_ids(tmp_path, 
     assert tokenizer("the <extra_id_0> sat").input_ids.count(last) == 1
 
 
-def test_vocabulary_comes_back_through_transformers_or_its_absence_is_told(
-    tmp_path, make_params, config, vocabulary_file
+def test_vocabulary_or_its_pieces_come_back_through_transformers(
+    tmp_path, make_params, config, vocabulary_file, mt5_vocabulary_file
 ):
     config = dataclasses.replace(config, vocab_size=160)
     params = make_params(config)
-    for extra_ids in (100, 7, 0):
-        ours, theirs = tmp_path / f"ours_{extra_ids}", tmp_path / f"theirs_{extra_ids}"
-        huggingface.save(ours, params, config, VocabularyFile(str(vocabulary_file), extra_ids))
+    for file, extra_ids in (
+        (vocabulary_file, 100),
+        (vocabulary_file, 7),
+        (vocabulary_file, 0),
+        (mt5_vocabulary_file, 0),
+    ):
+        ours, theirs = (tmp_path / f"{whose}_{file.stem}_{extra_ids}" for whose in ("ours", "theirs"))
+        huggingface.save(ours, params, config, VocabularyFile(str(file), extra_ids))
         transformers.AutoModelForSeq2SeqLM.from_pretrained(ours).save_pretrained(theirs)
         transformers.AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
         source = huggingface.open_folder(theirs)
         if not (theirs / "spiece.model").exists():  # transformers 5
             assert source.vocabulary is None and "tokenizer.json alone" in source.notes[0]
-            (theirs / "spiece.model").write_bytes(vocabulary_file.read_bytes())
+            task_vocabulary = seqio.SentencePieceVocabulary(str(file), extra_ids)
+            assert source.pieces == fingerprint_pieces(pieces_of_vocabulary(task_vocabulary))
+            (theirs / "spiece.model").write_bytes(file.read_bytes())
             source = huggingface.open_folder(theirs)
-        assert source.notes == () and source.vocabulary.extra_ids == extra_ids
+        assert source.notes == () and source.pieces is None and source.vocabulary.extra_ids == extra_ids
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,31 @@ def test_only_a_t5_whose_head_is_tied_scales_its_logits(folder, edit):
     del raw["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(raw))
     assert huggingface.open_folder(folder).config.tied_head
-    # mT5 never does, although transformers 5 writes that it is tied.
-    edit(folder, model_type="mt5", architectures=["MT5ForConditionalGeneration"], tie_word_embeddings=True)
-    assert not huggingface.open_folder(folder).config.tied_head
+
+
+@pytest.mark.parametrize(
+    ("version", "tied", "scaled"),
+    [
+        ("4.57.1", True, True),
+        ("4.57.1", False, False),
+        ("4.57.1", None, False),
+        (None, True, True),  # the oldest do not say
+        ("5.0.0.dev0", True, False),  # transformers 5 says of every mT5 that it is tied, and scales none
+        ("5.23.0", True, False),
+    ],
+)
+def test_mt5_scales_its_logits_if_it_was_saved_tied_before_transformers_5(folder, edit, version, tied, scaled):
+    def tie(tensors):
+        tensors["lm_head.weight"] = tensors["shared.weight"].copy()
+
+    edit(folder, tie, model_type="mt5", architectures=["MT5ForConditionalGeneration"])
+    raw = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    if tied is None:
+        del raw["tie_word_embeddings"]
+    if version is not None:
+        raw["transformers_version"] = version
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert huggingface.open_folder(folder).config.tied_head == scaled
 
 
 def test_entries_that_old_configs_lack_take_their_defaults(folder, config, edit):
@@ -113,6 +135,28 @@ def test_entries_that_old_configs_lack_take_their_defaults(folder, config, edit)
             with pytest.raises(UserError, match=r"lacks the tensor .*DenseReluDense\.wi\.weight"):
                 huggingface.open_folder(folder)
         raw["feed_forward_proj"] = "gated-gelu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"d_model": None}, r"config.json has d_model null; a whole number is expected"),
+        ({"num_layers": "2"}, r'config.json has num_layers "2"; a whole number is expected'),
+        ({"d_kv": True}, r"config.json has d_kv true; a whole number"),
+        ({"relative_attention_num_buckets": 32.5}, r"has relative_attention_num_buckets 32.5; a whole number"),
+        ({"dropout_rate": None}, r"config.json has dropout_rate null; a number is expected"),
+        ({"feed_forward_proj": ["gated-gelu"]}, r"config.json has feed_forward_proj \['gated-gelu'\]; one of relu, "),
+        (
+            {"architectures": "T5ForConditionalGeneration"},
+            r'has architectures "T5ForConditionalGeneration"; a list such as',
+        ),
+        ({"model_type": ["t5"]}, r"model_type \['t5'\]\); only T5ForConditionalGeneration"),
+    ],
+)
+def test_entry_of_another_type_is_named(folder, edit, changes, words):
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=words):
+        huggingface.open_folder(folder)
 
 
 @pytest.mark.parametrize("absent", [True, False])
@@ -228,6 +272,15 @@ def test_truncated_file_is_named(folder, cut):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match="model.safetensors is damaged or cut short"):
+        huggingface.open_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "spiece.model", "tokenizer.json"])
+def test_git_lfs_pointer_is_called_one(folder, name):
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 3132668808\n")
+    with pytest.raises(UserError, match=rf"{folder / name} is a git-lfs pointer, .*'git lfs pull'"):
         huggingface.open_folder(folder)
 
 

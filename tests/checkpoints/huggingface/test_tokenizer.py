@@ -45,6 +45,14 @@ def test_sentinels_that_are_pieces_already_are_not_counted_again(tmp_path, make_
     assert vocabulary_of(tmp_path).extra_ids == 2
 
 
+def test_model_that_ends_with_sentinels_needs_no_others(tmp_path, mt5_vocabulary_file):
+    (tmp_path / "spiece.model").write_bytes(mt5_vocabulary_file.read_bytes())
+    sentinels = [f"<extra_id_{index}>" for index in range(100)]
+    for settings in ({}, {"extra_ids": 0}, {"additional_special_tokens": sentinels}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert vocabulary_of(tmp_path).extra_ids == 0
+
+
 def test_folder_without_a_sentencepiece_model_has_no_vocabulary(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}))
     assert vocabulary_of(tmp_path) is None

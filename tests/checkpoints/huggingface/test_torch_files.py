@@ -5,14 +5,16 @@ import json
 import pickle
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.interchange import parameters
+from endistill_jax.checkpoints.interchange import assemble, parameters
 from endistill_jax.errors import UserError
+from endistill_jax.sharding import make_mesh, param_shardings
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch (the hf extra)")
 
@@ -50,6 +52,17 @@ def test_torch_files_hold_the_same_as_safetensors(folder, params, shards, dtype)
             expected = expected if parameter.layer is None else expected[parameter.layer]
             assert tensor.dtype == storage
             np.testing.assert_array_equal(tensor, expected.astype(storage))
+
+
+@needs_torch
+def test_a_model_that_was_read_does_not_change_with_its_file(folder, params, assert_same):
+    to_torch(folder)
+    with huggingface.open_folder(folder) as source:
+        read, _ = assemble(source, np.float32, param_shardings(source.config, make_mesh()))
+        file = folder / "pytorch_model.bin"
+        with open(file, "r+b") as opened:  # in place, as a copying tool may do it
+            opened.write(bytes(file.stat().st_size))
+        assert_same(jax.tree.map(np.asarray, read), params)
 
 
 @needs_torch

@@ -50,6 +50,13 @@ def test_type_that_transformers_does_not_load_is_refused(tmp_path, params, confi
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folder_on_a_bucket_is_refused(tmp_path, monkeypatch, params, config):
+    monkeypatch.chdir(tmp_path)  # where a local folder called "gs:" would appear
+    with pytest.raises(UserError, match="gs://bucket/model is not local; .*gcloud storage cp"):
+        huggingface.save("gs://bucket/model", params, config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_several_files_hold_the_same_as_one(tmp_path, params, config, assert_same):
     huggingface.save(tmp_path / "model", params, config, max_file_bytes=4000)
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2

@@ -1,0 +1,178 @@
+"""The programs that the benchmarks of the step time: a teacher's forward pass, training steps, the relation losses."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from shapes import OPTIMIZER, Shape, random_batch, random_teacher
+
+from endistill_jax.losses import Computation, Path, loss_from_outputs, term_weights
+from endistill_jax.model.counted_flops import count_matmul_flops
+from endistill_jax.model.flops import Lengths
+from endistill_jax.model.t5 import T5, init_params
+from endistill_jax.sharding import make_mesh, param_shardings, place_batch
+from endistill_jax.train.flops import path_flops, relation_flops, step_flops
+from endistill_jax.train.optimizer import make_optimizer
+from endistill_jax.train.state import init_state
+from endistill_jax.train.step import make_train_step
+
+LM = Path(lm_weight=1.0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Program:
+    """Something to time.
+
+    Attributes:
+        run: does it once and waits for it.
+        flops: of its matrix products by our formula.
+        counted_flops: of the matrix products in its trace, position biases and rematerialisation included.
+        compile_seconds: of XLA, after tracing.
+        trace_seconds: of JAX, before.
+        temporary_bytes: the compiler's own figure of what the program needs beside its arguments and results.
+    """
+
+    run: Callable[[], Any]
+    flops: int
+    counted_flops: int
+    compile_seconds: float
+    trace_seconds: float
+    temporary_bytes: int
+
+
+def compile_program(jitted: Callable, arguments: tuple, flops: int, run: Callable[[], Any]) -> Program:
+    """Compiles ahead of time to learn what that takes; `run` calls the jitted function as training does."""
+    began = time.perf_counter()
+    lowered = jitted.lower(*arguments)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    ended = time.perf_counter()
+    memory = compiled.memory_analysis()
+    return Program(
+        run=run,
+        flops=flops,
+        counted_flops=count_matmul_flops(jitted, *arguments).total(),
+        compile_seconds=ended - traced,
+        trace_seconds=traced - began,
+        temporary_bytes=0 if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+class Training:
+    """A training step with its state, teacher and batch: each call is one update.
+
+    Attributes:
+        losses: the losses of all calls so far, on the device.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        path: Path,
+        mesh: Mesh,
+        teacher_params: Any,
+        params: Any = None,
+        computation: Computation | None = None,
+    ):
+        optimizer = make_optimizer(OPTIMIZER, steps=1_000_000)
+        teacher = shape.teacher if path.needs_teacher else None
+        self.step = make_train_step(
+            student=shape.student,
+            teacher=teacher,
+            path=path,
+            optimizer=optimizer,
+            mesh=mesh,
+            computation=computation,
+        )
+        self.state = init_state(shape.student, optimizer, mesh, jax.random.key(0), params)
+        self.teacher_params = teacher_params if path.needs_teacher else None
+        self.batch = place_batch(random_batch(shape), mesh)
+        self.losses: list[jax.Array] = []
+
+    def __call__(self) -> None:
+        self.state, metrics = self.step(*self.arguments())
+        jax.block_until_ready((self.state, metrics))
+        self.losses.append(metrics["loss"][0])
+
+    def arguments(self) -> tuple:
+        """What the step is called with; the state of now."""
+        return self.state, self.teacher_params, self.batch
+
+
+def whole_step(shape: Shape, mesh: Mesh | None = None, computation: Computation | None = None) -> Program:
+    """Distillation: the teacher's forward pass, the student's step, the losses in the form asked for."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    teacher_params = random_teacher(shape, param_shardings(shape.teacher, mesh))
+    training = Training(shape, shape.path, mesh, teacher_params, computation=computation)
+    flops = step_flops(shape.student, shape.teacher, shape.path, shape.lengths).total
+    return compile_program(training.step, training.arguments(), flops, training)
+
+
+def student_step(shape: Shape) -> Program:
+    """Pretraining of the student on the same batch: forward pass, cross-entropy, backward pass, update."""
+    training = Training(shape, LM, make_mesh(devices=jax.devices()[:1]), None)
+    flops = step_flops(shape.student, None, LM, shape.lengths).total
+    return compile_program(training.step, training.arguments(), flops, training)
+
+
+def teacher_forward(shape: Shape) -> Program:
+    """The teacher's taps and logits that the path reads."""
+    path, lengths = shape.path, shape.lengths
+
+    @jax.jit
+    def forward(params: Any, batch: dict) -> tuple:
+        taps, logits = path.tap_layers("teacher"), path.needs_logits("teacher")
+        output = T5(shape.teacher).apply({"params": params}, batch, tap_layers=taps, with_logits=logits)
+        return output.taps, output.logits
+
+    arguments = (random_teacher(shape), jax.device_put(random_batch(shape)))
+    flops = path_flops(shape.teacher, path, "teacher", lengths).total
+    return compile_program(forward, arguments, flops, lambda: jax.block_until_ready(forward(*arguments)))
+
+
+class _TapsAlone(NamedTuple):
+    """What a model returns, without its words."""
+
+    taps: dict[str, Any]
+    logits: None = None
+    head: None = None
+
+
+def relation_losses(shape: Shape) -> Program:
+    """All relations of the path on given taps: their sum, and its gradient by the student's taps."""
+    path = dataclasses.replace(shape.path, logits_weight=0.0)
+
+    @jax.jit
+    def value_and_gradient(student_taps: Any, teacher_taps: Any, batch: dict) -> tuple:
+        weights = term_weights(path, batch)
+
+        def loss(taps: Any) -> jax.Array:
+            return loss_from_outputs(path, _TapsAlone(taps), _TapsAlone(teacher_taps), batch, weights)[0]
+
+        return jax.value_and_grad(loss)(student_taps)
+
+    batch = jax.device_put(random_batch(shape))
+    arguments = (_taps(shape, "student", batch), _taps(shape, "teacher", batch), batch)
+    flops = relation_flops(path, shape.lengths, shape.teacher.inner_dim, shape.student.inner_dim)
+    return compile_program(
+        value_and_gradient, arguments, flops, lambda: jax.block_until_ready(value_and_gradient(*arguments))
+    )
+
+
+def _taps(shape: Shape, role: str, batch: dict) -> Any:
+    config, layers = getattr(shape, role), shape.path.tap_layers(role)
+
+    @jax.jit
+    def apply(key: jax.Array) -> Any:
+        params = init_params(config, key)
+        return T5(config).apply({"params": params}, batch, tap_layers=layers, with_logits=False).taps
+
+    return apply(jax.random.key(2))
+
+
+def positions(lengths: Lengths) -> int:
+    """Tokens of a batch, inputs and targets, padding included."""
+    return lengths.batch * (lengths.source + lengths.target)
