@@ -7,7 +7,7 @@ runs the whole step at the shape's own size times each factor, one axis at a tim
 multiplies the layers of both stacks of both models, once with layers in a compiled loop and once unrolled. Devices are
 forced host devices, each number in processes of its own that take turns, with one batch over all of them: on one
 machine they share its cores, so this shows what splitting costs, not what more chips gain. Times of a token that stay
-as they are mean linear growth. Expect @@ minutes at tiny on two cores.
+as they are mean linear growth. Expect some minutes at tiny on two cores.
 """
 
 import argparse

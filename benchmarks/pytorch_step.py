@@ -6,7 +6,7 @@ exports one teacher and one student from our parameters to Hugging Face folders,
 pytorch_distillation.py for what runs there) and, before anything is timed, checks that it is the same work: the losses
 of the first two updates on the same batch agree to 1e-4 relative in float32 (2e-2 in bfloat16, in which both round
 differently). Then times our whole step, eager, `torch.compile`, and the square products of both libraries. Expect
-@@ minutes at tiny, @@ at small and @@ at base on two cores, a good part of it compilation by PyTorch.
+1 minute at tiny on two cores, and more at larger shapes, a good part of it compilation by PyTorch.
 """
 
 import argparse

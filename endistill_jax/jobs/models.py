@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -184,16 +183,9 @@ def fingerprint_of(file: VocabularyFile | None) -> str | None:
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
     """Puts a vocabulary into a model directory, in the form that Hugging Face tokenizers have."""
-    target = epath.Path(model_dir).expanduser() / TOKENIZER
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:  # vocabulary and model directory may each lie on a bucket
-        local = pathlib.Path(temporary, "vocabulary.model")
-        local.write_bytes(epath.Path(file.path).read_bytes())
-        made = pathlib.Path(temporary, TOKENIZER)
-        made.mkdir()
-        write_tokenizer(made, file._replace(path=str(local)))
-        for written in made.iterdir():
-            (target / written.name).write_bytes(written.read_bytes())
+    folder = epath.Path(model_dir).expanduser() / TOKENIZER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, file)
 
 
 def _read_source(opened: Source, config: T5Config, shardings: Any) -> tuple[Params, str]:
