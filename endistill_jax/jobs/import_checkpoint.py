@@ -123,6 +123,8 @@ def _one_line_for_failure(model_dir: str) -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         text = " ".join(str(error).split())
         reason = os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in text else text[:300]

@@ -74,10 +74,10 @@ def relation_kl_grouped(
     student's scores is rounded to the student's type before its products.
 
     Args:
-      teacher: two arrays `[batch, query_length, teacher_inner]`, `[batch, key_length, teacher_inner]`; a constant.
-      student: two arrays `[batch, query_length, student_inner]`, `[batch, key_length, student_inner]`.
-      relation_heads: number of heads into which both models' vectors are split; divides both inner dimensions.
-      query_segments: int `[batch, query_length]`; 0 is padding, equal ids may see each other.
+      teacher: as for `relation_kl`, as are all others but the last.
+      student: two arrays.
+      relation_heads: divides both inner dimensions.
+      query_segments: int `[batch, query_length]`.
       key_segments: int `[batch, key_length]`.
       causal: whether a query sees no key after itself.
       computation: size of the groups, and the mesh that the arrays are spread over.
