@@ -42,6 +42,7 @@ def run_layers(
     tap_layers: Mapping[str, int],
     run_to_top: bool,
     dropout_key: jax.Array | None,
+    frozen: bool = False,
 ) -> tuple[jax.Array, dict[str, Tap]]:
     """Runs the layers that are needed and exposes the taps asked for.
 
@@ -53,6 +54,8 @@ def run_layers(
         tap_layers: site -> index of the layer to expose, 0 <= index < layers.
         run_to_top: whether the stack's output is read; else the stack ends with the highest tapped layer.
         dropout_key: folded with the layer's index; None runs without dropout.
+        frozen: a loop takes each layer's parameters from where all layers lie, rather than from a copy of those that it
+            runs over. The gradient by the parameters would take a pass over all of them a layer.
 
     Returns:
         The residual stream where the stack ended, and the taps.
@@ -74,7 +77,13 @@ def run_layers(
     def apply_one(x: jax.Array, index: int) -> tuple[jax.Array, dict[str, Tap]]:
         return alone(x, jax.tree.map(lambda leaf: leaf[index], params), jnp.asarray(index))
 
+    def layer_at(index: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
+
     def apply_segment(x: jax.Array, start: int, stop: int) -> jax.Array:
+        if cfg.scan_layers and stop - start > 1 and frozen:
+            indices = jnp.arange(start, stop)
+            return jax.lax.scan(lambda x, index: (apply(x, layer_at(index), index)[0], None), x, indices)[0]
         if cfg.scan_layers and stop - start > 1:
             segment = jax.tree.map(lambda leaf: leaf[start:stop], params)
             return jax.lax.scan(lambda x, xs: (looped(x, *xs)[0], None), x, (segment, jnp.arange(start, stop)))[0]

@@ -13,7 +13,7 @@ from endistill_jax.model.t5 import SITES, T5
 from endistill_jax.sharding import abstract_params
 
 # Every size another number, so that the position biases' products are known by the length that they contract: the
-# buckets, and in their gradient all pairs of positions.
+# buckets, and in their gradient the examples and all pairs of positions.
 MODEL = T5Config(
     vocab_size=23,
     d_model=10,
@@ -59,7 +59,7 @@ def counted(config, reads, with_logits, gradient=False):
 
     function = jax.grad(loss) if gradient else forward
     counts = count_matmul_flops(function, abstract_params(config), abstract_batch(LENGTHS))
-    for bias in (config.relative_buckets, LENGTHS.source**2, LENGTHS.target**2):
+    for bias in (config.relative_buckets, LENGTHS.batch, LENGTHS.source**2, LENGTHS.target**2):
         counts.pop(bias, None)
     return counts
 

@@ -39,9 +39,10 @@ def abstract_batch():
     }
 
 
-def lower(config, taps, with_logits, gradient=False):
+def lower(config, taps, with_logits, gradient=False, frozen=False):
     def apply(params, batch):
-        return T5(config).apply({"params": params}, batch, tap_layers=taps, with_logits=with_logits)
+        model = T5(config)
+        return model.apply({"params": params}, batch, tap_layers=taps, with_logits=with_logits, frozen=frozen)
 
     def loss(params, batch):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(apply(params, batch)))
@@ -130,3 +131,15 @@ def test_loop_is_not_even_traced_above_the_tapped_layer():
     config = of_depth(4, scan_layers=True)
     assert "while" not in lower(config, {"encoder_self": 0}, False).as_text()
     assert "while" in lower(config, {"encoder_self": -1}, False).as_text()
+
+
+def test_frozen_layers_are_not_copied_to_run_over_those_below_a_tap():
+    def temporaries(depth, frozen):
+        program = lower(of_depth(depth, scan_layers=True), LAST, True, frozen=frozen).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    layers = abstract_params(of_depth(1))["encoder"]["layers"]
+    one_layer = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    copied, in_place = (temporaries(12, frozen) - temporaries(4, frozen) for frozen in (False, True))
+    assert copied >= 8 * one_layer
+    assert in_place < one_layer / 10

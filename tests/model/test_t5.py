@@ -56,20 +56,21 @@ def every_tap(params, batch, config):
     """Outputs that together expose every layer of every site, by scan and unrolled."""
     taps = [(0, 0, 2), (1, 1, 1), (2, 2, 0), (3, -3, -1)]  # decoder layers both in and out of order
 
-    def outputs(cfg):
-        return jax.jit(
-            lambda params, batch: [
-                T5(cfg).apply({"params": params}, batch, tap_layers=dict(zip(SITES, layers, strict=True)))
-                for layers in taps
-            ]
-        )(params, batch)
+    def outputs(cfg, frozen=False):
+        def apply(params, batch, layers):
+            tap_layers = dict(zip(SITES, layers, strict=True))
+            return T5(cfg).apply({"params": params}, batch, tap_layers=tap_layers, frozen=frozen)
 
-    return {scan: outputs(dataclasses.replace(config, scan_layers=scan)) for scan in (True, False)}
+        return jax.jit(lambda *arguments: [apply(*arguments, layers) for layers in taps])(params, batch)
+
+    found = {scan: outputs(dataclasses.replace(config, scan_layers=scan)) for scan in (True, False)}
+    return found | {"frozen": outputs(dataclasses.replace(config, scan_layers=True), frozen=True)}
 
 
-def test_scan_and_unrolled_layers_give_the_same_logits_and_taps_for_every_tapped_layer(every_tap):
+@pytest.mark.parametrize("other", [False, "frozen"])
+def test_layers_give_the_same_logits_and_taps_however_they_run_for_every_tapped_layer(every_tap, other):
     # Float32 sums of at most 14 terms in another order, through seven layers.
-    assert_close(every_tap[True], every_tap[False], rtol=1e-4, atol=1e-5)
+    assert_close(every_tap[True], every_tap[other], rtol=1e-4, atol=1e-5)
 
 
 def test_logits_do_not_depend_on_what_is_tapped(every_tap):
