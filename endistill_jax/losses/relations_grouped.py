@@ -225,7 +225,7 @@ def _over_rows(
         )
         return (key_gradient + by_keys if with_gradient else None), (total, by_queries)
 
-    start = jnp.zeros(student_keys.shape, jnp.float32) if with_gradient else None
+    start = jnp.zeros_like(student_keys.swapaxes(1, 2), jnp.float32) if with_gradient else None
     positions = jnp.arange(blocks * rows).reshape(blocks, rows)
     xs = (cut(student_queries, 1), cut(teacher_queries, 1), cut(query_segments, 0), positions)
     by_keys, (totals, by_queries) = jax.lax.scan(one_block, start, xs)
@@ -233,4 +233,4 @@ def _over_rows(
         return jnp.sum(totals), None
     by_queries = jnp.moveaxis(by_queries, 0, 1)  # [heads, blocks, rows, relation_dim]
     by_queries = by_queries.reshape(len(by_queries), blocks * rows, -1)[:, :query_length]
-    return jnp.sum(totals), (by_queries, by_keys)
+    return jnp.sum(totals), (by_queries, by_keys.swapaxes(1, 2))
