@@ -12,12 +12,10 @@ from endistill_jax.data import span_corruption
 from endistill_jax.data.python_docs import PythonDocs, PythonDocsSource
 from endistill_jax.data.text_files import Documents, TextFilesSource
 from endistill_jax.data.vocabulary import EXTRA_IDS, bundled_vocabulary, load_vocabulary
-from endistill_jax.errors import UserError
+from endistill_jax.tasks.registration import described, register_once
 
 # T5's public vocabulary: 32,000 pieces and 100 sentinels. Read when a task that uses it is first read.
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
-
-_registered: dict[str, str] = {}
 
 
 def span_corruption_task(
@@ -45,11 +43,6 @@ def span_corruption_task(
       UserError: settings out of range, or a task of that name with other settings exists already.
     """
     span_corruption.check_corruption(noise_density, mean_span_length)
-    settings = repr((source, _described(vocabulary), noise_density, mean_span_length, concatenate, text_field))
-    if name in seqio.TaskRegistry.names():
-        if _registered.get(name) != settings:
-            raise UserError(f"a task named {name!r} exists with other settings; choose another name")
-        return seqio.TaskRegistry.get(name)
     feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
     corrupted = functools.partial(
         span_corruption.span_corruption,
@@ -57,20 +50,23 @@ def span_corruption_task(
         mean_span_length=mean_span_length,
         concatenate=concatenate,
     )
-    task = seqio.TaskRegistry.add(
+    settings = (source, described(vocabulary), noise_density, mean_span_length, concatenate, text_field)
+    return register_once(
         name,
-        source=source,
-        preprocessors=[
-            functools.partial(seqio.preprocessors.rekey, key_map={"targets": text_field}),
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-            seqio.CacheDatasetPlaceholder(),
-            corrupted,
-        ],
-        output_features={"inputs": feature, "targets": feature},
-        metric_fns=[],
+        settings,
+        lambda: seqio.TaskRegistry.add(
+            name,
+            source=source,
+            preprocessors=[
+                functools.partial(seqio.preprocessors.rekey, key_map={"targets": text_field}),
+                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+                seqio.CacheDatasetPlaceholder(),
+                corrupted,
+            ],
+            output_features={"inputs": feature, "targets": feature},
+            metric_fns=[],
+        ),
     )
-    _registered[name] = settings
-    return task
 
 
 def text_files_task(
@@ -112,12 +108,6 @@ def text_files_task(
         mean_span_length=mean_span_length,
         concatenate=concatenate,
     )
-
-
-def _described(vocabulary: seqio.Vocabulary) -> str:
-    # Not str(): that of a SentencePiece vocabulary reads its file, which may be on a bucket.
-    path = getattr(vocabulary, "sentencepiece_model_file", "")
-    return f"{type(vocabulary).__name__}({path}, {vocabulary.extra_ids})"
 
 
 def register_all() -> None:

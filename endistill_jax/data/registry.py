@@ -8,7 +8,9 @@ import seqio
 from endistill_jax.errors import UserError
 
 # Modules that register the tasks of this project; imported when a name is first looked up.
-TASK_MODULES = ("endistill_jax.tasks.pretraining",)
+TASK_MODULES = tuple(
+    f"endistill_jax.tasks.{name}" for name in ("pretraining", "glue", "summarization", "python_docs", "mixtures")
+)
 
 
 def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:

@@ -93,8 +93,7 @@ def matching_files(globs: str | Sequence[str]) -> list[str]:
 
 def read_documents(path: tf.Tensor, *, field: str, documents: Documents) -> tf.data.Dataset:
     """Documents of one file, its kind told by its name. `path` is a scalar string."""
-    compression = tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", "")
-    lines = tf.data.TextLineDataset(path, compression_type=compression)
+    lines = read_lines(path)
     is_json = tf.strings.regex_full_match(path, r".*\.jsonl?(\.gz)?")
     # Only one of the two reads: which one is known when the file's name is.
     from_json = lines.enumerate(1).filter(lambda *_: is_json).map(functools.partial(_parse_line, path, field=field))
@@ -103,6 +102,12 @@ def read_documents(path: tf.Tensor, *, field: str, documents: Documents) -> tf.d
         plain = _join_until_blank_line(plain)
     texts = from_json.concatenate(plain).map(tf.strings.strip)
     return texts.filter(lambda text: tf.strings.length(text) > 0).map(lambda text: {"text": text})
+
+
+def read_lines(path: tf.Tensor) -> tf.data.Dataset:
+    """Lines of one file, unpacked if its name ends in `.gz`. `path` is a scalar string."""
+    compression = tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", "")
+    return tf.data.TextLineDataset(path, compression_type=compression)
 
 
 def _join_until_blank_line(lines: tf.data.Dataset) -> tf.data.Dataset:
