@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Submits a training command to a GKE cluster with TPU slices as a JobSet, without XPK: fills in launch/gke_jobset.yaml
+# and hands it to kubectl.
+#
+#   launch/gke_jobset.sh NAME --topology=v5e:4x4 --image=IMAGE -- \
+#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student
+#
+#   --topology=GENERATION:TOPOLOGY   of one slice, as the node pool has it: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4
+#   --slices=1             how many slices work on the one run; a node pool each
+#   --chips_per_host=4     chips of one machine; 4 in all slices of several hosts
+#   --image=IMAGE          a container image that has endistill-jax[tpu]
+#   --service_account=default   a Kubernetes service account that may write to the bucket of MODEL_DIR
+#   --spot                 node pools of Spot machines
+#   --max_restarts=100     how often the run is started again; a mistake (exit code 2) ends it at once
+#   --dry_run              print the manifest and submit nothing
+#
+# kubectl's own context says which cluster and namespace. The cluster needs JobSet 0.6 or newer. See it with
+# `kubectl get jobset NAME`, end it with `kubectl delete jobset NAME`.
+
+set -euo pipefail
+LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/common.sh
+source "$LAUNCH/common.sh"
+
+NAME='' TOPOLOGY='' SLICES=1 CHIPS_PER_HOST=4 IMAGE='' SERVICE_ACCOUNT=default SPOT='' MAX_RESTARTS=100
+
+read_command_line() {
+    while (($#)); do
+        case "$1" in
+            -h | --help) show_help && exit 0 ;;
+            --) shift && break ;;
+            --topology=?*) TOPOLOGY="${1#*=}" ;;
+            --slices=*) SLICES="${1#*=}" && positive_number slices "$SLICES" ;;
+            --chips_per_host=*) CHIPS_PER_HOST="${1#*=}" && positive_number chips_per_host "$CHIPS_PER_HOST" ;;
+            --image=?*) IMAGE="${1#*=}" ;;
+            --service_account=?*) SERVICE_ACCOUNT="${1#*=}" ;;
+            --spot) SPOT=yes ;;
+            --max_restarts=*) MAX_RESTARTS="${1#*=}" && positive_number max_restarts "$MAX_RESTARTS" ;;
+            --dry_run) DRY_RUN=yes ;;
+            --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
+            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+        esac
+        shift
+    done
+    [[ $NAME ]] || fail 'give the run a name: launch/gke_jobset.sh NAME ...'
+    valid_name "$NAME"
+    given topology "$TOPOLOGY" 'the topology of one slice, such as v5e:4x4'
+    given image "$IMAGE" 'a container image that has endistill-jax[tpu]'
+    training_arguments "$@"
+    needs_bucket
+}
+
+# GKE's name of a TPU generation, as node pools are labelled with.
+accelerator() {
+    case "${TOPOLOGY%%:*}" in
+        v4) echo tpu-v4-podslice ;;
+        v5e) echo tpu-v5-lite-podslice ;;
+        v5p) echo tpu-v5p-slice ;;
+        v6e) echo tpu-v6e-slice ;;
+        *) fail "--topology=$TOPOLOGY: the generation is v4, v5e, v5p or v6e, as in v5e:4x4" ;;
+    esac
+}
+
+hosts() {
+    local shape="${TOPOLOGY#*:}" chips
+    [[ $shape =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
+        fail "--topology=$TOPOLOGY: the shape is chips by chips, as in v5e:4x4"
+    chips=$((${shape//x/*}))
+    ((chips % CHIPS_PER_HOST == 0)) ||
+        fail "--topology=$TOPOLOGY has $chips chips, not a multiple of --chips_per_host=$CHIPS_PER_HOST"
+    echo $((chips / CHIPS_PER_HOST))
+}
+
+# A list of strings as JSON, which is YAML too.
+json_list() {
+    local word list=''
+    for word in "$@"; do
+        word="${word//\\/\\\\}"
+        list+=", \"${word//\"/\\\"}\""
+    done
+    echo "[${list#, }]"
+}
+
+# Prints the template with its ${NAMES} filled in, without its heading, and without the Spot lines unless asked for.
+manifest() {
+    local line name
+    while IFS= read -r line; do
+        if [[ $line == '#'* || ($line == *'# --spot' && ! $SPOT) ]]; then continue; fi
+        line="${line%  # --spot}"
+        for name in "${!VALUES[@]}"; do line="${line//"\${$name}"/"${VALUES[$name]}"}"; done
+        printf '%s\n' "$line"
+    done <"$LAUNCH/gke_jobset.yaml"
+}
+
+read_command_line "$@"
+ACCELERATOR="$(accelerator)"
+HOSTS="$(hosts)"
+declare -A VALUES=(
+    [NAME]="$NAME" [SLICES]="$SLICES" [HOSTS]="$HOSTS" [ACCELERATOR]="$ACCELERATOR" [SHAPE]="${TOPOLOGY#*:}"
+    [CHIPS_PER_HOST]="$CHIPS_PER_HOST" [IMAGE]="$IMAGE" [SERVICE_ACCOUNT]="$SERVICE_ACCOUNT"
+    [MAX_RESTARTS]="$MAX_RESTARTS" [COMMAND]="$(json_list python -m endistill_jax.main "${ARGUMENTS[@]}")"
+)
+needs_program kubectl 'see https://kubernetes.io/docs/tasks/tools'
+filled_in="$(manifest)"
+if [[ $DRY_RUN ]]; then
+    printf '%s\n' '# kubectl apply --filename=-' "$filled_in"
+else
+    kubectl apply --filename=- <<<"$filled_in"
+fi

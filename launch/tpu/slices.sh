@@ -1,0 +1,123 @@
+# shellcheck shell=bash disable=SC2153  # the variables in capitals are set by launch/tpu.sh
+# The slices: requested, observed and given back as one queued resource. Sourced by launch/tpu.sh.
+
+QUEUE=(gcloud compute tpus queued-resources)
+
+# The software of a TPU VM, by the accelerator type (https://cloud.google.com/tpu/docs/runtimes).
+default_runtime_version() {
+    case "$TYPE" in
+        v6e-*) echo v2-alpha-tpuv6e ;;
+        v5p-*) echo v2-alpha-tpuv5 ;;
+        v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+        *) echo tpu-ubuntu2204-base ;;
+    esac
+}
+
+# Asks for the slices and returns; the request then waits in the cloud's queue. Fails with one line that says why.
+request_slices() {
+    local nodes=("--node-id=$NAME") message
+    if ((SLICES > 1)); then nodes=("--node-count=$SLICES" "--node-prefix=$NAME"); fi
+    local command=("${QUEUE[@]}" create "$NAME" "${PLACE[@]}" "--accelerator-type=$TYPE"
+        "--runtime-version=$RUNTIME_VERSION" "${nodes[@]}" ${SPOT:+--spot} --async "${CREATE_FLAGS[@]}")
+    if [[ $DRY_RUN ]]; then
+        quoted "${command[@]}"
+    elif message="$("${command[@]}" 2>&1)"; then
+        say "asked for $SLICES x $TYPE in $ZONE"
+    else
+        refusal "$message"
+        return 1
+    fi
+}
+
+# refusal MESSAGE: what the cloud said in one line, what to do about it, and REFUSAL for whoever decides on it.
+refusal() {
+    local message="${1//$'\n'/ }"
+    shopt -s nocasematch
+    case "$message" in
+        *'no more capacity'* | *stockout* | *'not enough'*) REFUSAL=capacity ;;
+        *quota*) REFUSAL=quota ;;
+        *already_exists* | *'already exists'*) REFUSAL=exists ;;
+        *permission_denied* | *unauthenticated* | *'active account'*) REFUSAL=permission ;;
+        *) REFUSAL=other ;;
+    esac
+    shopt -u nocasematch
+    case "$REFUSAL" in
+        capacity) say "no $TYPE is free in $ZONE now; wait, or try another zone, type or --spot: $message" ;;
+        quota)
+            say "the quota of project $PROJECT for $TYPE in $ZONE is too small; ask for more: $message"
+            ;;
+        exists) say "$NAME exists already; see launch/tpu.sh status $NAME, or take another name" ;;
+        permission)
+            say "project $PROJECT does not let you do this; see gcloud auth login, and the role tpu.admin: $message"
+            ;;
+        other) say "refused: $message" ;;
+    esac
+}
+
+# Prints the state of the request: NONE if there is none, UNKNOWN if it could not be asked for.
+request_state() {
+    local answer errors
+    errors="$(mktemp)"
+    if answer="$("${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)' 2>"$errors")"; then
+        echo "$answer"
+    elif grep --quiet --ignore-case 'not_found\|not found' "$errors"; then
+        echo NONE
+    else
+        say "the state of $NAME could not be read: $(tr '\n' ' ' <"$errors")"
+        echo UNKNOWN
+    fi
+    rm -f "$errors"
+}
+
+failure_reason() { "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.failedData.error.message)' 2>&1; }
+
+# Prints a line a slice: its name, its state, how many workers it has. Fails if the slices could not be listed.
+slices() {
+    local name state workers
+    gcloud compute tpus tpu-vm list "${PLACE[@]}" '--format=value(name.basename(),state,networkEndpoints.len())' |
+        while read -r name state workers; do
+            if [[ $name == "$NAME" || $name =~ ^"$NAME"-[0-9]+$ ]]; then echo "$name $state $workers"; fi
+        done
+}
+
+# lost_slices LISTING: those of the listing that will not come back by themselves, and how many are missing. Fails if
+# the listing is not one of --slices slices: a mistake in that flag must not cost what another run has.
+lost_slices() {
+    local name state workers here=0
+    while read -r name state workers; do
+        [[ $name ]] || continue
+        if ((SLICES == 1)); then [[ $name == "$NAME" ]] || return 1; else [[ $name != "$NAME" ]] || return 1; fi
+        here=$((here + 1))
+        case "$state" in PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING | UNKNOWN) echo "$name $state" ;; esac
+    done <<<"$1"
+    if ((here < SLICES)); then echo "$((SLICES - here)) of $SLICES missing"; fi
+    ((here <= SLICES))
+}
+
+# worker_count LISTING
+worker_count() { awk '{ workers += $3 } END { print workers + 0 }' <<<"$1"; }
+
+delete_request() { run "${QUEUE[@]}" delete "$NAME" "${PLACE[@]}" --force; }
+
+create() {
+    request_slices || exit "$([[ $REFUSAL == exists ]] && echo 2 || echo 1)"
+    if [[ $DRY_RUN ]]; then
+        quoted "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)'
+        return
+    fi
+    trap 'say "the request stays in the queue; launch/tpu.sh delete $NAME takes it back"; exit 130' INT
+    local state before=''
+    while :; do
+        state="$(request_state)"
+        if [[ $state != "$before" ]]; then say "$NAME is $state"; fi
+        before="$state"
+        case "$state" in
+            ACTIVE) return ;;
+            FAILED) refusal "$(failure_reason)" && fail "launch/tpu.sh delete $NAME clears the failed request" 1 ;;
+            NONE | SUSPENDING | SUSPENDED) fail "$NAME was taken away before it was used; delete it and ask again" 1 ;;
+        esac
+        pause
+    done
+}
+
+delete() { delete_request; }

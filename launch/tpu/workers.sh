@@ -1,0 +1,117 @@
+# shellcheck shell=bash disable=SC2153  # the variables in capitals are set by launch/tpu.sh
+# The workers: all machines of all slices, reached over ssh. Sourced by launch/tpu.sh.
+
+ON_WORKER='bash endistill/on_worker.sh'
+
+# on_workers COMMAND: runs a shell command on every worker of every slice at once.
+on_workers() { run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" --node=all --worker=all "${SSH_FLAGS[@]}" "--command=$1"; }
+
+# The folder of everything on a worker; the first connection to fresh machines, which take minutes to answer.
+reach_workers() { patiently "$SSH_ATTEMPTS" on_workers 'mkdir -p endistill'; }
+
+# pack_checkout ARCHIVE: what the package is built from, uncommitted changes included.
+pack_checkout() {
+    run tar --create --gzip "--file=$1" "--directory=$(dirname "$LAUNCH")" --exclude=__pycache__ \
+        pyproject.toml README.md LICENSE endistill_jax gin tasks
+}
+
+# Sends the package to all workers and installs it; may be repeated.
+setup() {
+    local archive="${TMPDIR:-/tmp}/endistill_$NAME.tgz" files=("$LAUNCH/tpu/on_worker.sh") source="$SOURCE"
+    if [[ ! $source ]]; then
+        pack_checkout "$archive" || fail "$(dirname "$LAUNCH") could not be packed" 1
+        files+=("$archive")
+        source="endistill_$NAME.tgz"
+    fi
+    reach_workers ||
+        fail "no connection to all workers of $NAME after $SSH_ATTEMPTS attempts; see launch/tpu.sh status $NAME" 1
+    patiently "$SSH_ATTEMPTS" run "${QUEUE[@]}" scp "${files[@]}" "$NAME:endistill/" "${PLACE[@]}" \
+        --node=all --worker=all "${SSH_FLAGS[@]}" || fail "the package could not be copied to all workers of $NAME" 1
+    patiently 3 on_workers "$ON_WORKER install $(quoted "$source")" ||
+        fail "the package could not be installed on all workers of $NAME" 1
+}
+
+# Names the training command, so that what a worker tells of another one is not taken for this one's.
+job_id() { quoted "${ARGUMENTS[@]}" | sha256sum | cut -c 1-12; }
+
+submit() {
+    on_workers "$ON_WORKER start $(job_id) $(quoted "${ARGUMENTS[@]}")" ||
+        fail "not started on all workers of $NAME: set up first, or stop what runs there: launch/tpu.sh stop $NAME" 1
+}
+
+stop() { on_workers "$ON_WORKER stop" || fail "not stopped on all workers of $NAME" 1; }
+
+logs() {
+    run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" "--node=$SLICE" "--worker=$WORKER" "${SSH_FLAGS[@]}" \
+        "--command=$ON_WORKER log $LINES_SHOWN $FOLLOW"
+}
+
+# Prints a line a worker: its host, the job it knows of, and what became of that (see tpu/on_worker.sh).
+worker_states() {
+    local command="$ON_WORKER state 2>/dev/null || echo endistill-worker \$(hostname) none absent"
+    if [[ $DRY_RUN ]]; then
+        on_workers "$command"
+    else
+        on_workers "$command" | sed -n 's/^endistill-worker //p'
+    fi
+}
+
+# outcome JOB WORKERS STATES: what became of a job in a word, or two where it ended by itself:
+# unreachable, other, mistake, interrupted, crashed CODE, absent, running or finished.
+outcome() {
+    local job="$1" workers="$2" host its_job state code count=0 running=0 finished=0 absent=0
+    local other='' mistake='' interrupted='' crashed=''
+    while read -r host its_job state code; do
+        [[ $host ]] || continue
+        count=$((count + 1))
+        case "$state:$code" in
+            running:*) if [[ $its_job == "$job" ]]; then running=$((running + 1)); else other=yes; fi ;;
+            *) if [[ $its_job != "$job" ]]; then absent=$((absent + 1)) && continue; fi ;;&
+            exit:0) finished=$((finished + 1)) ;;
+            exit:2) mistake=yes ;;
+            exit:130 | exit:143 | lost:*) interrupted=yes ;;
+            exit:*) crashed="$code" ;;
+        esac
+    done <<<"$3"
+    if ((count == 0 || count < workers)); then
+        echo unreachable
+    elif [[ $other ]]; then
+        echo other
+    elif [[ $mistake ]]; then
+        echo mistake
+    elif [[ $interrupted ]]; then
+        echo interrupted
+    elif [[ $crashed ]]; then
+        echo "crashed $crashed"
+    elif ((absent == count)); then
+        echo absent
+    elif ((absent)); then
+        echo interrupted
+    elif ((running)); then
+        echo running
+    else
+        echo finished
+    fi
+}
+
+status() {
+    if [[ $DRY_RUN ]]; then
+        observing_commands
+        return
+    fi
+    local state
+    state="$(request_state)"
+    echo "request $NAME: $state"
+    if [[ $state == FAILED ]]; then failure_reason; fi
+    if [[ $state == ACTIVE ]]; then
+        slices | sed 's/^/slice /'
+        worker_states | sed 's/^/worker /' || fail "not all workers of $NAME could be reached" 1
+    fi
+}
+
+# What --dry_run shows of looking.
+observing_commands() {
+    quoted "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)'
+    quoted gcloud compute tpus tpu-vm list "${PLACE[@]}" '--format=value(name.basename(),state,networkEndpoints.len())'
+    worker_states
+}

@@ -1,0 +1,87 @@
+"""Fake commands of clouds and schedulers: they record how they are called and answer, or fail, as told."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
+
+# Records its words, then gives the first answer that is left for this kind of call; the last one stays. An answer is a
+# line "exit code, tab, text"; the text of a failure goes to standard error.
+FAKE_COMMAND = r"""#!/usr/bin/env bash
+{ printf '%s' "$(basename "$0")"; printf ' %s' "${@@Q}"; echo; } >>"$FAKES/calls"
+kind="$(basename "$0")"
+for word in "$@"; do
+    case "$kind:$word" in
+        gcloud:create | gcloud:describe | gcloud:delete | gcloud:list | gcloud:ssh | gcloud:scp) kind="$word" ;;
+        describe:*failedData*) kind=reason ;;
+        ssh:--command=mkdir*) kind=connect ;;
+        ssh:--command=*) words=($word); kind="${words[2]}" ;;
+    esac
+done
+if [[ $kind == kubectl ]]; then cat >"$FAKES/manifest"; fi
+answers="$FAKES/$kind"
+if [[ ! -e $answers ]]; then exit 0; fi
+IFS=$'\t' read -r code text <"$answers"
+if (($(wc -l <"$answers") > 1)); then sed -i 1d "$answers"; fi
+if ((code)); then printf '%b\n' "$text" >&2; else printf '%b\n' "$text"; fi
+exit "$code"
+"""
+
+
+class Fakes:
+    """A folder of fake commands on PATH."""
+
+    launch = LAUNCH
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.commands = folder / "bin"
+        self.commands.mkdir()
+        for name in ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "nvidia-smi"):
+            self.write(name, FAKE_COMMAND)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{self.commands}{os.pathsep}{os.environ['PATH']}",
+            "FAKES": str(folder),
+            "TMPDIR": str(folder),
+            "HOME": str(folder),
+            "CLOUDSDK_CORE_PROJECT": "project",
+            "CLOUDSDK_COMPUTE_ZONE": "zone",
+        }
+
+    def write(self, name: str, text: str) -> pathlib.Path:
+        """An executable on PATH."""
+        file = self.commands / name
+        file.write_text(text)
+        file.chmod(0o755)
+        return file
+
+    def answer(self, kind: str, *answers: str | tuple[int, str]) -> None:
+        """What calls of a kind are answered, in order; a string is a success, (exit code, message) a failure."""
+        pairs = [(0, answer) if isinstance(answer, str) else answer for answer in answers]
+        (self.folder / kind).write_text("".join(f"{code}\t{text}\n" for code, text in pairs))
+
+    def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [LAUNCH / script, *words],
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        record = self.folder / "calls"
+        return [shlex.split(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    return Fakes(tmp_path)

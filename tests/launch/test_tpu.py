@@ -1,0 +1,370 @@
+"""launch/tpu.sh against a gcloud that records its calls and fails on demand."""
+
+import shlex
+import tarfile
+
+import pytest
+
+TRAINING = ["--", "--gin_file=gin/miniend_3b.gin", "--gin.MODEL_DIR=gs://bucket/run", "--gin.NAMES=('a', \"b $c\")"]
+PLACE = ["--project=project", "--zone=zone", "--quiet"]
+QUEUE = ["gcloud", "compute", "tpus", "queued-resources"]
+EVERYWHERE = ["--node=all", "--worker=all"]
+NOT_FOUND = (1, "ERROR: (gcloud) NOT_FOUND: Resource 'run' was not found")
+QUOTA = (1, "ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded. Limit: 0 in zone.")
+STOCKOUT = (1, 'ERROR: There is no more capacity in the zone "zone"; you can try in another zone')
+
+
+def run(fakes, command, *words):
+    return fakes.run("tpu.sh", command, "run", "--poll_seconds=0.001", *words)
+
+
+def resume(fakes, *words):
+    return run(fakes, "resume", "--type=v5litepod-16", *words, *TRAINING)
+
+
+def job(fakes):
+    """The word that names the training command, as submit sends it."""
+    ended = fakes.run("tpu.sh", "submit", "run", "--dry_run", *TRAINING)
+    return shlex.split(shlex.split(ended.stdout)[-1])[3]
+
+
+def kinds(fakes):
+    """What was done, a word a call; looking is left out."""
+    words = []
+    for call in fakes.calls:
+        remote = call[-1].removeprefix("--command=").split()
+        words.append(remote[2] if remote[0] == "bash" else call[4])
+    return [word for word in words if word not in ("describe", "list", "state")]
+
+
+def workers(fakes, *states):
+    """What the workers of a slice say of themselves."""
+    name = job(fakes)
+    return "\\n".join(f"endistill-worker host-{index} {name} {state}" for index, state in enumerate(states))
+
+
+ABSENT = "endistill-worker host-0 none absent\\nendistill-worker host-1 none absent"
+
+
+@pytest.fixture(autouse=True)
+def packed_at_once(fakes):
+    """Packing the checkout takes a second or two."""
+    fakes.write("tar", '#!/usr/bin/env bash\ntouch "${3#--file=}"\n')
+
+
+@pytest.fixture
+def cloud(fakes):
+    """A cloud with one slice of two workers that is there."""
+    fakes.answer("describe", "ACTIVE")
+    fakes.answer("list", "run\\tREADY\\t2")
+    return fakes
+
+
+def test_create_asks_for_one_slice_on_demand(cloud):
+    ended = run(cloud, "create", "--type=v5e-16")
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.calls[0] == [
+        *QUEUE,
+        *["create", "run", *PLACE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"],
+        *["--node-id=run", "--async"],
+    ]
+
+
+def test_create_asks_for_several_spot_slices_in_one_request(cloud):
+    words = ["--type=v6e-16", "--slices=3", "--spot", "--create_flag=--network=net", "--zone=there", "--project=mine"]
+    assert run(cloud, "create", *words).returncode == 0
+    assert cloud.calls[0] == [
+        *QUEUE,
+        *["create", "run", "--project=mine", "--zone=there", "--quiet", "--accelerator-type=v6e-16"],
+        *["--runtime-version=v2-alpha-tpuv6e", "--node-count=3", "--node-prefix=run", "--spot", "--async"],
+        "--network=net",
+    ]
+
+
+def test_create_waits_in_the_queue_and_tells_each_state_once(fakes):
+    fakes.answer("describe", "CREATING", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    ended = run(fakes, "create", "--type=v4-8")
+    assert ended.returncode == 0
+    told = [line.rpartition(" ")[2] for line in ended.stderr.splitlines() if " is " in line]
+    assert told == ["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        (QUOTA, 1, "the quota of project project for v4-8 in zone is too small"),
+        (STOCKOUT, 1, "no v4-8 is free in zone now"),
+        ((1, "ERROR: ALREADY_EXISTS: Resource exists"), 2, "run exists already"),
+        ((1, "ERROR: PERMISSION_DENIED: no"), 1, "does not let you"),
+        ((1, "ERROR: INVALID_ARGUMENT:\\nthe network"), 1, "refused: ERROR: INVALID_ARGUMENT: the network"),
+    ],
+)
+def test_a_refused_request_is_one_line_that_says_what_to_do(fakes, answer, code, words):
+    fakes.answer("create", answer)
+    ended = run(fakes, "create", "--type=v4-8")
+    assert ended.returncode == code
+    assert words in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert kinds(fakes) == ["create"]
+
+
+def test_create_tells_why_a_request_failed_in_the_queue(fakes):
+    fakes.answer("describe", "PROVISIONING", "FAILED")
+    fakes.answer("reason", STOCKOUT[1])
+    ended = run(fakes, "create", "--type=v4-8")
+    assert ended.returncode == 1
+    assert "no v4-8 is free in zone now" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("create", ["--type=v5p-32", "--slices=2", "--spot"]),
+        ("setup", []),
+        ("setup", ["--source=endistill-jax[tpu] @ git+https://example.org/x", "--ssh_flag=--tunnel-through-iap"]),
+        ("submit", TRAINING),
+        ("status", []),
+        ("logs", ["--slice=1", "--worker=2", "--lines=7", "--follow"]),
+        ("stop", []),
+        ("delete", []),
+    ],
+)
+def test_dry_run_prints_the_very_commands_and_calls_nothing(cloud, command, words):
+    printed = run(cloud, command, "--dry_run", *words)
+    assert printed.returncode == 0 and cloud.calls == []
+    assert run(cloud, command, *words).returncode == 0
+    lines = [shlex.split(line) for line in printed.stdout.splitlines()]
+    assert [line for line in lines if line[0] == "gcloud"] == cloud.calls
+
+
+def test_dry_run_of_resume_prints_every_step_and_calls_nothing(fakes):
+    ended = resume(fakes, "--dry_run", "--delete_when_done")
+    assert ended.returncode == 0 and fakes.calls == []
+    steps = [shlex.split(line) for line in ended.stdout.splitlines()]
+    assert [step[4] for step in steps if step[0] == "gcloud"] == [
+        *["create", "describe", "list", "ssh", "ssh", "scp", "ssh", "ssh", "delete"],
+    ]
+
+
+def test_setup_tries_again_until_ssh_is_ready(cloud):
+    cloud.answer("connect", (255, "not yet"), (255, "not yet"), "")
+    ended = run(cloud, "setup")
+    assert ended.returncode == 0, ended.stderr
+    assert [call[4] for call in cloud.calls] == ["ssh", "ssh", "ssh", "scp", "ssh"]
+    archive = cloud.folder / "endistill_run.tgz"
+    assert archive.exists()
+    script, *sent = cloud.calls[3][5:8]
+    assert script.endswith("launch/tpu/on_worker.sh") and sent == [str(archive), "run:endistill/"]
+    assert cloud.calls[4][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz"
+
+
+def test_setup_sends_what_the_package_is_built_from(cloud):
+    (cloud.commands / "tar").unlink()
+    assert run(cloud, "setup").returncode == 0
+    with tarfile.open(cloud.folder / "endistill_run.tgz") as archive:
+        names = set(archive.getnames())
+    assert {"pyproject.toml", "README.md", "LICENSE", "endistill_jax/main.py", "gin/miniend_demo.gin"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith((".git", "tests", "runs"))]
+
+
+def test_setup_gives_up_on_ssh_after_the_attempts_it_was_given(cloud):
+    cloud.answer("connect", (255, "refused"))
+    ended = run(cloud, "setup", "--ssh_attempts=4")
+    assert ended.returncode == 1
+    assert "no connection to all workers of run after 4 attempts" in ended.stderr.splitlines()[-1]
+    assert len(cloud.calls) == 4
+
+
+def test_submit_hands_the_training_command_over_unchanged(fakes):
+    assert run(fakes, "submit", "--", "python", "-m", "endistill_jax.main", *TRAINING[1:]).returncode == 0
+    [call] = fakes.calls
+    assert call[:-1] == [*QUEUE, "ssh", "run", *PLACE, *EVERYWHERE]
+    remote = shlex.split(call[-1].removeprefix("--command="))
+    assert remote[:3] == ["bash", "endistill/on_worker.sh", "start"]
+    assert remote[4:] == TRAINING[1:]
+
+
+def test_status_tells_of_request_slices_and_workers(cloud):
+    cloud.answer("state", workers(cloud, "running", "exit 0"))
+    name = job(cloud)
+    assert run(cloud, "status").stdout.splitlines() == [
+        "request run: ACTIVE",
+        "slice run READY 2",
+        f"worker host-0 {name} running",
+        f"worker host-1 {name} exit 0",
+    ]
+
+
+def test_resume_goes_from_nothing_to_the_end_of_the_run(cloud):
+    cloud.answer("describe", NOT_FOUND, "WAITING_FOR_RESOURCES", "ACTIVE")
+    cloud.answer("state", ABSENT, workers(cloud, "running", "running"), workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud)
+    assert ended.returncode == 0, ended.stderr
+    assert kinds(cloud) == ["create", "ssh", "scp", "install", "start"]
+    assert "run still costs money: launch/tpu.sh delete run" in ended.stderr
+
+
+def test_resume_gives_the_slices_back_where_asked_to(cloud):
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud, "--delete_when_done").returncode == 0
+    assert kinds(cloud) == ["delete"]
+
+
+def test_resume_takes_a_running_command_over_without_touching_it(cloud):
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == []
+
+
+def test_resume_recreates_preempted_slices_and_goes_on(cloud):
+    cloud.answer("describe", "ACTIVE", "SUSPENDING", "SUSPENDED", NOT_FOUND, "PROVISIONING", "ACTIVE")
+    cloud.answer("state", workers(cloud, "running", "running"), ABSENT, workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud, "--spot")
+    assert ended.returncode == 0, ended.stderr
+    assert kinds(cloud) == ["delete", "create", "ssh", "scp", "install", "start"]
+    [create] = [call for call in cloud.calls if call[4] == "create"]
+    assert "--spot" in create
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED"])
+def test_resume_recreates_all_slices_when_one_is_gone(cloud, state):
+    cloud.answer("describe", "ACTIVE", NOT_FOUND, "ACTIVE")
+    good = "run-0\\tREADY\\t1\\nrun-1\\tREADY\\t1"
+    cloud.answer("list", f"run-0\\tREADY\\t1\\nrun-1\\t{state}\\t1", good)
+    cloud.answer("state", ABSENT, workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud, "--slices=2")
+    assert ended.returncode == 0, ended.stderr
+    assert f"run-1 {state}" in ended.stderr
+    assert kinds(cloud) == ["delete", "create", "ssh", "scp", "install", "start"]
+
+
+def test_resume_waits_where_there_is_no_capacity(cloud):
+    cloud.answer("describe", NOT_FOUND, NOT_FOUND, "FAILED", NOT_FOUND, "ACTIVE")
+    cloud.answer("create", STOCKOUT, "")
+    cloud.answer("reason", STOCKOUT[1])
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud)
+    assert ended.returncode == 0, ended.stderr
+    assert kinds(cloud) == ["create", "create", "delete", "create"]
+
+
+def test_resume_ends_where_the_quota_is_too_small(cloud):
+    cloud.answer("describe", NOT_FOUND)
+    cloud.answer("create", QUOTA)
+    ended = resume(cloud)
+    assert ended.returncode == 1
+    assert kinds(cloud) == ["create"]
+
+
+def test_resume_ends_at_a_mistake_in_the_training_command(cloud):
+    cloud.answer("state", workers(cloud, "running", "exit 2"))
+    cloud.answer("log", "endistill: error: no such task")
+    ended = resume(cloud)
+    assert ended.returncode == 2
+    assert kinds(cloud) == ["stop", "log"]
+    assert "no such task" in ended.stdout
+
+
+@pytest.mark.parametrize("states", [("lost", "running"), ("exit 143", "exit 143"), ("exit 0", "exit 143")])
+def test_resume_starts_all_workers_again_after_an_interruption(cloud, states):
+    cloud.answer("state", workers(cloud, *states), workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == ["stop", "start"]
+
+
+def test_resume_gives_up_after_too_many_crashes_with_their_exit_code(cloud):
+    cloud.answer("state", workers(cloud, "exit 134", "running"))
+    ended = resume(cloud, "--max_crashes=2")
+    assert ended.returncode == 134
+    assert kinds(cloud) == ["stop", "start", "stop", "start", "log"]
+
+
+def test_resume_gives_up_where_the_package_cannot_be_installed(cloud):
+    cloud.answer("state", ABSENT)
+    cloud.answer("install", (1, "no such package"))
+    ended = resume(cloud, "--max_crashes=1")
+    assert ended.returncode == 1
+    assert "start" not in kinds(cloud)
+
+
+def test_resume_never_gives_granted_slices_up_for_a_bad_connection(cloud):
+    cloud.answer("describe", "ACTIVE", (1, "ERROR: network unreachable"), "ACTIVE")
+    cloud.answer("state", (255, "timed out"), workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud)
+    assert ended.returncode == 0, ended.stderr
+    assert kinds(cloud) == []
+    assert "the run is unreachable" in ended.stderr
+
+
+def test_resume_concludes_nothing_from_a_part_of_the_workers(cloud):
+    """gcloud ends with 0 where it could not reach one of several slices at all."""
+    cloud.answer(
+        "state", workers(cloud, "exit 0"), workers(cloud, "exit 0", "running"), workers(cloud, "exit 0", "exit 0")
+    )
+    assert resume(cloud).returncode == 0
+    assert len([call for call in cloud.calls if call[4] == "ssh"]) == 3
+
+
+def test_interruptions_are_no_crashes(cloud):
+    stopped = workers(cloud, "exit 143", "exit 143")
+    cloud.answer("state", stopped, stopped, stopped, workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud, "--max_crashes=1").returncode == 0
+
+
+def test_resume_leaves_another_running_command_alone(cloud):
+    cloud.answer("state", workers(cloud, "running", "running").replace(job(cloud), "another"))
+    ended = resume(cloud)
+    assert ended.returncode == 2
+    assert "another command runs on run" in ended.stderr
+    assert kinds(cloud) == []
+
+
+def test_resume_takes_the_end_of_another_command_for_none(cloud):
+    before = workers(cloud, "exit 0", "exit 0").replace(job(cloud), "another")
+    cloud.answer("state", before, workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == ["ssh", "scp", "install", "start"]
+
+
+@pytest.mark.parametrize(
+    ("slices", "listed"),
+    [("2", ["run"]), ("1", ["run-0", "run-1"]), ("1", ["run-0"]), ("2", ["run-0", "run-1", "run-2"])],
+)
+def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, listed):
+    cloud.answer("list", "\\n".join(f"{name}\\tREADY\\t2" for name in listed))
+    ended = resume(cloud, f"--slices={slices}")
+    assert ended.returncode == 2
+    assert kinds(cloud) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a command"),
+        (["launch", "run"], "launch is no command"),
+        (["create", "--type=v4-8"], "give the slices a name"),
+        (["create", "Run", "--type=v4-8"], "Run: a name has lower-case letters"),
+        (["create", "run"], "--type is missing"),
+        (["create", "run", "--type=v9-8"], "--type=v9-8 is no accelerator type"),
+        (["create", "run", "--type=v4-8", "--slices=0"], "--slices=0: give a whole number"),
+        (["create", "run", "--type=v4-8", "--lines=3"], "create does not take --lines=3"),
+        (["create", "run", "--type="], "--type=: a value is missing"),
+        (["create", "run", "more", "--type=v4-8"], "more: one name is enough"),
+        (["delete", "run", "--", "--gin_file=x"], "delete takes no training command"),
+        (["submit", "run"], "give the training command after --"),
+        (["submit", "run", "--", "--gin.STEPS=3"], "give the training command after --"),
+        (["submit", "run", "--", "--gin_file=x", "--gin.MODEL_DIR=/tmp/x"], "--gin.MODEL_DIR=gs://"),
+        (["delete", "run", "--zone="], "--zone=: a value is missing"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_called(fakes, words, message):
+    ended = fakes.run("tpu.sh", *words)
+    assert (ended.returncode, ended.stdout, fakes.calls) == (2, "", [])
+    assert ended.stderr.startswith("tpu.sh: error: ") and len(ended.stderr.splitlines()) == 1
+    assert message in ended.stderr
+
+
+@pytest.mark.parametrize("variable", ["CLOUDSDK_CORE_PROJECT", "CLOUDSDK_COMPUTE_ZONE"])
+def test_project_and_zone_come_from_nowhere_but_the_user(fakes, variable):
+    ended = fakes.run("tpu.sh", "delete", "run", **{variable: ""})
+    assert ended.returncode == 2 and variable in ended.stderr
+    assert fakes.calls == []
