@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class HostMissing(Exception):
+    """Another host of the run did not come in time, told in one line: no mistake, and the next start may do better."""
+
+
 class Stopped(Exception):
     """A run was asked to stop, saved where it was, and ended before its last step.
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -18,10 +19,12 @@ import absl.logging
 
 from endistill_jax import __version__
 from endistill_jax.configuration import files
-from endistill_jax.errors import Stopped, UserError
+from endistill_jax.errors import HostMissing, Stopped, UserError
+from endistill_jax.planning.flags import FLAGS as PLAN_FLAGS
+from endistill_jax.planning.flags import add_flags
 
 COMMAND = ("python", "-m", "endistill_jax.main")
-FLAGS = ("--gin_file", "--gin_search_paths", "--dry_run", "--help", "--version")
+FLAGS = ("--gin_file", "--gin_search_paths", "--dry_run", "--help", "--version", *PLAN_FLAGS)
 EXAMPLES = """examples:
   # distil a small student from the bundled teacher, here, and compare it with one trained from scratch
   {command} --gin_file=gin/miniend_demo.gin
@@ -33,6 +36,10 @@ EXAMPLES = """examples:
   # print the settings, shapes and parameter counts of a run and create nothing
   {command} --gin_file=gin/runs/distill_c4.gin --gin.MODEL_DIR=/tmp/x \\
       --gin.TEACHER=/models/t5_v1_1_xl --dry_run
+
+  # which slice, which mesh, which batch? Compiles for chips that are not here; needs no TPU, checkpoint or data
+  {command} --gin_file=gin/miniend_3b.gin --plan --topology=v5e-16,v5e-64
+  {command} --gin_file=gin/miniend_3b.gin --plan --topology=v5e-16 --sweep
 
   # another path: files given later win over earlier ones
   {command} --gin_file=gin/miniend_demo.gin --gin_file=gin/paths/minilm.gin
@@ -54,9 +61,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for a mistake of the user, 128 + n when signal n ended it.
+    """Runs the command line and returns its exit code: 0, 2 for a mistake of the user, 128 + n when signal n ended it,
+    1 where another host did not come.
 
-    Anything else that goes wrong is raised.
+    Anything else that goes wrong is raised; where there are several hosts, all of them end with 1.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -64,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(words)
     except UserError as error:
         return _end(f"error: {_line(error)}", 2)
-    except Stopped as error:
-        return _end(_line(error), 128 + error.signal_number)
+    except HostMissing as error:
+        return _end(f"error: {_line(error)}", 1)
+    except Stopped as error:  # on all hosts alike
+        return _tell(_line(error), 128 + error.signal_number)
     except KeyboardInterrupt:
         return _end(
             "interrupted; the same command goes on from the last checkpoint, if there is one", 128 + signal.SIGINT
@@ -74,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(
             "terminated; the same command goes on from the last checkpoint, if there is one", 128 + signal.SIGTERM
         )
+    except Exception as error:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        return _end(f"{type(error).__name__}: {_line(error)}", 1)
     return 0
 
 
@@ -82,14 +97,36 @@ def _run(words: list[str]) -> None:
     for name in options.gin_file:
         files.find(name, options.gin_search_paths)  # before the slow imports
     be_quiet()
+    if options.plan:
+        _plan(options, flags)
+        return
+    from endistill_jax import distributed, ending
+
+    distributed.initialize()
     with _held_back_stderr():
         import seqio  # noqa: F401  TensorFlow comes with it, and writes notices to stderr that no setting silences
-    from endistill_jax.configuration.loading import config_text, load
+    ending.watch()
+    from endistill_jax.agreement import agree, code_facts
+    from endistill_jax.configuration.loading import bound_settings, config_text, load
     from endistill_jax.reports.run_files import Launch, started_by
 
     job = load(options.gin_file, flags, options.gin_search_paths)
-    with started_by(Launch(command=(*COMMAND, *words), config=config_text)):
+    agree("code and configuration", code_facts() | {"configuration": bound_settings()}, distributed.CONNECT_SECONDS)
+    with started_by(Launch(command=(*COMMAND, *words), config=config_text)), distributed.first_process_prints():
         job(dry_run=options.dry_run)
+
+
+def _plan(options: argparse.Namespace, flags: list[tuple[str, str]]) -> None:
+    """Compiles for chips that are not here; joins no other host and uses no device of this one."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from endistill_jax.planning.flags import plan_options
+
+    planned = plan_options(options)  # before the slow imports
+    with _held_back_stderr():
+        import seqio  # noqa: F401
+    from endistill_jax.configuration.loading import load
+
+    load(options.gin_file, flags, options.gin_search_paths, planning=True)(plan=planned)
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -110,7 +147,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
             raise UserError(f"{word}: write it as --gin.NAME=value, in one word")
         flags.append((name, value))
     if not options.gin_file:
-        raise UserError(f"give a --gin_file, such as --gin_file={files.shipped()[0]}; see --help")
+        raise UserError("give a --gin_file, such as --gin_file=gin/miniend_demo.gin; see --help")
     options.gin_search_paths = [path for paths in options.gin_search_paths for path in paths.split(",") if path]
     return options, flags
 
@@ -159,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the resolved configuration, shapes and parameter counts; create nothing",
     )
+    add_flags(parser)
     parser.add_argument("--version", action="version", version=f"endistill-jax {__version__}")
     return parser
 
@@ -203,9 +241,25 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).partition("\n  In ")[0].split())
 
 
-def _end(message: str, code: int) -> int:
+def _tell(message: str, code: int) -> int:
     print(f"endistill: {message}", file=sys.stderr)
     return code
+
+
+def _end(message: str, code: int) -> int:
+    """Tells what went wrong; where there are several hosts, all of them end here."""
+    _tell(message, code)
+    if _joined():
+        from endistill_jax.ending import leave
+
+        leave(message, code)
+    return code
+
+
+def _joined() -> bool:
+    """Whether this process has joined others; asked without importing what takes seconds."""
+    joined = sys.modules.get("endistill_jax.distributed")
+    return joined is not None and joined.process_count() > 1
 
 
 if __name__ == "__main__":

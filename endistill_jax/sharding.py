@@ -1,8 +1,10 @@
 """One mesh for a laptop and a pod: axes `(data, fsdp, tensor)`, and which logical axis lies on which of them."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,10 +19,14 @@ from endistill_jax.model.t5 import boxed_init
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+# How the parameters of a model lie: split as far as the rules go, or whole but for the split that activations have too.
+PLACEMENTS = ("sharded", "replicated")
+
 # Logical axis -> mesh axis. Examples are spread over `data` and `fsdp`; `fsdp` also splits every kernel along the
 # residual width, `tensor` along heads, MLP width and vocabulary. Activations keep the residual width whole.
 LOGICAL_RULES = (
     ("batch", ("data", "fsdp")),
+    ("lookup_batch", "data"),  # of what is looked up in the token table, before its parts of the width come together
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("joined_kv", "tensor"),
@@ -32,12 +38,49 @@ LOGICAL_RULES = (
     ("relpos_buckets", None),
 )
 
+# The width of each logical axis that may be split, by its name in `T5Config`; `joined_kv` is split as heads are.
+_WIDTHS = {"embed": "d_model", "heads": "num_heads", "mlp": "mlp_dim", "vocab": "vocab_size"}
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or the given ones); an axis of -1 takes what the others leave.
+
+def logical_rules(placement: str = "sharded") -> tuple[tuple[str, Any], ...]:
+    """Which mesh axis each logical axis of a model lies on.
+
+    A "replicated" model is not split along the residual width, so that nothing of it is gathered over `fsdp`. Along
+    heads, MLP width and vocabulary it stays split over `tensor`, where its activations are split too.
 
     Raises:
-        UserError: if the axes do not multiply to the number of devices.
+        UserError: for another placement.
+    """
+    if placement not in PLACEMENTS:
+        raise UserError(f"placement is {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+    if placement == "sharded":
+        return LOGICAL_RULES
+    changed = {"embed": None, "lookup_batch": ("data", "fsdp")}
+    return tuple((name, changed.get(name, axis)) for name, axis in LOGICAL_RULES)
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int | None = None,
+) -> Mesh:
+    """A mesh over all devices (or the given ones); an axis of -1 takes what the others leave.
+
+    The slow network between slices carries only what `data` exchanges, a sum of the gradients a step: every slice holds
+    whole rows of the mesh.
+
+    Args:
+        data: parts of the batch with a whole set of parameters each.
+        fsdp: parts of the batch with a part of the parameters each.
+        tensor: parts of heads, MLP width and vocabulary.
+        devices: what the mesh is made of; by default all there are.
+        slices: groups of devices with a fast network inside and a slow one between them. None counts the slices of TPUs
+            and takes other devices for one; processes are groups where the devices do not name any.
+
+    Raises:
+        UserError: if the axes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -49,14 +92,46 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"mesh {named} does not fit {len(devices)} devices; the product of its axes must equal that")
-    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), MESH_AXES)
+    return Mesh(_arrange(shape, devices, slices), MESH_AXES)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """The slices that devices belong to; 1 where they do not tell."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None) -> np.ndarray:
+    """Devices [data, fsdp, tensor], neighbours in the fast network next to each other, slices along `data`."""
+    told, processes = count_slices(devices), len({device.process_index for device in devices})
+    if slices is None:
+        slices = told if devices[0].platform == "tpu" else 1
+    elif slices not in ({told} if told > 1 else {1, processes}):
+        raise UserError(
+            f"slices is {slices}, but the {len(devices)} devices form {told} slice(s) in {processes} process(es); "
+            f"choose {told if told > 1 else processes}, or leave it None"
+        )
+    data, *others = shape
+    if data % slices:
+        raise UserError(
+            f"mesh axis data={data} does not split over {slices} slices; make it a multiple of {slices}, "
+            "so that no parameter is gathered over the slow network between them"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        [data // slices, *others],
+        [slices, 1, 1],
+        devices=devices,
+        process_is_granule=told == 1,
+        allow_split_physical_axes=True,
+    )
 
 
 @contextlib.contextmanager
-def activation_sharding(mesh: Mesh) -> Iterator[None]:
-    """While tracing inside it, the model's logical constraints on activations refer to this mesh."""
+def activation_sharding(mesh: Mesh, placement: str = "sharded") -> Iterator[None]:
+    """While tracing inside it, a model's logical constraints on activations refer to this mesh."""
     # Flax reads the abstract mesh: under `with mesh:` alone it drops every constraint without a word.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_RULES):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(logical_rules(placement)):
         yield
 
 
@@ -65,27 +140,42 @@ def abstract_params(config: T5Config) -> Any:
     return nn.meta.unbox(jax.eval_shape(lambda: boxed_init(config, jax.random.key(0))))
 
 
-def param_shardings(config: T5Config, mesh: Mesh) -> Any:
+def param_shardings(config: T5Config, mesh: Mesh, placement: str = "sharded", whose: str = "the model's") -> Any:
     """A `NamedSharding` for every parameter, by its logical axes.
 
+    Args:
+        config: the model's settings.
+        mesh: from `make_mesh`.
+        placement: "sharded" or "replicated"; see `logical_rules`.
+        whose: how an error names the model.
+
     Raises:
-        UserError: if an axis of a parameter is not divisible by its mesh axis.
+        UserError: if the mesh does not divide a width of the model, with the sizes that do.
     """
+    rules = logical_rules(placement)
+    _check_divisible(config, mesh, dict(rules), whose)
     boxed = jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES)
-    jax.tree_util.tree_map_with_path(_check_divisible, nn.meta.unbox(boxed), shardings)
-    return shardings
+    names = jax.tree.map(_whole_vectors, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return nn.logical_to_mesh_sharding(names, mesh, rules)
 
 
-def _check_divisible(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
-    for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-        parts = 1 if axis is None else sharding.mesh.shape[axis]
-        if size % parts:
-            name = "/".join(entry.key for entry in path)
-            raise UserError(
-                f"parameter {name} has an axis of {size}, which mesh axis {axis}={parts} does not divide; "
-                f"choose {axis} among the divisors of {size}"
-            )
+def _whole_vectors(names: PartitionSpec) -> PartitionSpec:
+    """Logical axes, without those of a vector (a normalisation's scale): to gather it costs more than to keep it."""
+    return PartitionSpec() if len([name for name in names if name != "layers"]) == 1 else names
+
+
+def _check_divisible(config: T5Config, mesh: Mesh, rules: Mapping[str, Any], whose: str) -> None:
+    for logical, name in _WIDTHS.items():
+        axis, size = rules[logical], getattr(config, name)
+        if axis is None or size % mesh.shape[axis] == 0:
+            continue
+        together = [other for key, other in _WIDTHS.items() if rules[key] == axis]
+        common = math.gcd(*(getattr(config, other) for other in together))
+        valid = [str(parts) for parts in range(1, mesh.size + 1) if common % parts == 0 and mesh.size % parts == 0]
+        raise UserError(
+            f"mesh axis {axis}={mesh.shape[axis]} does not divide {whose} {name} of {size}; "
+            f"on {mesh.size} devices {axis} may be {', '.join(valid)} (to divide {', '.join(together)})"
+        )
 
 
 def opt_state_shardings(optimizer: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -109,15 +199,61 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+class HostPart(NamedTuple):
+    """Which rows of every batch a host has: hosts share rows where the axis `tensor` goes over several.
+
+    Attributes:
+        index: of this host's part.
+        count: number of parts, of equally many rows each.
+        leads: whether this host is the first of those with the same part.
+    """
+
+    index: int
+    count: int
+    leads: bool
+
+
+@functools.lru_cache
+def host_part(mesh: Mesh) -> HostPart:
+    """This host's part of the rows of a batch on a mesh.
+
+    Raises:
+        UserError: if hosts share some of their rows and not others.
+    """
+    spread = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    for device, (row,) in batch_sharding(mesh).devices_indices_map((spread,)).items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(map(len, parts)) != spread or len({len(part) for part in parts}) != 1:
+        raise UserError(
+            f"mesh {dict(mesh.shape)} splits the rows of a batch unevenly over {len(rows)} hosts; "
+            "make tensor a divisor, or a multiple, of the devices of a host"
+        )
+    mine = rows[jax.process_index()]
+    first = min(process for process, held in rows.items() if held == mine)
+    return HostPart(parts.index(tuple(sorted(mine))), len(parts), first == jax.process_index())
+
+
+def host_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """This host's rows of a whole batch, for `place_batch`."""
+    part = host_part(mesh)
+    rows = len(next(iter(batch.values()))) // part.count
+    return {name: array[part.index * rows :][:rows] for name, array in batch.items()}
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part of a batch -> global arrays [global_batch, ...] spread over the mesh.
 
     Raises:
         UserError: if the examples cannot be spread evenly.
     """
-    rows = len(next(iter(batch.values()))) * jax.process_count()
+    rows = len(next(iter(batch.values()))) * host_part(mesh).count
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(f"a batch of {rows} examples does not split over data x fsdp = {parts}; make it a multiple")
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+        for name, array in batch.items()
+    }

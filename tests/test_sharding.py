@@ -47,6 +47,50 @@ def test_mesh_has_its_three_axes_and_one_may_be_what_is_left():
         assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as far as arranging a mesh asks for it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        """In a slice of two by two."""
+        return self.id % 2, self.id // 2 % 2, 0
+
+
+def chips(slices, processes=1, **kinds):
+    return [Chip(id=i, slice_index=i * slices // 8, process_index=i * processes // 8, **kinds) for i in range(8)]
+
+
+@pytest.mark.parametrize("axes", [(2, 4, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1), (-1, 2, 1)])
+def test_every_slice_holds_whole_rows_of_the_mesh_along_data(axes):
+    shuffled = np.random.default_rng(0).permutation(8)
+    for devices in (chips(2, platform="tpu"), chips(2), chips(1, processes=2)):
+        devices = [devices[i] for i in shuffled] if devices[0].slice_index != devices[-1].slice_index else devices
+        told_by_devices = devices[0].platform == "tpu"
+        found = make_mesh(*axes, devices=devices, slices=None if told_by_devices else 2).devices
+        assert sorted(chip.id for chip in found.flat) == list(range(8))
+        group = np.vectorize(lambda chip: chip.id // 4)(found)
+        first, second = np.split(group, 2)  # along data
+        assert (first == 0).all() and (second == 1).all()
+
+
+def test_only_data_goes_over_slices_and_their_number_must_be_that_of_the_devices():
+    with pytest.raises(UserError, match="mesh axis data=1 does not split over 2 slices; make it a multiple of 2"):
+        make_mesh(1, 8, 1, devices=chips(2, platform="tpu"))
+    for slices, devices, right in ((4, chips(2), 2), (2, chips(1), 1), (3, chips(1, processes=4), 4), (0, chips(1), 1)):
+        with pytest.raises(UserError, match=f"slices is {slices}, but the 8 devices form .*; choose {right}, or leave"):
+            make_mesh(8, 1, 1, devices=devices, slices=slices)
+    # What is no TPU is taken for one slice unless it is asked for: hosts with GPUs are often joined well enough.
+    assert make_mesh(1, 8, 1, devices=chips(2)).shape["fsdp"] == 8
+
+
 @pytest.mark.parametrize(
     ("axes", "told"),
     [
@@ -69,8 +113,8 @@ def test_parameters_are_split_as_the_rules_say(mesh):
     expected = {
         "token_embedder/embedding": ("tensor", "fsdp"),
         "encoder/relpos_bias/rel_embedding": ("tensor", None),
-        "encoder/encoder_norm/scale": ("fsdp",),
-        "encoder/layers/pre_attention_layer_norm/scale": (None, "fsdp"),
+        "encoder/encoder_norm/scale": (),
+        "encoder/layers/pre_attention_layer_norm/scale": (),
         "encoder/layers/attention/query/kernel": inward,
         "encoder/layers/attention/key/kernel": inward,
         "encoder/layers/attention/value/kernel": inward,
@@ -86,6 +130,14 @@ def test_parameters_are_split_as_the_rules_say(mesh):
     # No kernel and no table is left whole.
     for name, spec in found.items():
         assert {"fsdp", "tensor"} <= set(spec) or name.endswith(("scale", "rel_embedding")), name
+
+
+def test_a_replicated_model_is_split_over_tensor_alone(mesh):
+    sharded, replicated = (specs(param_shardings(CONFIG, mesh, placement)) for placement in ("sharded", "replicated"))
+    without = {name: tuple(None if axis == "fsdp" else axis for axis in spec) for name, spec in sharded.items()}
+    assert replicated == without and {axis for spec in replicated.values() for axis in spec} == {None, "tensor"}
+    with pytest.raises(UserError, match="placement is 'whole'; choose one of sharded, replicated"):
+        param_shardings(CONFIG, mesh, "whole")
 
 
 def test_shardings_fit_the_parameters_they_are_for(mesh):
@@ -122,8 +174,8 @@ def test_adafactor_statistics_are_replicated_where_factored_and_lie_like_their_p
     whole, rows, columns = (optax.tree_utils.tree_get(placed, name) for name in ("v", "v_row", "v_col"))
     assert rows["encoder"]["layers"]["mlp"]["wi_0"]["kernel"].spec == PartitionSpec()
     assert columns["encoder"]["layers"]["mlp"]["wi_0"]["kernel"].spec == PartitionSpec()
-    # Not factored, for it has but one large axis.
-    assert whole["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"].spec == PartitionSpec(None, "fsdp")
+    # Not factored, for one of its axes is small.
+    assert whole["encoder"]["relpos_bias"]["rel_embedding"].spec == PartitionSpec("tensor", None)
     jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), state, placed)
 
 

@@ -99,7 +99,7 @@ def check_facts(saved: Mapping[str, Any], current: Mapping[str, Any], where: str
     Raises:
         UserError: naming every difference, nested names joined by dots, with both values.
     """
-    before, now = _flatten(saved), _flatten(current)
+    before, now = flatten_facts(saved), flatten_facts(current)
     differences = [
         f"{name} is {before.get(name, _ABSENT)} there and {now.get(name, _ABSENT)} here"
         for name in sorted(before.keys() | now.keys())
@@ -153,12 +153,12 @@ def _sha256(parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested facts as dotted names and JSON texts: a tuple equals the list it becomes in a file."""
     flat = {}
     for key, value in facts.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten_facts(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
     return flat

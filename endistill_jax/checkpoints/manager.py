@@ -1,14 +1,14 @@
 """Saving and resuming a run, on Orbax: asynchronous, atomic, with a memory of what the run was about.
 
 A step's folder holds three items that become visible together or not at all: `state` (the train state's arrays), `data`
-(the data iterator's position, one file per process) and `facts` (model, mixture, fingerprints ... as JSON). The teacher
-is never in it: only its fingerprint is, among the facts.
+(the data stream's position, a file a shard) and `facts` (model, mixture, fingerprints ... as JSON). The teacher is
+never in it: only its fingerprint is, among the facts.
 """
 
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ class Checkpointer:
         self,
         step: int,
         state: PyTree,
-        data_state: bytes,
+        data_state: Mapping[str, bytes],
         facts: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
         force: bool = False,
@@ -102,7 +102,7 @@ class Checkpointer:
         Args:
             step: number of finished optimizer steps.
             state: the train state; every leaf an array.
-            data_state: this process's iterator position.
+            data_state: positions by shard of the data stream; of all processes together, each shard once.
             facts: what must be the same for the run to go on: plain values in nested dictionaries.
             metrics: values of this step; one that lacks `keep_best` is an error, None leaves the step without a rank.
             force: save even when `step` is not a multiple of `every`.
@@ -136,18 +136,24 @@ class Checkpointer:
         return read_facts(self._directory / str(step))
 
     def restore(
-        self, step: int, abstract_state: PyTree, *, expected_facts: Mapping[str, Any] | None = None
-    ) -> tuple[PyTree, bytes, Facts]:
+        self,
+        step: int,
+        abstract_state: PyTree,
+        shards: Sequence[str] = (),
+        *,
+        expected_facts: Mapping[str, Any] | None = None,
+    ) -> tuple[PyTree, dict[str, bytes], Facts]:
         """Reads a step back, each array straight onto its place.
 
         Args:
             step: which.
             abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the same structure as the saved state;
                 the mesh may be another than the one that saved.
+            shards: which shards of the data stream this process goes on with, by name.
             expected_facts: this run's facts, compared before any array is read.
 
         Returns:
-            The state, this process's data iterator state, and the facts.
+            The state, the positions of those shards, and the facts.
 
         Raises:
             UserError: naming each difference between the facts, a step that is not there, one that does not fit
@@ -158,7 +164,7 @@ class Checkpointer:
         facts = read_facts(folder)
         if expected_facts is not None:
             check_facts(facts, expected_facts, str(folder))
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=DataStateRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=DataStateRestore(shards))
         try:
             restored = self._manager.restore(step, args=items)
         except UserError:

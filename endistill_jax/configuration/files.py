@@ -54,7 +54,7 @@ def near_names(name: str, search_paths: Sequence[str] = ()) -> list[str]:
 def shipped() -> list[str]:
     """Names of the gin files of the package that run by themselves, as a user gives them."""
     folder = PACKAGE_FOLDER / "gin"
-    return _names([*folder.glob("*.gin"), *folder.glob("runs/*.gin")], PACKAGE_FOLDER)
+    return _names([*folder.glob("*.gin"), *folder.glob("runs/*.gin"), *folder.glob("miniend_3b/*.gin")], PACKAGE_FOLDER)
 
 
 def _names(found: Iterable[pathlib.Path], folder: pathlib.Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-from endistill_jax.configuration.checking import check
+from endistill_jax.configuration.checking import REQUIRED, check
 from endistill_jax.configuration.files import find
 from endistill_jax.configuration.reading import Reading, read_file, read_flag
 from endistill_jax.errors import UserError
@@ -18,6 +18,8 @@ def load(
     gin_files: Sequence[str],
     flags: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
+    *,
+    planning: bool = False,
 ) -> Callable[..., Any]:
     """Reads, checks and binds a configuration, in place of any earlier one.
 
@@ -25,6 +27,7 @@ def load(
         gin_files: names of files, see `files.find`; later ones win.
         flags: (name, value) of each `--gin.NAME=value`; they win over files.
         search_paths: folders in which files, included ones too, are looked up.
+        planning: the job will only be planned: folders, checkpoints and tasks may be left open.
 
     Returns:
         `jobs.run`, configured: call it to run the job that `jobs.run.job` names.
@@ -39,6 +42,8 @@ def load(
         read_file(reading, name, search_paths)
     for name, value in flags:
         read_flag(reading, name, flag_value(value))
+    if planning:
+        _fill_places(reading)
     from endistill_jax import jobs
 
     if not any(binding.parameter == "job" for binding in reading.bindings):
@@ -52,6 +57,16 @@ def load(
         gin.parse_config(chunk)
     gin.finalize()
     return gin.get_configurable(jobs.run)
+
+
+def _fill_places(reading: Reading) -> None:
+    """Macros that must be set and are not get their own name, and no task is made: a plan reads nothing."""
+    macros = {binding.macro_name: binding.value for binding in reading.bindings if not binding.parameter}
+    for name, value in macros.items():
+        if value == REQUIRED:
+            read_flag(reading, name, repr(f"<{name}>"))
+    if any((binding.selector, binding.parameter) == ("jobs.Data", "task") for binding in reading.bindings):
+        read_flag(reading, "jobs.Data.task", repr("<TASK>"))
 
 
 def flag_value(text: str) -> str:
@@ -68,3 +83,10 @@ def flag_value(text: str) -> str:
 def config_text() -> str:
     """What the job was called with, as a gin file that runs it again. Complete once the job has begun."""
     return f"{gin.operative_config_str(max_line_length=100).rstrip()}\n"
+
+
+def bound_settings() -> dict[str, str]:
+    """Every parameter and macro that files and flags set, by name, with its value as gin writes it."""
+    lines = gin.config_str(max_line_length=1 << 20).splitlines()
+    bindings = (line.partition(" = ") for line in lines if not line.startswith("#"))
+    return {name: value for name, equals, value in bindings if equals}

@@ -1,4 +1,4 @@
-"""A tf.data iterator over numpy batches whose position can be saved and restored exactly."""
+"""Iterators over numpy batches whose position can be saved and restored exactly."""
 
 import io
 import json
@@ -97,6 +97,46 @@ class BatchIterator:
             archive.extractall(folder)
             checkpoint = tf.train.Checkpoint(iterator=self._iterator)
             checkpoint.read(str(pathlib.Path(folder) / _CHECKPOINT)).assert_existing_objects_matched()
+
+
+class ShardedIterator:
+    """A host's rows of global batches, which come from one shard of a stream or from several."""
+
+    def __init__(self, shards: Mapping[str, tuple[BatchIterator, slice]]):
+        """Goes over the shards in step.
+
+        Args:
+          shards: by name and in the order of their rows: each one's batches, and which rows of them this host takes.
+        """
+        self._shards = dict(shards)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The shards that this host reads."""
+        return tuple(self._shards)
+
+    def __iter__(self) -> "ShardedIterator":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch; see `BatchIterator`."""
+        parts = [(next(iterator), rows) for iterator, rows in self._shards.values()]
+        return {name: np.concatenate([part[name][rows] for part, rows in parts]) for name in parts[0][0]}
+
+    def state(self) -> dict[str, bytes]:
+        """Position by shard, of those whose first rows are this host's: of all hosts together, each shard once."""
+        return {name: iterator.state() for name, (iterator, rows) in self._shards.items() if rows.start == 0}
+
+    def restore(self, states: Mapping[str, bytes]) -> None:
+        """Goes to the positions of the shards by `names`.
+
+        Raises:
+          UserError: a state is missing, is of other settings (each difference is named), or is none at all.
+        """
+        if missing := [name for name in self.names if name not in states]:
+            raise UserError(f"no state of the data {', '.join(missing)}, only of {', '.join(states) or 'none'}")
+        for name, (iterator, _) in self._shards.items():
+            iterator.restore(states[name])
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

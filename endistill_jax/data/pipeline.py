@@ -1,11 +1,12 @@
 """SeqIO task to host-local numpy batches."""
 
+import functools
 from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
 
-from endistill_jax.data.iterator import BatchIterator
+from endistill_jax.data.iterator import BatchIterator, ShardedIterator
 from endistill_jax.data.registry import resolve_task
 from endistill_jax.errors import UserError
 
@@ -21,27 +22,33 @@ def make_iterator(
     shuffle: bool = True,
     shuffle_buffer: int = 2048,
     repeat: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> BatchIterator:
+    shards: int | None = None,
+    part_index: int = 0,
+    part_count: int = 1,
+) -> ShardedIterator:
     """Batches of a task's split with SeqIO's encoder-decoder features, int32, padded with 0.
+
+    Global batches do not depend on how many hosts there are. A training stream is a number of shards of the source, and
+    shard i gives the i-th of as many equal runs of rows of every global batch. A host reads the shards that its rows
+    come from: one, where there are as many as hosts; several, where there are fewer hosts than shards; where there are
+    more hosts, one that others read too, of which each keeps its own rows.
 
     Args:
       task: a task or mixture, or its registered name.
       split: such as `train` or `validation`.
       task_feature_lengths: lengths of `inputs` and `targets`.
-      batch_size: global; every process gets its own `batch_size / process_count` rows.
+      batch_size: global; every host gets its own `batch_size / part_count` rows.
       seed: decides order and corruption. The same arguments give the same batches.
       pack: whether several short examples share a row (adds segment ids and positions).
       shuffle: whether examples are shuffled, within a buffer and anew every epoch. Files are read in their own order,
         sixteen at a time.
       shuffle_buffer: examples in that buffer. They are part of the state, and must be there before the first batch.
-      repeat: True for training: an endless stream, every epoch corrupted anew; each process reads its own share of the
-        source, and no text of another. False for evaluation: one pass; every process walks through all of it and
-        keeps its rows of each global batch, so that all get equally many batches, and the last batch is filled up with
-        rows of zeros (loss weight 0), so that no example is lost.
-      process_index: this process.
-      process_count: number of processes.
+      repeat: True for training: an endless stream, every epoch corrupted anew. False for evaluation: one pass over one
+        shard, the whole source; the last batch is filled up with rows of zeros (loss weight 0), so that no example is
+        lost.
+      shards: of a training stream, a part of what it is; as many as parts by default.
+      part_index: which part of every batch is this host's; see `sharding.host_part`.
+      part_count: number of parts.
 
     Raises:
       UserError: no such task or split, or a batch that does not divide over the processes.
@@ -51,12 +58,12 @@ def make_iterator(
     task = resolve_task(task)
     if split not in task_splits(task):
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(sorted(task_splits(task)))}")
-    if batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} does not divide over {process_count} processes")
-    local_size = batch_size // process_count
-    shards = seqio.ShardInfo(index=process_index, num_shards=process_count) if repeat and process_count > 1 else None
+    shards = (shards or part_count) if repeat else 1
+    for name, count in (("parts, one for each host", part_count), ("shards", shards)):
+        if batch_size % count:
+            raise UserError(f"batch_size {batch_size} does not divide over {count} {name}")
 
-    def make_dataset() -> tf.data.Dataset:
+    def make_dataset(shard: int) -> tf.data.Dataset:
         examples = task.get_dataset(
             sequence_length=dict(task_feature_lengths),
             split=split,
@@ -64,17 +71,15 @@ def make_iterator(
             # state once the files of this one are open, so shuffled files would come back in another order.
             shuffle=False,
             seed=seed,
-            shard_info=shards,
+            shard_info=seqio.ShardInfo(index=shard, num_shards=shards) if shards > 1 else None,
             num_epochs=None if repeat else 1,
             try_in_mem_cache=False,  # a cache would go into every saved state
         )
         if shuffle:
             examples = examples.shuffle(shuffle_buffer, seed=seed)
         rows = seqio.EncDecFeatureConverter(pack=pack)(examples, task_feature_lengths=task_feature_lengths)
-        if repeat:
-            return _with_options(rows.batch(local_size, drop_remainder=True))
-        batches = rows.batch(batch_size)
-        return _with_options(_host_rows(batches, batch_size, process_index * local_size, local_size))
+        batches = rows.batch(batch_size // shards, drop_remainder=repeat)
+        return _with_options(batches if repeat else _filled_up(batches, batch_size))
 
     settings = {
         "task": task.name,
@@ -85,20 +90,27 @@ def make_iterator(
         "pack": pack,
         "shuffle_buffer": shuffle_buffer if shuffle else 0,
         "repeat": repeat,
-        "process_index": process_index,
-        "process_count": process_count,
+        "shards": shards,
     }
-    return BatchIterator(make_dataset, settings)
+    iterators = {}
+    part_size, shard_size = batch_size // part_count, batch_size // shards
+    start, stop = part_index * part_size, (part_index + 1) * part_size
+    for shard in range(start // shard_size, -(-stop // shard_size)):
+        first = shard * shard_size
+        rows = slice(max(start - first, 0), min(stop - first, shard_size))
+        iterator = BatchIterator(functools.partial(make_dataset, shard), settings | {"shard": shard})
+        iterators[f"shard_{shard}_of_{shards}"] = (iterator, rows)
+    return ShardedIterator(iterators)
 
 
-def _host_rows(batches: tf.data.Dataset, batch_size: int, start: int, size: int) -> tf.data.Dataset:
-    """One process's rows of global batches, the last of which is first filled up with zeros."""
+def _filled_up(batches: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+    """The last batch with rows of zeros up to `batch_size`."""
 
-    def rows_of(value: tf.Tensor) -> tf.Tensor:
+    def filled_up(value: tf.Tensor) -> tf.Tensor:
         padded = tf.pad(value, [[0, batch_size - tf.shape(value)[0]], [0, 0]])  # [batch_size, length]
-        return tf.ensure_shape(padded[start : start + size], [size, value.shape[1]])
+        return tf.ensure_shape(padded, [batch_size, value.shape[1]])
 
-    return batches.map(lambda batch: {name: rows_of(value) for name, value in batch.items()})
+    return batches.map(lambda batch: {name: filled_up(value) for name, value in batch.items()})
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -58,6 +58,13 @@ class DenoisingReport:
         """The fields that are there, as floats by name, for metric writers."""
         return {prefix + name: float(value) for name, value in dataclasses.asdict(self).items() if value is not None}
 
+    def summary(self) -> str:
+        """The losses in words."""
+        return (
+            f"held-out loss {self.loss:.3f}, on pieces {self.piece_loss:.3f}, "
+            f"a wrong input costs {self.wrong_input_cost:.3f}"
+        )
+
 
 def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int = 1) -> DenoisingStep:
     """Builds the jitted evaluation step; make it once for a model and keep it, or it compiles again.
@@ -115,9 +122,9 @@ def evaluate_denoising(
     """Runs over held-out examples once with their own and once with a wrong input.
 
     The numbers depend on the examples and their order alone: not on the batch size, nor on rows without weight, which
-    may fill up the last batch (or any). With several processes each gives its part of every batch, all give the same
-    number of batches, and a wrong input comes from the same process. Neighbours should be unrelated texts, or the wrong
-    input is too good: shuffle once, with a fixed seed.
+    may fill up the last batch (or any). With several processes all give the same whole batches, and `place` keeps each
+    one's rows: else a wrong input would depend on the number of processes. Neighbours should be unrelated texts, or the
+    wrong input is too good: shuffle once, with a fixed seed.
 
     Args:
         step: from `make_denoising_step`.
@@ -126,7 +133,7 @@ def evaluate_denoising(
             `decoder_input_tokens`, `decoder_target_tokens`, `decoder_loss_weights` [batch, target]. Segment ids and
             positions may be there as long as no row holds two examples.
         ngrams: the references, fitted on training targets.
-        place: puts a batch where the step wants it, such as on a mesh; the batch may hold two more float32 arrays
+        place: puts a whole batch where the step wants it, such as on a mesh; the batch may hold two more float32 arrays
             [batch, target].
 
     Raises:

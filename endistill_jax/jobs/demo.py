@@ -9,7 +9,7 @@ from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.held_out import HeldOut, prepare_held_out
 from endistill_jax.jobs.models import open_model, tell_notes
-from endistill_jax.jobs.results import model_row, reference_rows, tell
+from endistill_jax.jobs.results import merge_seeds, model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path
@@ -83,13 +83,13 @@ def demo(
         print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in trainings.items()))
         return None
 
-    mesh = trainings["distilled"][0].mesh()
-    taught_by.load_on(mesh)  # what is wrong with it shows before the corpus is read
-    held_out = prepare_held_out(data, mesh)
-    report = held_out.evaluate(taught_by.config, taught_by.params)
+    first = trainings["distilled"][0]
+    first.load_teacher()  # what is wrong with it shows before the corpus is read
+    held_out = prepare_held_out(data, first.mesh())
+    report = held_out.evaluate(taught_by.config, taught_by.params, run.teacher_placement)
     rows = [model_row(f"teacher ({teacher})", taught_by.config, report, None, None)]
     for arm, each in trainings.items():
-        rows.append(_merge([_train_row(f"student, {arm}", training, held_out) for training in each]))
+        rows.append(merge_seeds([_train_row(f"student, {arm}", training, held_out) for training in each]))
     rows += reference_rows(report)
     tell(model_dir, rows, "Held-out denoising, nats a token")
     return rows
@@ -98,12 +98,3 @@ def demo(
 def _train_row(name: str, training: Training, held_out: HeldOut) -> dict[str, Any]:
     result = train(training, held_out)
     return model_row(name, training.config, result.report, result.tokens, result.seconds)
-
-
-def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of several seeds: a list of numbers where they measured something, the common value elsewhere."""
-    if len(rows) == 1:
-        return rows[0]
-    return {
-        key: value if isinstance(value, (str, int)) else [row[key] for row in rows] for key, value in rows[0].items()
-    }

@@ -5,6 +5,7 @@ import dataclasses
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.folder import check_free, local_folder
 from endistill_jax.checkpoints.model_card import model_card
+from endistill_jax.distributed import require_one_process
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.models import DTYPES, choose_vocabulary, open_model, tell_notes
 
@@ -41,6 +42,7 @@ def export(
     Raises:
         UserError: if there is no such model, the folder is taken, or the vocabulary does not fit.
     """
+    require_one_process("export")
     if format not in FORMATS:
         raise UserError(f"export.format is {format!r}; choose one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:

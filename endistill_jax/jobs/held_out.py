@@ -1,8 +1,7 @@
 """Held-out denoising figures with their references, prepared once and used by every model of a job."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -10,11 +9,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from endistill_jax.evaluation.denoising import DenoisingReport, evaluate_denoising, make_denoising_step, t5_logits
+from endistill_jax.evaluation.denoising import (
+    ApplyLogits,
+    DenoisingReport,
+    evaluate_denoising,
+    make_denoising_step,
+    t5_logits,
+)
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
 from endistill_jax.jobs.settings import Data
 from endistill_jax.model.config import T5Config
-from endistill_jax.sharding import param_shardings, place_batch
+from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
 
 # Held-out texts are corrupted the same way in every run, so that figures of different seeds are of the same examples.
 EVALUATION_SEED = 0
@@ -27,7 +32,8 @@ class HeldOut:
 
     Attributes:
         mesh: where models are evaluated.
-        batches: unpacked NumPy batches of the held-out split.
+        batches: unpacked NumPy batches of the held-out split, whole ones on every host, so that no figure depends on
+            how many hosts there are.
         ngrams: unigram and bigram references.
         sentinel_ids: ids that do not count as pieces.
     """
@@ -36,15 +42,34 @@ class HeldOut:
     batches: list[dict[str, np.ndarray]]
     ngrams: NgramModel
     sentinel_ids: range
-    _steps: dict[T5Config, Callable] = dataclasses.field(default_factory=dict)
+    _steps: dict[tuple[T5Config, str], Callable] = dataclasses.field(default_factory=dict)
 
-    def evaluate(self, config: T5Config, params: Any) -> DenoisingReport:
-        """The figures of one model, its parameters on the host or on the mesh; compiled once for a configuration."""
-        if config not in self._steps:
-            self._steps[config] = make_denoising_step(t5_logits(config), sentinel_ids=self.sentinel_ids)
-        params = jax.device_put(params, param_shardings(config, self.mesh))
-        place = partial(place_batch, mesh=self.mesh)
-        return evaluate_denoising(self._steps[config], params, self.batches, ngrams=self.ngrams, place=place)
+    def evaluate(self, config: T5Config, params: Any, placement: str = "sharded") -> DenoisingReport:
+        """The figures of one model, its parameters on the host or on the mesh; compiled once for a configuration.
+
+        Args:
+            config: its settings.
+            params: its parameters.
+            placement: how they lie, or shall lie, on the mesh; see `sharding.logical_rules`.
+        """
+        if (config, placement) not in self._steps:
+            logits = self._logits(config, placement)
+            self._steps[config, placement] = make_denoising_step(logits, sentinel_ids=self.sentinel_ids)
+        params = jax.device_put(params, param_shardings(config, self.mesh, placement))
+        return evaluate_denoising(
+            self._steps[config, placement],
+            params,
+            self.batches,
+            ngrams=self.ngrams,
+            place=lambda batch: place_batch(host_rows(batch, self.mesh), self.mesh),
+        )
+
+    def _logits(self, config: T5Config, placement: str) -> ApplyLogits:
+        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            with activation_sharding(self.mesh, placement):
+                return t5_logits(config)(params, batch)
+
+        return apply
 
 
 def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
@@ -64,8 +89,6 @@ def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
             # Shuffled once: a neighbour's input must be a really wrong one.
             shuffle=True,
             repeat=False,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
 
     vocabulary = resolve_task(data.task).output_features["targets"].vocabulary

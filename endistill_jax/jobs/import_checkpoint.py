@@ -15,6 +15,7 @@ import jax
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
 from endistill_jax.checkpoints.folder import check_free, local_folder, replace_folder
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.distributed import require_one_process
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.models import (
     CHECKPOINTS,
@@ -60,6 +61,7 @@ def import_checkpoint(
     Raises:
         UserError: for a source that cannot be read, or a model directory that is in use or cannot be written.
     """
+    require_one_process("import_checkpoint")
     if dtype not in DTYPES:
         raise UserError(f"import_checkpoint.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = local_folder(model_dir)
@@ -97,7 +99,7 @@ def import_checkpoint(
         # About one array after the other: a large model is not copied as a whole on its way to the disk.
         largest = math.ceil(max(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9)
         with Checkpointer(str(partial / CHECKPOINTS), keep_last=1, concurrent_gigabytes=largest) as checkpointer:
-            checkpointer.save(opened.step, {"params": params}, b"", facts, force=True)
+            checkpointer.save(opened.step, {"params": params}, {}, facts, force=True)
     print(f"wrote {model_dir}")
 
 

@@ -50,7 +50,8 @@ class TrainedModel:
     notes: tuple[str, ...] = ()
     pieces: str | None = None
     _read: Callable[[Any], tuple[Params, str]]
-    _loaded: tuple[Params, str] | None = None
+    _loaded: Params | None = None
+    _fingerprint: str | None = None
 
     def load(self, shardings: Any = None) -> Params:
         """Reads the parameters, unless they are there already: nested dictionaries, layers stacked.
@@ -63,12 +64,16 @@ class TrainedModel:
             UserError: naming what cannot be read.
         """
         if self._loaded is None:
-            self._loaded = self._read(shardings)
-        return self._loaded[0]
+            self._loaded, self._fingerprint = self._read(shardings)
+        return self._loaded
 
-    def load_on(self, mesh: Mesh) -> Params:
-        """As `load`, spread over a mesh by our own rules."""
-        return self.load(param_shardings(self.config, mesh))
+    def load_on(self, mesh: Mesh, placement: str = "sharded") -> Params:
+        """As `load`, on a mesh by our own rules; see `sharding.logical_rules`."""
+        return self.load(param_shardings(self.config, mesh, placement))
+
+    def release(self) -> None:
+        """Forgets the parameters; `load` reads them again."""
+        self._loaded = None
 
     @property
     def params(self) -> Params:
@@ -78,8 +83,9 @@ class TrainedModel:
     @property
     def fingerprint(self) -> str:
         """Of the parameters' content, as they are stored."""
-        self.load()
-        return self._loaded[1]
+        if self._fingerprint is None:
+            self.load()
+        return self._fingerprint
 
     @property
     def vocabulary(self) -> str | None:

@@ -3,6 +3,7 @@
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
+from endistill_jax.jobs.plan import PlanOptions, plan_training
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -20,6 +21,7 @@ def pretrain(
     run: Run,
     z_loss: float = 0.0,
     dry_run: bool = False,
+    plan: PlanOptions | None = None,
 ) -> TrainingResult | None:
     """Trains a model on a task's targets, from scratch or from the last checkpoint in `model_dir`.
 
@@ -31,18 +33,23 @@ def pretrain(
         run: how long, on which mesh, what is kept.
         z_loss: coefficient of the squared log normaliser.
         dry_run: print what would be done, and do nothing.
+        plan: compile the step for chips that are not here, tell what it needs there, and do nothing else.
 
     Returns:
-        The trained parameters and their held-out figures; None after a dry run.
+        The trained parameters and their held-out figures; None after a dry run or a plan.
 
     Raises:
         UserError: for settings that do not fit, before anything is created.
         Stopped: when a signal asked the run to stop; what was done is saved.
     """
+    path = Path(lm_weight=1.0, z_loss=z_loss)
+    if plan is not None:
+        plan_training(plan, student=model, teacher=None, path=path, data=data, optimizer=optimizer, run=run)
+        return None
     training = Training(
         model_dir=model_dir,
         config=model,
-        path=Path(lm_weight=1.0, z_loss=z_loss),
+        path=path,
         data=data,
         optimizer=optimizer,
         run=run,

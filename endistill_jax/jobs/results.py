@@ -1,5 +1,6 @@
 """The table a training job ends with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,8 +38,19 @@ def reference_rows(report: DenoisingReport) -> list[dict[str, Any]]:
     return [{"model": name, "piece_loss": loss} for name, loss in rows.items() if loss is not None]
 
 
-def tell(model_dir: str, rows: list[dict[str, Any]], title: str) -> None:
+def merge_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several seeds: a list of numbers where they measured something, the common value elsewhere."""
+    if len(rows) == 1:
+        return rows[0]
+    return {
+        key: value if isinstance(value, (str, int)) else [row[key] for row in rows] for key, value in rows[0].items()
+    }
+
+
+def tell(
+    model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS
+) -> None:
     """Prints the table and writes it as results.md and results.json, on the first host only."""
     if jax.process_index() == 0:
-        print_table(rows, DENOISING_COLUMNS, title=title)
-        write_table(model_dir, "results", rows, DENOISING_COLUMNS, title=title)
+        print_table(rows, columns, title=title)
+        write_table(model_dir, "results", rows, columns, title=title)

@@ -5,6 +5,8 @@ from typing import Any
 
 from endistill_jax.errors import UserError
 from endistill_jax.losses import Computation
+from endistill_jax.sharding import PLACEMENTS
+from endistill_jax.train.best import MODES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class Data:
         targets_length: decoder length of a row.
         batch_size: rows of a global batch, over all hosts and micro-batches.
         pack: put several examples into one row.
+        shards: of the training text, each read by itself for its rows of every batch: the same shards give the same
+            batches on any number of hosts. None takes as many as hosts at the start of the run, and keeps them.
         eval_split: split of the held-out examples.
         eval_batch_size: rows of an evaluation batch.
         eval_batches: at most so many batches are evaluated; None evaluates the whole split.
@@ -28,12 +32,16 @@ class Data:
     targets_length: int = 114
     batch_size: int = 128
     pack: bool = True
+    shards: int | None = None
     eval_split: str = "validation"
     eval_batch_size: int = 32
     eval_batches: int | None = None
 
     def __post_init__(self):
-        _require_positive(self, ("inputs_length", "targets_length", "batch_size", "eval_batch_size"))
+        shards = () if self.shards is None else ("shards",)
+        _require_positive(self, ("inputs_length", "targets_length", "batch_size", "eval_batch_size", *shards))
+        if self.shards and self.batch_size % self.shards:
+            raise UserError(f"Data.shards is {self.shards}; it must be a divisor of batch_size ({self.batch_size})")
 
     @property
     def feature_lengths(self) -> dict[str, int]:
@@ -50,11 +58,20 @@ class Run:
         seed: decides initial parameters, data order, corruption and dropout.
         micro_batches: parts of a batch whose gradients are accumulated.
         mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
+        slices: groups of devices with a slow network between them, over which the axis data is spread; None counts
+            those of TPUs, and takes other devices for one.
+        teacher_placement: "sharded" splits the teacher's parameters as the student's; "replicated" keeps them whole but
+            for the axis tensor, so that none is gathered: faster where they fit.
+        compiler_options: options of the XLA compiler for the training step, by platform: {"tpu": {"xla_...": value}}.
+            Those of other platforms than the run's are ignored.
         log_every: steps between two lines of metrics.
         eval_every: steps between two held-out evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between two checkpoints; the last step is always saved.
         keep_last: number of latest checkpoints kept.
-        keep_best: name of a held-out metric, such as "piece_loss", whose best (lowest) checkpoint is kept too.
+        keep_best: name of a held-out metric, such as "piece_loss", whose best checkpoint is kept too.
+        best_mode: "min" or "max": which end of `keep_best` is best.
+        patience: the run ends when so many evaluations in a row were no better than the best one before, by
+            `keep_best`; None never ends it early.
         tensorboard: write TensorBoard scalars beside metrics.jsonl.
         losses: in which form the losses are computed; by default chosen by platform and shape.
     """
@@ -63,23 +80,43 @@ class Run:
     seed: int = 0
     micro_batches: int = 1
     mesh: tuple[int, int, int] = (-1, 1, 1)
+    slices: int | None = None
+    teacher_placement: str = "sharded"
+    compiler_options: dict[str, dict[str, Any]] | None = None
     log_every: int = 50
     eval_every: int = 0
     checkpoint_every: int = 1000
     keep_last: int = 2
     keep_best: str | None = None
+    best_mode: str = "min"
+    patience: int | None = None
     tensorboard: bool = True
     losses: Computation = Computation()
 
     def __post_init__(self):
         object.__setattr__(self, "mesh", tuple(self.mesh))
+        if len(self.mesh) != 3:
+            raise UserError(f"Run.mesh is {self.mesh}; give the sizes of its three axes (data, fsdp, tensor)")
+        if self.teacher_placement not in PLACEMENTS:
+            raise UserError(
+                f"Run.teacher_placement is {self.teacher_placement!r}; choose one of {', '.join(PLACEMENTS)}"
+            )
         _require_positive(self, ("steps", "micro_batches", "log_every", "checkpoint_every", "keep_last"))
+        self._check_best()
         for name in ("checkpoint_every", "eval_every"):
             if getattr(self, name) % self.log_every:
                 raise UserError(
                     f"Run.{name} is {getattr(self, name)}; it must be a multiple of log_every ({self.log_every}), "
                     "so that a resumed run logs the same windows of steps"
                 )
+
+    def _check_best(self) -> None:
+        if self.best_mode not in MODES:
+            raise UserError(f"Run.best_mode is {self.best_mode!r}; choose one of {', '.join(MODES)}")
+        if self.patience is not None:
+            _require_positive(self, ("patience",))
+            if not (self.keep_best and self.eval_every):
+                raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
 
 
 def _require_positive(settings: Any, names: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING, Union
 
+from endistill_jax.distributed import require_one_process
 from endistill_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def train_vocabulary(
     Raises:
         UserError: if the file exists, there is no such split, or the texts do not allow so many pieces.
     """
+    require_one_process("train_vocabulary")
     from endistill_jax.data.texts import read_texts
     from endistill_jax.data.vocabulary import train_sentencepiece
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from endistill_jax.agreement import agree
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.interchange import Params, VocabularyFile
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.models import TrainedModel
@@ -14,6 +15,7 @@ from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.sharding import make_mesh, param_shardings
+from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -30,6 +32,7 @@ class Training:
         run: how long, and what is kept.
         teacher: the frozen model, None if the path needs none.
         student_init: what of the teacher the model starts from.
+        initial: a trained model that is trained further; its settings but for dropout and execution are `config`.
         label: a word for progress lines.
     """
 
@@ -41,6 +44,7 @@ class Training:
     run: Run
     teacher: TrainedModel | None = None
     student_init: StudentInit = RANDOM
+    initial: TrainedModel | None = None
     label: str = ""
 
     @property
@@ -54,24 +58,57 @@ class Training:
         Raises:
             UserError: naming the setting and what would be right.
         """
+        agree("vocabulary and teacher", self._read_facts())
         make_schedule(self.optimizer, self.run.steps)
         self.path.validate(self.config, self.teacher_config)
         self.student_init.check(self.teacher_config, self.config)
-        mesh = self.mesh()
-        for config in (self.config, *([] if self.teacher is None else [self.teacher.config])):
-            param_shardings(config, mesh)
-        spread = mesh.shape["data"] * mesh.shape["fsdp"]
-        for name, parts in (("batch_size", spread * self.run.micro_batches), ("eval_batch_size", spread)):
-            if getattr(self.data, name) % parts:
-                raise UserError(
-                    f"Data.{name} is {getattr(self.data, name)}; it must be a multiple of {parts} "
-                    "(data x fsdp, times micro_batches in training)"
-                )
+        self.check_mesh()
         check_vocabularies(self.vocabulary(), self.config, self.teacher)
+        if self.initial is not None:
+            check_same_vocabulary(self.vocabulary(), self.initial, "the model")
+
+    def check_mesh(self) -> None:
+        """Finds what the mesh does not divide, or its compiler does not take; reads nothing.
+
+        Raises:
+            UserError: naming the setting and what would be right.
+        """
+        mesh, run = self.mesh(), self.run
+        param_shardings(self.config, mesh, whose="the student's" if self.teacher else "the model's")
+        if self.teacher is not None:
+            param_shardings(self.teacher.config, mesh, run.teacher_placement, "the teacher's")
+        spread = mesh.shape["data"] * mesh.shape["fsdp"]
+        for name, count in (("batch_size", run.micro_batches), ("eval_batch_size", 1)):
+            rows, parts = getattr(self.data, name), spread * count
+            if rows % parts:
+                fitting = [str(number) for number in (rows // parts * parts, -(-rows // parts) * parts) if number]
+                raise UserError(
+                    f"Data.{name} is {rows}; it must be a multiple of {parts} (mesh axes data x fsdp = {spread}"
+                    + (f", times Run.micro_batches = {count}" if count > 1 else "")
+                    + f"): choose {' or '.join(fitting)}"
+                )
+        options_of_platform(run.compiler_options, mesh)
+
+    def _read_facts(self) -> dict[str, Any]:
+        """What the same settings may mean on another host: files of the same name with other contents."""
+        teacher = self.teacher
+        return {
+            "vocabulary": fingerprint_vocabulary(self.vocabulary()),
+            "teacher": teacher and dataclasses.asdict(teacher.config) | {"step": teacher.step},
+            "initial": self.initial and {"step": self.initial.step},
+        }
 
     def mesh(self) -> Mesh:
         """The device mesh of the run."""
-        return make_mesh(*self.run.mesh)
+        return make_mesh(*self.run.mesh, slices=self.run.slices)
+
+    def load_teacher(self) -> Params:
+        """The teacher's parameters, where the run wants them."""
+        return self.teacher.load_on(self.mesh(), self.run.teacher_placement)
+
+    def load_initial(self) -> Params:
+        """The parameters that are trained further, on the mesh."""
+        return self.initial.load_on(self.mesh())
 
     def task(self) -> Any:
         """The SeqIO task or mixture that `data.task` names or is."""
@@ -91,14 +128,15 @@ class Training:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
-        return {
+        identity = {
             "model": self.config.architecture()
             | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
             "path": dataclasses.asdict(self.path),
             "optimizer": dataclasses.asdict(self.optimizer),
             "task": self.task().name,
             "data": {
-                name: getattr(self.data, name) for name in ("inputs_length", "targets_length", "batch_size", "pack")
+                name: getattr(self.data, name)
+                for name in ("inputs_length", "targets_length", "batch_size", "pack", "shards")
             },
             "steps": self.run.steps,
             "seed": self.run.seed,
@@ -107,6 +145,7 @@ class Training:
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "student_init": self.student_init.facts(self.teacher_config, self.config),
         }
+        return identity if self.initial is None else identity | {"initial": self.initial.fingerprint}
 
 
 def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel | None) -> None:
@@ -120,10 +159,18 @@ def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel 
             f"T5Config.vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
             f"make it at least that"
         )
-    if teacher is None:
-        return
-    if teacher.has_other_vocabulary(vocabulary):
+    if teacher is not None:
+        check_same_vocabulary(vocabulary, teacher, "the teacher")
+
+
+def check_same_vocabulary(vocabulary: Any, model: TrainedModel, role: str) -> None:
+    """A trained model must speak the task's vocabulary.
+
+    Raises:
+        UserError: if it is known to have been trained with another.
+    """
+    if model.has_other_vocabulary(vocabulary):
         raise UserError(
-            f"the teacher {teacher.source} was trained with another vocabulary than the task's; "
-            "choose a task with the teacher's vocabulary"
+            f"{role} {model.source} was trained with another vocabulary than the task's; "
+            f"choose a task with {role}'s vocabulary"
         )

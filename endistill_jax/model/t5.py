@@ -61,7 +61,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.d_model), jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        # First as the table lies, then as activations lie: in one step the compiler would give everything to everyone.
+        x = nn.with_logical_constraint(x, ("lookup_batch", "length", "embed"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_activation"))
 
     def head(self, x: jax.Array) -> UnappliedHead:
         """v1.0's head: the table itself, applied to [batch, length, d_model] scaled by d_model ** -0.5."""
@@ -93,7 +96,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segments: jax.Array, tap_layers: Mapping[str, int], run_to_top: bool, deterministic: bool
+        self,
+        x: jax.Array,
+        segments: jax.Array,
+        tap_layers: Mapping[str, int],
+        run_to_top: bool,
+        deterministic: bool,
+        frozen: bool,
     ) -> tuple[jax.Array, dict[str, Tap]]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
@@ -103,7 +112,7 @@ class Encoder(nn.Module):
         layer = EncoderLayer(cfg, parent=None)
         params = self.param("layers", stacked_init(layer, cfg.num_encoder_layers), x, context)
         key = None if deterministic or not cfg.dropout_rate else self.make_rng("dropout")
-        x, taps = run_layers(layer, params, x, context, tap_layers, run_to_top, key)
+        x, taps = run_layers(layer, params, x, context, tap_layers, run_to_top, key, frozen)
         return drop(RMSNorm(cfg, name="encoder_norm")(x), deterministic=deterministic), taps
 
 
@@ -128,6 +137,7 @@ class Decoder(nn.Module):
         tap_layers: Mapping[str, int],
         with_head: bool,
         deterministic: bool,
+        frozen: bool,
     ) -> tuple[UnappliedHead | None, dict[str, Tap]]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
@@ -139,7 +149,7 @@ class Decoder(nn.Module):
         layer = DecoderLayer(cfg, parent=None)
         params = self.param("layers", stacked_init(layer, cfg.num_decoder_layers), x, context)
         key = None if deterministic or not cfg.dropout_rate else self.make_rng("dropout")
-        x, taps = run_layers(layer, params, x, context, tap_layers, with_head, key)
+        x, taps = run_layers(layer, params, x, context, tap_layers, with_head, key, frozen)
         if not with_head:
             return None, taps
         x = drop(RMSNorm(cfg, name="decoder_norm")(x), deterministic=deterministic)
@@ -160,6 +170,7 @@ class T5(nn.Module):
         with_logits: bool = True,
         with_head: bool = False,
         deterministic: bool = True,
+        frozen: bool = False,
     ) -> Output:
         """One forward pass with teacher forcing.
 
@@ -171,6 +182,7 @@ class T5(nn.Module):
             with_logits: whether logits are read.
             with_head: return the head unapplied instead of logits, whatever `with_logits` says.
             deterministic: no dropout; else a "dropout" key must be given in `rngs`.
+            frozen: the parameters are constants; see `run_layers`.
 
         Raises:
             UserError: if a site is unknown or a layer does not exist.
@@ -186,13 +198,14 @@ class T5(nn.Module):
         encoder_segments = segment_ids(batch, "encoder")
         x = embedder(batch["encoder_input_tokens"])
         encoder = Encoder(cfg, name="encoder")
-        encoded, exposed = encoder(x, encoder_segments, encoder_taps, run_decoder, deterministic)
+        encoded, exposed = encoder(x, encoder_segments, encoder_taps, run_decoder, deterministic, frozen)
         if not run_decoder:
             return Output(encoded=None, logits=None, taps=exposed)
         x = embedder(batch["decoder_input_tokens"])
         decoder = Decoder(cfg, embedder, name="decoder")
+        segments = segment_ids(batch, "decoder")
         head, decoder_exposed = decoder(
-            x, encoded, segment_ids(batch, "decoder"), encoder_segments, decoder_taps, read_head, deterministic
+            x, encoded, segments, encoder_segments, decoder_taps, read_head, deterministic, frozen
         )
         exposed |= decoder_exposed
         if with_head or not with_logits:

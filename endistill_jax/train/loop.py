@@ -19,7 +19,7 @@ def train_loop(
     *,
     steps: int,
     log_every: int,
-    at_log: Callable[[int, TrainState, dict[str, float]], None],
+    at_log: Callable[[int, TrainState, dict[str, float]], bool | None],
 ) -> TrainState:
     """Trains from the state's step to `steps`.
 
@@ -34,17 +34,18 @@ def train_loop(
         steps: updates in all, counted from the state's step 0.
         log_every: `at_log` is called at its multiples and after the last step.
         at_log: gets the step, the state and the means since the last call: sums of each term over the window, divided
-            once by its summed weight. It may save the state, but not keep it.
+            once by its summed weight. It may save the state, but not keep it. Training ends early if it returns True.
 
     Returns:
-        The state after `steps` updates.
+        The state after the last update.
     """
     window: list[Metrics] = []
     for step in range(int(state.step) + 1, steps + 1):
         state, metrics = train_step(state, teacher_params, next(batches))
         window.append(metrics)
         if step % log_every == 0 or step == steps:
-            at_log(step, state, window_means(window))
+            if at_log(step, state, window_means(window)):
+                break
             window.clear()
     return state
 

@@ -172,3 +172,22 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Unheard:
+    """In place of a `MetricWriter` and a `Progress` on all hosts but the first: tells nothing."""
+
+    def write(self, *_: object, **__: object) -> None:
+        """Writes nothing."""
+
+    def advance(self, *_: object) -> None:
+        """Shows nothing."""
+
+    def say(self, *_: object) -> None:
+        """Prints nothing."""
+
+    def __enter__(self) -> "Unheard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

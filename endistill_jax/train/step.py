@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +21,8 @@ from endistill_jax.errors import UserError
 from endistill_jax.losses import Computation, Path, Placement, loss_from_outputs, term_weights
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import T5, Output
-from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
+from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
+from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
 from endistill_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -50,6 +52,7 @@ def forward(
         with_logits=reads_words and not chunked,
         with_head=reads_words and chunked,
         deterministic=dropout_key is None,
+        frozen=role == "teacher",
         rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
 
@@ -76,6 +79,7 @@ def loss_and_sums(
     teacher: T5Config | None,
     path: Path,
     computation: Computation = DENSE,
+    teacher_placement: str = "sharded",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch, or a micro-batch's share of it: what is differentiated with respect to `params`.
 
@@ -89,6 +93,7 @@ def loss_and_sums(
         teacher: settings of the teacher.
         path: what is compared.
         computation: in which form; the dense one is right anywhere.
+        teacher_placement: how the teacher's parameters lie, where there is a mesh; see `sharding.logical_rules`.
 
     Returns:
         The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` where
@@ -96,7 +101,8 @@ def loss_and_sums(
     """
     taught = None
     if path.needs_teacher:
-        taught = forward(teacher, teacher_params, batch, path, "teacher", computation=computation)
+        with nn.logical_axis_rules(logical_rules(teacher_placement)):
+            taught = forward(teacher, teacher_params, batch, path, "teacher", computation=computation)
         taught = jax.lax.stop_gradient(taught)
     key = dropout_key if student.dropout_rate else None
     learned = forward(student, params, batch, path, "student", key, computation)
@@ -113,6 +119,8 @@ def make_train_step(
     micro_batches: int = 1,
     base_key: jax.Array | None = None,
     computation: Computation | None = None,
+    teacher_placement: str = "sharded",
+    compiler_options: CompilerOptions | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, teacher_params, batch) -> (state, metrics)`, jitted with shardings on the mesh.
 
@@ -127,6 +135,8 @@ def make_train_step(
         micro_batches: parts of a batch whose gradients are accumulated before the update.
         base_key: dropout at a step uses `fold_in(base_key, step)`; needed only with dropout.
         computation: in which form the losses are computed; by default chosen by platform and shape.
+        teacher_placement: how the teacher's parameters lie on the mesh; see `sharding.logical_rules`.
+        compiler_options: by platform, for XLA; see `options_of_platform`.
 
     Returns:
         The step. Its metrics are (sum, weight) pairs: every term of the path by name, `loss`, `cross_entropy` of the
@@ -140,7 +150,12 @@ def make_train_step(
 
     computation = dataclasses.replace(computation or Computation(), placement=Placement(mesh=mesh))
     micro_batch_loss = functools.partial(
-        loss_and_sums, student=student, teacher=teacher, path=path, computation=computation
+        loss_and_sums,
+        student=student,
+        teacher=teacher,
+        path=path,
+        computation=computation,
+        teacher_placement=teacher_placement,
     )
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -178,10 +193,11 @@ def make_train_step(
             return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     state_spec = state_shardings(student, optimizer, mesh)
-    teacher_spec = param_shardings(teacher, mesh) if path.needs_teacher else None
+    teacher_spec = param_shardings(teacher, mesh, teacher_placement, "the teacher's") if path.needs_teacher else None
     return jax.jit(
         train_step,
         in_shardings=(state_spec, teacher_spec, batch_sharding(mesh)),
         out_shardings=(state_spec, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=options_of_platform(compiler_options, mesh),
     )

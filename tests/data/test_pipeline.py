@@ -106,7 +106,7 @@ def test_hosts_share_an_epoch_without_overlap(document_task, texts_of, documents
     for process in range(process_count):
         # Documents come in the order of their files, so one epoch of a host's share ends before any comes again.
         iterator = _iterator(
-            document_task, batch_size=process_count, shuffle=False, process_index=process, process_count=process_count
+            document_task, batch_size=process_count, shuffle=False, part_index=process, part_count=process_count
         )
         seen = []
         while (number := texts_of([next(iterator)])[0]) not in seen:
@@ -115,11 +115,41 @@ def test_hosts_share_an_epoch_without_overlap(document_task, texts_of, documents
     assert sorted(number for share in own for number in share) == list(range(len(documents)))
 
 
-def test_shuffled_hosts_stay_apart_for_several_epochs(document_task, texts_of):
-    own = [
-        set(texts_of(_take(_iterator(document_task, process_index=p, process_count=2, batch_size=40), 8)))
-        for p in (0, 1)
+def _on_hosts(task, hosts, **settings):
+    return [_iterator(task, batch_size=12, part_index=i, part_count=hosts, **settings) for i in range(hosts)]
+
+
+def _joined(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 3), (6, 2)])
+def test_a_stream_goes_on_exactly_on_another_number_of_hosts(stream_task, before, after):
+    """Its shards are a property of the stream: 2 here, read whole, or in parts by several hosts."""
+    whole = _iterator(stream_task, batch_size=12, shards=2, shuffle_buffer=10)
+    wanted = _take(whole, 8)
+    hosts = _on_hosts(stream_task, before, shards=2, shuffle_buffer=10)
+    assert _same([_joined([next(host) for host in hosts]) for _ in range(4)], wanted[:4])
+    saved = [host.state() for host in hosts]
+    states = {name: state for each in saved for name, state in each.items()}
+    assert len(states) == sum(map(len, saved)) == 2, "each shard is saved once"
+    others = _on_hosts(stream_task, after, shards=2, shuffle_buffer=10)
+    for host in others:
+        host.restore({name: states[name] for name in host.names})
+    assert _same([_joined([next(host) for host in others]) for _ in range(4)], wanted[4:])
+
+
+def test_a_host_reads_only_the_shards_of_its_rows(stream_task):
+    assert [host.names for host in _on_hosts(stream_task, 2)] == [("shard_0_of_2",), ("shard_1_of_2",)]
+    assert [host.names for host in _on_hosts(stream_task, 2, shards=4)] == [
+        ("shard_0_of_4", "shard_1_of_4"),
+        ("shard_2_of_4", "shard_3_of_4"),
     ]
+    assert [host.names for host in _on_hosts(stream_task, 2, shards=1)] == [("shard_0_of_1",)] * 2
+
+
+def test_shuffled_hosts_stay_apart_for_several_epochs(document_task, texts_of):
+    own = [set(texts_of(_take(_iterator(document_task, part_index=p, part_count=2, batch_size=40), 8))) for p in (0, 1)]
     assert not own[0] & own[1]
     assert len(own[0]) == len(own[1]) == 30
 
@@ -127,7 +157,7 @@ def test_shuffled_hosts_stay_apart_for_several_epochs(document_task, texts_of):
 def test_validation_is_the_same_for_any_number_of_hosts(document_task):
     settings = {"split": "train", "repeat": False, "shuffle": False, "batch_size": 8}
     whole = list(_iterator(document_task, **settings))
-    halves = [list(_iterator(document_task, **settings, process_index=p, process_count=2)) for p in (0, 1)]
+    halves = [list(_iterator(document_task, **settings, part_index=p, part_count=2)) for p in (0, 1)]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
     assert _same(whole, joined)
 
@@ -196,14 +226,17 @@ def test_state_of_other_settings_is_refused_by_name(stream_task):
     with pytest.raises(UserError, match="batch_size was 4 and is 8; seed was 1 and is 2"):
         _iterator(stream_task, seed=2, batch_size=8).restore(state)
     with pytest.raises(UserError, match="not the state"):
-        _iterator(stream_task).restore(b"nonsense")
+        _iterator(stream_task).restore({"shard_0_of_1": b"nonsense"})
+    with pytest.raises(UserError, match="no state of the data shard_1_of_2, only of shard_0_of_2"):
+        _iterator(stream_task, shards=2).restore({"shard_0_of_2": b""})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"split": "tests"}, "has no split 'tests'; it has train, validation"),
-        ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide over 2 processes"),
+        ({"batch_size": 5, "part_count": 2}, "batch_size 5 does not divide over 2 parts"),
+        ({"batch_size": 4, "shards": 3}, "batch_size 4 does not divide over 3 shards"),
         ({"task_feature_lengths": {"inputs": 64, "targets": 9}}, "targets of 9 tokens are too short.*need 14"),
     ],
 )

@@ -18,6 +18,55 @@ from endistill_jax.train.optimizer import OptimizerConfig
 
 TASK = "jobs_tests_v1"
 
+DISTILL_GIN = """
+from __gin__ import dynamic_registration
+from endistill_jax import jobs
+from endistill_jax.model import config
+from endistill_jax.tasks import pretraining
+from endistill_jax.train import optimizer
+include 'gin/paths/minend.gin'
+
+RELATION_HEADS = 4
+
+pretraining.text_files_task:
+    name = 'distill_gin_v1'
+    train = '{corpus}'
+    vocabulary = 'bytes'
+    held_out = 0.1
+jobs.Data:
+    task = @pretraining.text_files_task()
+    inputs_length = 48
+    targets_length = 16
+    batch_size = 4
+    eval_batch_size = 4
+    eval_batches = 2
+config.T5Config:
+    vocab_size = 384
+    d_model = 16
+    num_heads = 2
+    head_dim = 8
+    mlp_dim = 32
+    num_encoder_layers = 2
+    num_decoder_layers = 2
+    dropout_rate = 0.1
+jobs.Run:
+    steps = 60
+    micro_batches = 2
+    log_every = 5
+    eval_every = 20
+    checkpoint_every = 10
+    tensorboard = False
+jobs.distill:
+    model_dir = %MODEL_DIR
+    teacher = '{teacher}'
+    student = @config.T5Config()
+    path = %PATH
+    data = @jobs.Data()
+    optimizer = @optimizer.OptimizerConfig()
+    run = @jobs.Run()
+jobs.run.job = @jobs.distill
+"""
+
 
 def small_model(*, width: int, vocab_size: int = 384) -> T5Config:
     return T5Config(
@@ -59,6 +108,14 @@ def teacher(tmp_path_factory) -> str:
     config = small_model(width=32)
     huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config)
     return folder
+
+
+@pytest.fixture(scope="session")
+def distill_gin(tmp_path_factory, corpus, teacher) -> pathlib.Path:
+    """A gin file for processes of their own: a distillation of 60 steps, logged every 5, evaluated every 20."""
+    file = tmp_path_factory.mktemp("gin") / "distill.gin"
+    file.write_text(DISTILL_GIN.format(corpus=corpus, teacher=teacher))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -15,62 +15,11 @@ from endistill_jax.train.metrics import read_metrics
 
 STEPS = 60
 
-GIN = """
-from __gin__ import dynamic_registration
-from endistill_jax import jobs
-from endistill_jax.model import config
-from endistill_jax.tasks import pretraining
-from endistill_jax.train import optimizer
-include 'gin/paths/minend.gin'
-
-RELATION_HEADS = 4
-
-pretraining.text_files_task:
-    name = 'resume_test_v1'
-    train = '{corpus}'
-    vocabulary = 'bytes'
-    held_out = 0.1
-jobs.Data:
-    task = @pretraining.text_files_task()
-    inputs_length = 48
-    targets_length = 16
-    batch_size = 4
-    eval_batch_size = 4
-    eval_batches = 2
-config.T5Config:
-    vocab_size = 384
-    d_model = 16
-    num_heads = 2
-    head_dim = 8
-    mlp_dim = 32
-    num_encoder_layers = 2
-    num_decoder_layers = 2
-    dropout_rate = 0.1
-jobs.Run:
-    steps = {steps}
-    micro_batches = 2
-    log_every = 5
-    eval_every = 20
-    checkpoint_every = 10
-    tensorboard = False
-jobs.distill:
-    model_dir = %MODEL_DIR
-    teacher = '{teacher}'
-    student = @config.T5Config()
-    path = %PATH
-    data = @jobs.Data()
-    optimizer = @optimizer.OptimizerConfig()
-    run = @jobs.Run()
-jobs.run.job = @jobs.distill
-"""
-
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, corpus, teacher):
+def command(distill_gin):
     """The words that start the run in a given model directory."""
-    file = tmp_path_factory.mktemp("gin") / "resume.gin"
-    file.write_text(GIN.format(corpus=corpus, teacher=teacher, steps=STEPS))
-    main = [sys.executable, "-m", "endistill_jax.main", f"--gin_file={file}"]
+    main = [sys.executable, "-m", "endistill_jax.main", f"--gin_file={distill_gin}", f"--gin.jobs.Run.steps={STEPS}"]
     return lambda model_dir: [*main, f"--gin.MODEL_DIR={model_dir}"]
 
 

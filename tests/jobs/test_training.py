@@ -13,6 +13,7 @@ from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.errors import UserError
 from endistill_jax.jobs import demo, distill, export, pretrain, train_vocabulary
 from endistill_jax.jobs.models import open_model
+from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path
 from endistill_jax.model.t5 import count_params, init_params
 from endistill_jax.reports.table import format_count
@@ -30,6 +31,18 @@ def test_a_distillation_leaves_checkpoints_metrics_and_a_table(distilled, teache
     rows = json.loads((distilled / "results.json").read_text())
     assert [row["model"] for row in rows] == [f"teacher ({teacher})", "student", "unigram", "bigram"]
     assert (distilled / "results.md").read_text().count("\n") == 8
+
+
+def test_hosts_compare_what_the_same_names_mean_to_each_of_them(monkeypatch, corpus, student, teacher, path, settings):
+    told = []
+    monkeypatch.setattr("endistill_jax.jobs.training.agree", lambda topic, facts: told.append(facts))
+    training = Training(model_dir="none", config=student, path=path, teacher=open_model(teacher), **settings)
+    training.check()
+    other = text_files_task("jobs_tests_v3", str(corpus), "bytes", held_out=0.1, extra_ids=50)
+    data = dataclasses.replace(settings["data"], task=other)
+    dataclasses.replace(training, data=data, path=Path(lm_weight=1.0), teacher=None).check()
+    assert told[0]["vocabulary"] != told[1]["vocabulary"]
+    assert told[0]["teacher"]["d_model"] == 32 and told[1]["teacher"] is None
 
 
 def test_the_teacher_is_not_in_the_checkpoint(distilled, student, teacher):

@@ -49,3 +49,6 @@ def test_an_import_is_restored_onto_another_mesh(folder, params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), params)
     assert jax.tree.map(lambda leaf: leaf.sharding, placed) == param_shardings(CONFIG, mesh)
     assert model.fingerprint == fingerprint_params(params)
+    whole = open_model(str(tmp_path / "run")).load_on(make_mesh(1, 8, 1), "replicated")
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), params)

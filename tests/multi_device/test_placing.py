@@ -8,11 +8,15 @@ import optax
 import pytest
 
 from endistill_jax.errors import UserError
-from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, t5_logits
+from endistill_jax.jobs.held_out import HeldOut
+from endistill_jax.jobs.models import TrainedModel
+from endistill_jax.jobs.settings import Data, Run
+from endistill_jax.jobs.training import Training
+from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
-from endistill_jax.train.state import init_state
+from endistill_jax.train.state import abstract_state, init_state, state_shardings
 
 CONFIG = T5Config(
     vocab_size=40, d_model=16, num_heads=8, head_dim=4, mlp_dim=24, num_encoder_layers=1, num_decoder_layers=1
@@ -41,16 +45,57 @@ def test_mesh_of_another_number_of_devices_is_refused(axes):
 @pytest.mark.parametrize(
     ("changes", "axes", "told"),
     [
-        ({"num_heads": 4}, (1, 1, 8), r"rel_embedding has an axis of 4, which mesh axis tensor=8"),
-        ({"mlp_dim": 20}, (1, 1, 8), r"mlp/.* has an axis of 20, which mesh axis tensor=8"),
-        ({"vocab_size": 42}, (2, 1, 4), r"has an axis of 42, which mesh axis tensor=4"),
-        ({"d_model": 12}, (1, 8, 1), r"has an axis of 12, which mesh axis fsdp=8"),
+        ({"num_heads": 4}, (1, 1, 8), "tensor=8 does not divide the model's num_heads of 4; .* tensor may be 1, 2, 4 "),
+        ({"mlp_dim": 20}, (1, 1, 8), "tensor=8 does not divide the model's mlp_dim of 20; .* tensor may be 1, 2, 4 "),
+        ({"vocab_size": 42}, (2, 1, 4), "tensor=4 does not divide the model's vocab_size of 42; .* may be 1, 2 "),
+        ({"d_model": 12}, (1, 8, 1), "fsdp=8 does not divide the model's d_model of 12; .* fsdp may be 1, 2, 4 "),
     ],
 )
 def test_width_that_a_mesh_axis_does_not_divide_is_refused_and_the_fix_named(changes, axes, told):
+    config, mesh = dataclasses.replace(CONFIG, **changes), make_mesh(*axes)
     with pytest.raises(UserError, match=told) as error:
-        param_shardings(dataclasses.replace(CONFIG, **changes), make_mesh(*axes))
-    assert "among the divisors of" in str(error.value) and "\n" not in str(error.value)
+        param_shardings(config, mesh)
+    assert "\n" not in str(error.value)
+    if "d_model" in changes:  # a replicated model is not split there
+        param_shardings(config, mesh, "replicated")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "data", "run", "told"),
+    [
+        ({}, {}, {}, {"mesh": (3, 1, 1)}, "data=3 x fsdp=1 x tensor=1 does not fit 8 devices"),
+        ({}, {}, {}, {"slices": 2}, r"slices is 2, but the 8 devices form 1 slice\(s\) in 1 process\(es\); choose 1"),
+        ({"num_heads": 4}, {}, {}, {"mesh": (1, 1, 8)}, "the student's num_heads of 4; .* tensor may be 1, 2, 4 "),
+        ({}, {"vocab_size": 42}, {}, {"mesh": (2, 1, 4)}, "the teacher's vocab_size of 42; .* tensor may be 1, 2 "),
+        ({}, {"d_model": 12}, {}, {"mesh": (1, 8, 1)}, "the teacher's d_model of 12; .* fsdp may be 1, 2, 4 "),
+        ({}, {}, {"batch_size": 20}, {}, r"Data.batch_size is 20; .* of 8 \(.* data x fsdp = 8\): choose 16 or 24"),
+        ({}, {}, {"batch_size": 24}, {"micro_batches": 2}, "of 16 .* times Run.micro_batches = 2.: choose 16 or 32"),
+        ({}, {}, {"eval_batch_size": 4}, {}, "Data.eval_batch_size is 4; .* of 8 .*: choose 8"),
+        ({}, {}, {}, {"compiler_options": {"cpu": {"xla_nope": 1}}}, r"compiler_options\['cpu'\]\['xla_nope'\] = 1"),
+    ],
+)
+def test_training_that_does_not_fit_its_mesh_is_refused_in_one_line_with_what_would_fit(
+    student, teacher, data, run, told
+):
+    def training(teacher):
+        config = dataclasses.replace(CONFIG, **teacher)
+        model = TrainedModel(source="t", config=config, vocabulary_file=None, step=0, facts={}, _read=None)
+        return Training(
+            model_dir="nowhere",
+            config=dataclasses.replace(CONFIG, **student),
+            path=Path(logits_weight=1.0),
+            data=Data(task="none", **{"batch_size": 32, "eval_batch_size": 16} | data),
+            optimizer=OptimizerConfig(),
+            run=Run(steps=1, log_every=1, checkpoint_every=1, **run),
+            teacher=model,
+        )
+
+    with pytest.raises(UserError, match=told) as error:
+        training(teacher).check_mesh()
+    assert "\n" not in str(error.value)
+    if "d_model" in teacher:  # a replicated teacher is not split there
+        run["teacher_placement"] = "replicated"
+        training(teacher).check_mesh()
 
 
 def test_batch_that_does_not_split_over_the_examples_axes_is_refused():
@@ -92,10 +137,29 @@ def test_adafactor_statistics_are_replicated_where_factored():
         leaf = statistic["encoder"]["layers"]["mlp"]["wo"]["kernel"]
         assert leaf.sharding.is_fully_replicated and leaf.shape in ((1, size), (1, 384 - size))
     scale = whole["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"]  # one large axis alone: not factored
-    assert scale.shape == (1, 128) and scale.addressable_shards[0].data.shape == (1, 64)
+    assert scale.shape == (1, 128) and scale.sharding.is_fully_replicated  # as the scale is
 
 
-def test_evaluation_gives_the_same_report_on_every_mesh():
+@pytest.mark.parametrize(("name", "most"), [("adamw", 0.0), ("adafactor", 0.01)])
+def test_what_each_device_holds_of_the_optimizer_is_its_share_but_for_the_small(name, most):
+    """Of a student of 6 + 6 layers and width 768; `most` is the part of the parameters' size that may be replicated."""
+    config = dataclasses.replace(
+        CONFIG, vocab_size=32128, d_model=768, num_heads=12, head_dim=64, mlp_dim=2048, num_encoder_layers=6,
+        num_decoder_layers=6,
+    )  # fmt: skip
+    optimizer = make_optimizer(OptimizerConfig(name=name), 10)
+    state, shardings = abstract_state(config, optimizer), state_shardings(config, optimizer, make_mesh(1, 8, 1))
+    held = jax.tree.map(lambda leaf, sharding: np.prod(sharding.shard_shape(leaf.shape)), state, shardings)
+    whole = {"params": state.params, "opt_state": state.opt_state}
+    total = sum(leaf.size for leaf in jax.tree.leaves(whole))
+    on_device = sum(jax.tree.leaves({"params": held.params, "opt_state": held.opt_state}))
+    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert total / 8 <= on_device < total / 8 + most * params + 0.001 * params
+    assert params > 1e8
+
+
+@pytest.mark.parametrize("placement", ["sharded", "replicated"])
+def test_evaluation_gives_the_same_report_on_every_mesh(placement):
     rng = np.random.default_rng(1)
     lengths = rng.integers(0, 6, (16, 1))  # some rows have no target
     targets = np.where(np.arange(5) < lengths, rng.integers(1, 40, (16, 5)), 0).astype(np.int32)
@@ -108,9 +172,8 @@ def test_evaluation_gives_the_same_report_on_every_mesh():
 
     def report(axes, devices):
         mesh = make_mesh(*axes, devices=jax.devices()[:devices])
-        params = jax.device_put(random_params(CONFIG), param_shardings(CONFIG, mesh))
-        step = make_denoising_step(t5_logits(CONFIG), sentinel_ids=range(36, 40))
-        return evaluate_denoising(step, params, [batch], place=lambda batch: place_batch(batch, mesh))
+        held_out = HeldOut(mesh=mesh, batches=[batch], ngrams=None, sentinel_ids=range(36, 40))
+        return held_out.evaluate(CONFIG, random_params(CONFIG), placement)
 
     expected, actual = report((1, 1, 1), 1), report((2, 2, 2), 8)
     assert (actual.tokens, actual.pieces) == (expected.tokens, expected.pieces) == (lengths.sum(), expected.pieces)

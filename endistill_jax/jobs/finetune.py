@@ -1,0 +1,224 @@
+"""Fine-tuning: a trained model learns a task, and is judged by the task's own metrics."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.checkpoints.reading import finished_steps, read_facts_of_step
+from endistill_jax.errors import UserError
+from endistill_jax.evaluation.report import Evaluation
+from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.execution import train
+from endistill_jax.jobs.models import CHECKPOINTS, DTYPES, TrainedModel, open_model, tell_notes
+from endistill_jax.jobs.results import merge_seeds, tell
+from endistill_jax.jobs.settings import Data, Run
+from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.jobs.training import Training
+from endistill_jax.losses import Path
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.generation import Decoding
+from endistill_jax.model.t5 import count_params
+from endistill_jax.reports.table import Column
+from endistill_jax.sharding import abstract_params
+from endistill_jax.train.best import Best
+from endistill_jax.train.optimizer import OptimizerConfig
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """How a model is fine-tuned on a task and judged.
+
+    Attributes:
+        data: the task or mixture; its `eval_split` is what the model is judged on.
+        optimizer: how the model is updated.
+        run: how long, on which mesh, what is kept. `keep_best` is a metric of the task, of a mixture `task/metric` or
+            `mean`; figures are then those of the best evaluation.
+        learning_rates: peaks of the schedule to compare, a run for each; none for the optimizer's own alone.
+        seeds: a run for each at every learning rate; none for the run's own alone. They decide order and dropout.
+        dropout_rate: while it is trained.
+        dtype: float32 or bfloat16: type of the computations; parameters are float32.
+        z_loss: coefficient of the squared log normaliser.
+        scored_by: "generation"; "rank" takes the likeliest label where a task has labels; or "both".
+        decoding: how text is generated; None for the likeliest token, up to `targets_length` of them.
+    """
+
+    data: Data
+    optimizer: OptimizerConfig
+    run: Run
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    dropout_rate: float = 0.1
+    dtype: str = "float32"
+    z_loss: float = 0.0
+    scored_by: str = "generation"
+    decoding: Decoding | None = None
+
+    def __post_init__(self):
+        for name in ("learning_rates", "seeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.dtype not in DTYPES:
+            raise UserError(f"Finetuning.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+def finetune(
+    *, model_dir: str, model: str | T5Config, finetuning: Finetuning, dry_run: bool = False
+) -> Rows | None:
+    """Trains a model further on a task's targets, once for every learning rate and seed, and tells its metrics.
+
+    Args:
+        model_dir: receives the table and, where there are several runs, a folder `lr_..._seed_...` for each.
+        model: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run; or
+            the shape of a model, which is then trained from scratch.
+        finetuning: the task and how it is learned.
+        dry_run: print what would be done, and do nothing.
+
+    Returns:
+        The rows of the table, one a learning rate, a list of one number a seed where there are several; None after a
+        dry run.
+
+    Raises:
+        UserError: for settings that do not fit, before anything is created.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+    """
+    trainings = plan_runs(model_dir, open_initial(model), finetuning)
+    check_runs(trainings, finetuning)
+    if dry_run:
+        print("\n\n".join(describe(training) for training in trainings))
+        return None
+    evaluation = prepare_evaluation(trainings, finetuning)
+    rows = run_all(trainings, evaluation)
+    name = trainings[0].task().name
+    columns = (
+        Column(key="learning_rate", title="learning rate", kind="number"),
+        Column(key="parameters", title="parameters", kind="count"),
+        *metric_columns(rows),
+        Column(key="best_step", title="step", kind="count"),
+        Column(key="train_tokens", title="tokens seen", kind="count"),
+        Column(key="seconds", title="training", kind="seconds"),
+    )
+    tell(model_dir, rows, f"{name}, {finetuning.data.eval_split}", columns)
+    return rows
+
+
+def open_initial(model: str | T5Config) -> TrainedModel | T5Config:
+    """The model that is trained further, its parameters in float32; a shape is returned as it is."""
+    if isinstance(model, T5Config):
+        return model
+    opened = open_model(model)
+    tell_notes(opened)
+    return opened
+
+
+def plan_runs(
+    model_dir: str, model: TrainedModel | T5Config, finetuning: Finetuning, label: str = ""
+) -> list[Training]:
+    """A training for every learning rate and seed, learning rates first; one alone has `model_dir` to itself."""
+    initial = model if isinstance(model, TrainedModel) else None
+    config = dataclasses.replace(
+        model if initial is None else initial.config,
+        dropout_rate=finetuning.dropout_rate,
+        dtype=finetuning.dtype,
+    )
+    rates = finetuning.learning_rates or (finetuning.optimizer.learning_rate,)
+    seeds = finetuning.seeds or (finetuning.run.seed,)
+    several = len(rates) * len(seeds) > 1
+    return [
+        Training(
+            model_dir=f"{model_dir}/lr_{rate:g}_seed_{seed}" if several else model_dir,
+            config=config,
+            path=Path(lm_weight=1.0, z_loss=finetuning.z_loss),
+            data=finetuning.data,
+            optimizer=dataclasses.replace(finetuning.optimizer, learning_rate=rate),
+            run=dataclasses.replace(finetuning.run, seed=seed),
+            initial=initial,
+            label=" ".join(filter(None, (label or "finetune", f"lr {rate:g} seed {seed}" if several else ""))),
+        )
+        for rate in rates
+        for seed in seeds
+    ]
+
+
+def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
+    """Finds what would go wrong later; reads no example.
+
+    Raises:
+        UserError: naming the setting and what would be right.
+    """
+    folders = [training.model_dir for training in trainings]
+    if len(set(folders)) < len(folders):
+        raise UserError("Finetuning.learning_rates or seeds has a value twice; give each once")
+    for training in trainings:
+        training.check()
+    if finetuning.decoding is not None:
+        finetuning.decoding.validate(trainings[0].config)
+    check_task_metrics(finetuning.data, finetuning.scored_by)
+
+
+def prepare_evaluation(trainings: Sequence[Training], finetuning: Finetuning) -> Evaluation:
+    """What judges the runs.
+
+    Raises:
+        UserError: a split without examples, or no metric of the name of `Run.keep_best`.
+    """
+    evaluation = prepare_task_metrics(
+        finetuning.data, trainings[0].mesh(), scored_by=finetuning.scored_by, decoding=finetuning.decoding
+    )
+    evaluation.check_metric(finetuning.run.keep_best)
+    return evaluation
+
+
+def run_all(trainings: Sequence[Training], evaluation: Evaluation) -> Rows:
+    """Trains one after the other; a row for every learning rate, with the numbers of all its seeds."""
+    rows: dict[float, Rows] = {}
+    for training in trainings:
+        rows.setdefault(training.optimizer.learning_rate, []).append(_row(training, evaluation))
+    return [merge_seeds(each) for each in rows.values()]
+
+
+def metric_columns(rows: Rows, prefix: str = "") -> Iterator[Column]:
+    """A column for every metric of the rows, in percent as the metrics have it."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    for name in names:
+        yield Column(key=prefix + name, title=prefix + name, kind="number")
+
+
+def _row(training: Training, evaluation: Evaluation) -> dict[str, Any]:
+    best, tokens, seconds = _finished(training) or _trained(training, evaluation)
+    return {
+        "learning_rate": training.optimizer.learning_rate,
+        "parameters": count_params(abstract_params(training.config)),
+        **best.metrics,
+        "best_step": float(best.step),
+        "train_tokens": float(tokens),
+        "seconds": seconds,
+        "model_dir": training.model_dir,
+        "metrics": ",".join(best.metrics),
+    }
+
+
+def _trained(training: Training, evaluation: Evaluation) -> tuple[Best, int, float]:
+    result = train(training, evaluation)
+    return result.best, result.tokens, result.seconds
+
+
+def _finished(training: Training) -> tuple[Best, int, float] | None:
+    """What a run that came to its end found: it is not opened again.
+
+    Raises:
+        UserError: if it was another run.
+    """
+    directory = f"{training.model_dir}/{CHECKPOINTS}"
+    steps = finished_steps(directory)
+    facts = read_facts_of_step(directory, steps[-1]) if steps else {}
+    progress = facts.get("progress", {})
+    if not progress.get("finished"):
+        return None
+    shards = training.data.shards or facts["run"]["data"]["shards"]
+    training = dataclasses.replace(training, data=dataclasses.replace(training.data, shards=shards))
+    check_facts(facts["run"], training.identity(), f"the checkpoint of step {steps[-1]} in {training.model_dir}")
+    best = Best()
+    best.restore(progress["best"])
+    return best, progress["tokens"], progress["seconds"]

@@ -1,0 +1,56 @@
+"""Which evaluation of a run was the best, and when to wait no longer for a better one."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MODES = ("min", "max")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Best:
+    """The best evaluation so far by one metric; without a metric, the last.
+
+    Attributes:
+        metric: its name.
+        mode: "min" or "max": which end of it is best.
+        patience: evaluations in a row without a better one after which the run ends; None waits for ever.
+        step: of the best evaluation; None before the first.
+        metrics: its scalars.
+        waited: evaluations since then.
+    """
+
+    metric: str | None = None
+    mode: str = "min"
+    patience: int | None = None
+    step: int | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    waited: int = 0
+
+    def see(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Takes note of an evaluation, and returns whether it is the best so far by the metric. NaN never is."""
+        better = self.metric is not None and self._is_better(metrics[self.metric])
+        self.waited = 0 if better else self.waited + 1
+        if better or self.metric is None or self.step is None:
+            self.step, self.metrics = step, dict(metrics)
+        return better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"step": self.step, "metrics": dict(self.metrics), "waited": self.waited}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Goes on from what a checkpoint kept."""
+        self.step, self.metrics, self.waited = facts["step"], dict(facts["metrics"]), facts["waited"]
+
+    def _is_better(self, value: float) -> bool:
+        so_far = self.metrics.get(self.metric, math.nan)
+        if math.isnan(value) or math.isnan(so_far):
+            return not math.isnan(value)
+        return value < so_far if self.mode == "min" else value > so_far

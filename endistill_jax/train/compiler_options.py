@@ -1,0 +1,49 @@
+"""Options of the XLA compiler as a setting, by platform: what is meant for a TPU does not break a run on a CPU."""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from endistill_jax.errors import UserError
+from endistill_jax.losses import Computation, Placement
+
+# Platform -> option -> value, such as {"tpu": {"xla_tpu_enable_latency_hiding_scheduler": True}}.
+CompilerOptions = Mapping[str, Mapping[str, str | int | float | bool]]
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str, str | int | float | bool] | None:
+    """The options for the mesh's devices, each tried on a program of one addition; None if there are none.
+
+    Raises:
+        UserError: naming the platform that does not exist, or the option that the compiler does not take.
+    """
+    options = options or {}
+    for platform, chosen in options.items():
+        if platform not in PLATFORMS or not isinstance(chosen, Mapping):
+            raise UserError(
+                f"compiler_options has {platform!r}: {chosen!r}; give options by platform ({', '.join(PLATFORMS)}), "
+                "such as {'tpu': {'xla_option': value}}"
+            )
+    platform = Computation(placement=Placement(mesh=mesh)).platform()
+    chosen = dict(options.get(platform, {}))
+    for name, value in chosen.items():
+        _try_option(name, value, platform, mesh.devices.flat[0])
+    return chosen or None
+
+
+def _try_option(name: str, value: str | int | float | bool, platform: str, device: jax.Device) -> None:
+    if not isinstance(value, (str, int, float, bool)):
+        raise UserError(
+            f"compiler_options[{platform!r}][{name!r}] is {value!r}; it must be a string, number or truth value"
+        )
+    number = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(number).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"compiler_options[{platform!r}][{name!r}] = {value!r} is not taken by this compiler ({reason}); "
+            "correct it or leave it out"
+        ) from error

@@ -1,0 +1,85 @@
+"""How a process learns of the others: from three variables, from a cluster, or not at all."""
+
+import pytest
+
+from endistill_jax import distributed
+from endistill_jax.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from endistill_jax.errors import UserError
+
+NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
+
+
+def settings(*values: str | None, **others: str):
+    names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+    given = {name: value for name, value in zip(names, values, strict=False) if value is not None}
+    return distributed._from_environment(NO_TPU | given | others)
+
+
+def test_three_variables_say_all_and_no_cluster_is_asked():
+    assert settings("tpu-0:8476", "4", "3", SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS="2") == {
+        "coordinator_address": "tpu-0:8476",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def test_without_variables_and_cluster_a_process_is_alone():
+    assert settings() is None
+    assert settings("", "", "") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "joins"),
+    [
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False),  # an allocation, but no step of it: the tasks are not here
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_clusters_are_told_by_what_they_set(variables, joins):
+    assert settings(**variables) == ({} if joins else None)
+
+
+def test_a_host_with_a_tpu_asks_the_metadata_server_unless_told_not_to():
+    assert distributed._from_environment({}) == {}
+    assert distributed._from_environment({NUM_PROCESSES: "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("host:1", None, None), f"{COORDINATOR} without {NUM_PROCESSES}, {PROCESS_ID}; several hosts need all three"),
+        ((None, "2", None), f"{NUM_PROCESSES} without {COORDINATOR}, {PROCESS_ID}"),
+        (("host", "2", "0"), f"{COORDINATOR} is 'host'; it must be host:port"),
+        ((":80", "2", "0"), "must be host:port"),
+        (("host:x", "2", "0"), "must be host:port"),
+        (("host:70000", "2", "0"), "must be host:port"),
+        (("host:80", "two", "0"), f"{NUM_PROCESSES} is 'two'; it must be a whole number"),
+        (("host:80", "2", "-1"), f"{PROCESS_ID} is '-1'; it must be a whole number"),
+        (("host:80", "2", "2"), f"{PROCESS_ID} is 2 of {NUM_PROCESSES}=2; it must be one of 0 to 1"),
+        (("host:80", "0", "0"), "at least 1"),
+    ],
+)
+def test_incomplete_or_malformed_variables_are_told(values, message):
+    with pytest.raises(UserError) as error:
+        settings(*values)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_process_alone_joins_nobody_and_gathers_its_own(monkeypatch):
+    monkeypatch.setenv(NUM_PROCESSES, "1")
+    distributed.initialize()
+    assert (distributed.process_count(), distributed.process_index()) == (1, 0)
+    assert distributed.gather([2**40, 5]).tolist() == [[2**40, 5]]
+    distributed.require_one_process("export")
+
+
+def test_jobs_for_one_process_refuse_several(monkeypatch):
+    monkeypatch.setattr(distributed, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=f"export is a job for one process, and there are 4; set {NUM_PROCESSES}=1"):
+        distributed.require_one_process("export")
