@@ -1,0 +1,131 @@
+"""From a compiled step to a range of step times, and from that to tokens a day, chip-hours and cost.
+
+    computing    operations of a chip / (peak x utilisation)
+    exchanging   bytes that a chip sends / (its bandwidth x the share of it that is used)
+    least time   the longer of the two, each at its best: all exchange hidden behind computation
+    most time    their sum, each at its worst: none hidden
+
+Nothing here was measured on such chips; the assumptions are stated with every figure.
+"""
+
+import dataclasses
+
+from endistill_jax.planning.chips import Chip
+
+DAY = 86400.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What an estimate rests on, shares of the published peaks.
+
+    Attributes:
+        best_utilisation: of the matrix units, where all goes well.
+        worst_utilisation: where it does not.
+        best_bandwidth: of the links between chips and of the network between slices.
+        worst_bandwidth: a ring along one axis uses only the links of that axis.
+    """
+
+    best_utilisation: float = 0.6
+    worst_utilisation: float = 0.3
+    best_bandwidth: float = 0.8
+    worst_bandwidth: float = 0.25
+
+    def __str__(self) -> str:
+        return (
+            f"computing at {self.best_utilisation:.0%} to {self.worst_utilisation:.0%} of the peak, exchanging at "
+            f"{self.best_bandwidth:.0%} to {self.worst_bandwidth:.0%} of the links' bandwidth; the least time hides "
+            "all exchange behind computing, the most hides none; no input, evaluation or checkpoint"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """A figure at its least and at its most."""
+
+    least: float
+    most: float
+
+    def scaled(self, factor: float) -> "Range":
+        """Both times a factor."""
+        return Range(least=self.least * factor, most=self.most * factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one chip does in a step.
+
+    Attributes:
+        flops: operations of its matrix products.
+        link_bytes: bytes that it sends to chips of its slice.
+        network_bytes: bytes that it sends to other slices.
+    """
+
+    flops: float
+    link_bytes: float = 0.0
+    network_bytes: float = 0.0
+
+
+def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions()) -> Range | None:
+    """How long a step takes; None where the chip's figures are unknown."""
+    if chip.peak_flops is None:
+        return None
+    best, worst = (
+        (_computing(load, chip, utilisation), _exchanging(load, chip, bandwidth))
+        for utilisation, bandwidth in (
+            (assumptions.best_utilisation, assumptions.best_bandwidth),
+            (assumptions.worst_utilisation, assumptions.worst_bandwidth),
+        )
+    )
+    if None in (*best, *worst):
+        return None
+    return Range(least=max(best), most=sum(worst))
+
+
+def _computing(load: Load, chip: Chip, utilisation: float) -> float:
+    return load.flops / (chip.peak_flops * utilisation)
+
+
+def _exchanging(load: Load, chip: Chip, share: float) -> float | None:
+    seconds = 0.0
+    for sent, bandwidth in (
+        (load.link_bytes, chip.link_bandwidth),
+        (load.network_bytes, chip.network_bandwidth),
+    ):
+        if sent and bandwidth is None:
+            return None
+        seconds += sent / (bandwidth * share) if sent else 0.0
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """What a whole run takes.
+
+    Attributes:
+        tokens_a_day: positions of both sides, padding included.
+        chip_hours: all chips, from the first step to the last.
+        cost: in the currency of the price; None without a price.
+    """
+
+    tokens_a_day: Range
+    chip_hours: Range
+    cost: Range | None
+
+
+def estimate_run(
+    seconds: Range, *, tokens_a_step: int, run_tokens: int, chips: int, price: float | None
+) -> RunEstimate:
+    """Args:
+    seconds: of a step.
+    tokens_a_step: positions of the global batch.
+    run_tokens: positions that the run reads in all.
+    chips: how many work on it.
+    price: of a chip-hour; None if it is unknown.
+    """
+    chip_hours = seconds.scaled(run_tokens / tokens_a_step * chips / 3600)
+    return RunEstimate(
+        tokens_a_day=Range(least=DAY * tokens_a_step / seconds.most, most=DAY * tokens_a_step / seconds.least),
+        chip_hours=chip_hours,
+        cost=None if price is None else chip_hours.scaled(price),
+    )

@@ -1,0 +1,94 @@
+"""The flags of `--plan`, and what they say. Imports nothing slow, for `--help`."""
+
+import argparse
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING
+
+from endistill_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from endistill_jax.planning.compiling import Bounds
+    from endistill_jax.planning.sweep import Sweep
+    from endistill_jax.planning.topologies import Topology
+
+FLAGS = ("--plan", "--topology", "--sweep", "--price", "--plan_dir", "--plan_seconds", "--plan_memory")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the command line says of a plan.
+
+    Attributes:
+        topologies: where the run might go.
+        sweep: what to vary; None plans the run as it is configured.
+        price: of a chip-hour.
+        folder: receives plan.md and plan.json, of a sweep sweep.md and sweep.json.
+        bounds: on each compilation.
+    """
+
+    topologies: "tuple[Topology, ...]"
+    sweep: "Sweep | None" = None
+    price: float | None = None
+    folder: str
+    bounds: "Bounds"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds them to the command line."""
+    group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="compile the training step for chips that are not here, and tell memory, traffic, time and cost; nothing "
+        "that is only read or written when training needs to be given. For TPUs this needs the extra `plan`",
+    )
+    group.add_argument(
+        "--topology",
+        default="",
+        metavar="A,B",
+        help="where: v5e:4x4 or v5e-16, v6e, v5p, v4, 2*v5e:4x4 for two slices; h100:8, h200:1, gpu:8, cpu:8 by proxy",
+    )
+    group.add_argument(
+        "--sweep",
+        action="append",
+        nargs="?",
+        const="",
+        metavar="AXIS[=A,B]",
+        help="try mesh, batch (examples a chip), remat and teacher (its placement), all or those named, and rank what "
+        "fits; such as --sweep=batch=16,32 --sweep=mesh=1x16x1,4x4x1 --sweep=remat. Repeatable",
+    )
+    group.add_argument("--price", type=float, metavar="X", help="of one chip for one hour, in any currency")
+    group.add_argument(
+        "--plan_dir", metavar="FOLDER", help="receives the plan as Markdown and JSON; plans/<name of the gin file>"
+    )
+    group.add_argument("--plan_seconds", type=float, metavar="N", help="most time of one compilation; 1800")
+    group.add_argument(
+        "--plan_memory", type=float, metavar="GIB", help="most memory of it; nine tenths of this machine's"
+    )
+
+
+def plan_options(options: argparse.Namespace) -> PlanOptions:
+    """What was asked for.
+
+    Raises:
+        UserError: no topology, one that does not exist, a sweep that cannot be read, a number below 0.
+    """
+    from endistill_jax.planning.compiling import Bounds
+    from endistill_jax.planning.sweep import parse_sweep
+    from endistill_jax.planning.topologies import parse_topologies
+
+    given = {"price": options.price, "plan_seconds": options.plan_seconds, "plan_memory": options.plan_memory}
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value:g}; it must be above 0")
+    bounds = {} if options.plan_seconds is None else {"seconds": options.plan_seconds}
+    if options.plan_memory is not None:
+        bounds["memory"] = int(options.plan_memory * 2**30)
+    return PlanOptions(
+        topologies=tuple(parse_topologies(options.topology)),
+        sweep=None if options.sweep is None else parse_sweep(options.sweep),
+        price=options.price,
+        folder=options.plan_dir or f"plans/{pathlib.PurePath(options.gin_file[-1]).stem}",
+        bounds=Bounds(**bounds),
+    )

@@ -1,0 +1,223 @@
+"""What a plan says: one step in full, several as a table, both as Markdown and JSON."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from endistill_jax.planning.estimate import Range
+from endistill_jax.planning.planned import PlannedStep
+from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.reports.table import Column, format_count, markdown_table
+
+GIB = 2**30
+PROXY = (
+    "compiled by the CPU's compiler on as many devices: shapes and what is kept are right, temporaries are a proxy only"
+)
+_TABLE = {
+    "topology": "topology",
+    "mesh": "mesh (data x fsdp x tensor)",
+    "batch": "examples a chip",
+    "remat": "remat",
+    "teacher": "teacher",
+    "status": "",
+    "memory": "GiB a chip",
+    "temporaries": "of it temporaries",
+    "flops": "TFLOP a chip",
+    "sent": "GB sent a chip",
+    "seconds": "step, s",
+    "tokens": "tokens a day",
+    "chip_hours": "chip-hours",
+    "cost": "cost",
+    "compiling": "compiling, s",
+}
+_TEXTS = ("topology", "mesh", "remat", "teacher", "status")
+
+
+def describe_plan(plan: PlannedStep) -> str:
+    """One step in full, as Markdown."""
+    request, result = plan.request, plan.result
+    topology = request.topology
+    lines = [
+        f"## {topology.name}: {topology.chips} chips, {plan.status}" + (f" ({plan.reason})" if plan.reason else ""),
+        "",
+    ]
+    facts = [("mesh", _mesh(plan)), ("batch", _batch(plan)), ("settings", _settings(plan))]
+    if plan.compiled:
+        facts += _sizes(plan) + _memory(plan) + _work(plan)
+    facts.append(("model FLOPs a step, by formula", f"{plan.model_flops:.4g}"))
+    if plan.run is not None:
+        facts += _times(plan)
+    if "host_memory" in result:
+        seconds = f"{result['compile_seconds']:.0f} s, " if plan.compiled else ""
+        facts.append(("compiling took, on this machine", f"{seconds}{result['host_memory'] / GIB:.1f} GiB of memory"))
+    columns = [Column(key="name", title=""), Column(key="value", title="")]
+    lines.append(markdown_table([{"name": name, "value": value} for name, value in facts], columns))
+    if plan.compiled and result["collectives"]:
+        lines += ["Collectives of one chip in one step, turns of loops counted:", "", _collectives(plan)]
+    if result.get("uncounted_loops"):
+        lines += [
+            f"{result['uncounted_loops']} loops do not tell how often they turn: what is in them counts once.",
+            "",
+        ]
+    if topology.is_proxy:
+        lines += [f"A proxy: {PROXY}.", ""]
+    if plan.seconds is not None:
+        lines += [f"Assumed: {plan.assumptions}. Figures of the chip: {topology.chip.source}.", ""]
+    return "\n".join(lines)
+
+
+def plans_table(plans: Sequence[PlannedStep]) -> str:
+    """One row a step, as Markdown."""
+    rows = [_row(plan) for plan in plans]
+    shown = [key for key in _TABLE if any(row.get(key) is not None for row in rows)]
+    columns = [Column(key=key, title=_TABLE[key], kind="text" if key in _TEXTS else "number") for key in shown]
+    table = markdown_table(rows, columns)
+    notes = [f"- {_name(plan)}: {plan.reason}" for plan in plans if plan.reason]
+    return table + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def rank(plans: Sequence[PlannedStep]) -> list[PlannedStep]:
+    """What fits first, by tokens a day in the middle of the estimate (geometric); the rest in order."""
+
+    def key(plan: PlannedStep) -> tuple[bool, float]:
+        if plan.run is None:
+            return not plan.fits, 0.0
+        tokens = plan.run.tokens_a_day
+        return not plan.fits, -((tokens.least * tokens.most) ** 0.5)
+
+    return sorted(plans, key=key)
+
+
+def write_plans(folder: str | os.PathLike[str], name: str, plans: Sequence[PlannedStep], text: str) -> None:
+    """Writes `name.md` and `name.json` to a folder."""
+    base = epath.Path(folder).expanduser()
+    write_atomically(base / f"{name}.json", json_text([plan.as_json() for plan in plans], indent=1) + "\n")
+    write_atomically(base / f"{name}.md", text)
+
+
+def _mesh(plan: PlannedStep) -> str:
+    sizes = plan.result["mesh"].values() if plan.compiled else plan.request.mesh
+    return " x ".join(map(str, sizes))
+
+
+def _name(plan: PlannedStep) -> str:
+    request = plan.request
+    return f"{request.topology.name}, {_mesh(plan)}, {request.batch_per_chip:g} a chip, {_settings(plan)}"
+
+
+def _batch(plan: PlannedStep) -> str:
+    batch, source, target = plan.request.lengths
+    return (
+        f"{plan.request.batch_per_chip:g} examples a chip, {batch} in all, of {source} + {target} positions; "
+        f"{format_count(plan.request.tokens)} a step"
+    )
+
+
+def _settings(plan: PlannedStep) -> str:
+    request = plan.request
+    parts = [f"remat {request.student.remat}"]
+    if request.teacher is not None:
+        parts.append(f"teacher {request.teacher_placement} in {request.teacher.dtype}")
+    if request.micro_batches > 1:
+        parts.append(f"{request.micro_batches} micro-batches")
+    if request.compiler_options:
+        parts.append(f"compiler options {request.compiler_options}")
+    return ", ".join(parts)
+
+
+def _sizes(plan: PlannedStep) -> list[tuple[str, str]]:
+    result = plan.result
+    sizes = [("student", f"{format_count(result['student_params'])} parameters")]
+    if plan.request.teacher is not None:
+        sizes.insert(0, ("teacher", f"{format_count(result['teacher_params'])} parameters"))
+    return sizes
+
+
+def _memory(plan: PlannedStep) -> list[tuple[str, str]]:
+    held, memory = plan.result["held"], plan.result["memory"]
+    available = plan.request.topology.chip.memory
+    of = "" if available is None else f" of {available / GIB:.4g}"
+    kept = ", ".join(f"{owner} {size / GIB:.2f}" for owner, size in held.items() if size)
+    parts = ", ".join(f"{name} {_size(memory[name])}" for name in ("temporaries", "outputs", "aliases", "program"))
+    return [
+        ("memory a chip, GiB", f"{plan.memory / GIB:.2f}{of}"),
+        ("its arguments, GiB", f"{memory['arguments'] / GIB:.2f} as laid out; by shapes {kept}"),
+        ("the rest, GiB", parts),
+    ]
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f}"
+
+
+def _work(plan: PlannedStep) -> list[tuple[str, str]]:
+    chips = plan.request.topology.chips
+    done = plan.result["flops"]
+    share = f", {done * chips / plan.model_flops:.2f} times the formula's" if plan.model_flops else ""
+    return [("FLOPs a chip, of the compiled program", f"{done:.4g}{share}")]
+
+
+def _times(plan: PlannedStep) -> list[tuple[str, str]]:
+    run = plan.run
+    times = [
+        ("step, estimated", f"{_range(plan.seconds)} s"),
+        ("tokens a day", _range(run.tokens_a_day, counts=True)),
+        ("chip-hours of the run", f"{_range(run.chip_hours)} for {format_count(plan.run_tokens)} tokens"),
+    ]
+    return times if run.cost is None else [*times, ("cost", f"{_range(run.cost)} at {plan.price:g} a chip-hour")]
+
+
+def _collectives(plan: PlannedStep) -> str:
+    rows = [
+        {
+            "kind": each["kind"] + (", between slices" if each["crosses_slices"] else ""),
+            "count": str(each["count"]),
+            "payload": f"{each['payload'] / 1e9:.3f}",
+            "sent": f"{each['sent'] / 1e9:.3f}",
+        }
+        for each in plan.result["collectives"]
+    ]
+    titles = {"count": "times", "payload": "GB gathered, reduced or exchanged", "sent": "GB that a chip sends"}
+    columns = [Column(key="kind", title="kind")]
+    columns += [Column(key=key, title=title, kind="number") for key, title in titles.items()]
+    return markdown_table(rows, columns)
+
+
+def _row(plan: PlannedStep) -> dict[str, Any]:
+    request, run = plan.request, plan.run
+    row: dict[str, Any] = {
+        "topology": request.topology.name,
+        "mesh": _mesh(plan),
+        "batch": f"{request.batch_per_chip:g}",
+        "remat": request.student.remat,
+        "teacher": request.teacher_placement if request.teacher is not None else None,
+        "status": plan.status,
+    }
+    if plan.compiled:
+        load = plan.load
+        row |= {
+            "memory": f"{plan.memory / GIB:.1f}",
+            "temporaries": f"{plan.result['memory']['temporaries'] / GIB:.1f}",
+            "flops": f"{load.flops / 1e12:.3g}",
+            "sent": f"{(load.link_bytes + load.network_bytes) / 1e9:.3g}",
+            "compiling": f"{plan.result['compile_seconds']:.0f}",
+        }
+    if run is not None:
+        row |= {
+            "seconds": _range(plan.seconds),
+            "tokens": _range(run.tokens_a_day, counts=True),
+            "chip_hours": _range(run.chip_hours),
+            "cost": None if run.cost is None else _range(run.cost),
+        }
+    return row
+
+
+def _range(figure: Range, counts: bool = False) -> str:
+    show = format_count if counts else _three_digits
+    return f"{show(figure.least)} to {show(figure.most)}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

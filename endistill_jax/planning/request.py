@@ -1,0 +1,57 @@
+"""What one compilation is asked for: all that the training step depends on, as plain data that can be sent."""
+
+import dataclasses
+
+from endistill_jax.losses import Computation, Path
+from endistill_jax.model.config import T5Config
+from endistill_jax.model.flops import Lengths
+from endistill_jax.planning.topologies import Topology
+from endistill_jax.train.compiler_options import CompilerOptions
+from endistill_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRequest:
+    """A training step on a topology.
+
+    Attributes:
+        topology: where it shall run.
+        student: the model that is trained.
+        teacher: the frozen model; None if the path needs none.
+        path: what is compared.
+        optimizer: how the student is updated.
+        steps: updates of the whole run.
+        lengths: size of the global batch.
+        packed: whether the batch has segment ids and positions.
+        mesh: sizes of the axes data, fsdp and tensor; -1 takes what the others leave.
+        micro_batches: parts of a batch whose gradients are accumulated.
+        computation: in which form the losses are computed.
+        teacher_placement: "sharded" or "replicated".
+        compiler_options: of XLA, by platform.
+        slices: as in `make_mesh`.
+    """
+
+    topology: Topology
+    student: T5Config
+    teacher: T5Config | None
+    path: Path
+    optimizer: OptimizerConfig
+    steps: int
+    lengths: Lengths
+    packed: bool = True
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    micro_batches: int = 1
+    computation: Computation = Computation()
+    teacher_placement: str = "sharded"
+    compiler_options: CompilerOptions | None = None
+    slices: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step's batch, both sides, padding included."""
+        return self.lengths.batch * (self.lengths.source + self.lengths.target)
+
+    @property
+    def batch_per_chip(self) -> float:
+        """Examples of the global batch a chip."""
+        return self.lengths.batch / self.topology.chips

@@ -1,0 +1,149 @@
+"""Names of slices and hosts, and the devices they stand for.
+
+    v5e:4x4       a TPU slice by its shape          2*v5e:4x4     two of them, joined by the data centre network
+    v5e-16        the same slice by its size        v5litepod-16  as Cloud TPU calls it
+    h100:8        a host with eight GPUs            gpu:8, cpu:8  any such host, whose chips are not known
+
+v5e and v6e are counted in chips, v4 and v5p in TensorCores, of which a chip has two: v4-64 has 32 chips.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+from endistill_jax.errors import UserError
+from endistill_jax.planning.chips import CHIPS, Chip
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SHAPES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "v4": _CUBES}
+_CORES_A_CHIP = {"v5e": 1, "v6e": 1, "v5p": 2, "v4": 2}
+_CLOUD_NAMES = {"v5litepod": "v5e"}
+_HOSTS = tuple(name for name, chip in CHIPS.items() if chip.platform != "tpu")
+_NAME = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<kind>[a-z]\w*)(?P<mark>[:-])(?P<size>\d+(?:x\d+)*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Chips that run one program.
+
+    Attributes:
+        chip: their kind.
+        shape: chips of one slice along each of its axes; of a host, their number.
+        slices: such slices, joined by the data centre network.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """The name by shape, which `parse_topology` reads."""
+        many = f"{self.slices}*" if self.slices > 1 else ""
+        return f"{many}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def cloud_name(self) -> str:
+        """What Cloud TPU calls the accelerator type of one slice, such as v5litepod-16."""
+        kind = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
+        return f"{kind}-{math.prod(self.shape) * _CORES_A_CHIP.get(self.chip.name, 1)}"
+
+    @property
+    def is_proxy(self) -> bool:
+        """Whether there is no compiler for it here, so that the CPU's stands for it."""
+        return self.chip.platform != "tpu"
+
+
+def parse_topologies(names: str) -> list[Topology]:
+    """The topologies of a list with commas between them.
+
+    Raises:
+        UserError: a name that is none, with the known ones.
+    """
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    if not given:
+        raise UserError(f"--topology is empty; give one or more of {known_names()}")
+    return [parse_topology(name) for name in given]
+
+
+def parse_topology(name: str) -> Topology:
+    """One topology by its shape or by its size; see the module.
+
+    Raises:
+        UserError: a name that is none, with the known ones.
+    """
+    match = _NAME.fullmatch(name.strip().lower())
+    if not match:
+        raise UserError(f"--topology: {name!r} is not a topology; known are {known_names()}")
+    kind = _CLOUD_NAMES.get(match["kind"], match["kind"])
+    sizes = tuple(int(size) for size in match["size"].split("x"))
+    slices = int(match["slices"] or 1)
+    if kind in _HOSTS and len(sizes) == 1 and sizes[0] > 0 and slices == 1:
+        return Topology(chip=CHIPS[kind], shape=sizes)
+    if kind not in SHAPES:
+        near = difflib.get_close_matches(kind, [*SHAPES, *_HOSTS], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--topology: {name!r} is not known; {hint}known are {known_names()}")
+    shapes = {tuple(map(int, shape.split("x"))) for shape in SHAPES[kind]}
+    if match["mark"] == "-":
+        cores = _CORES_A_CHIP[kind]
+        found = [shape for shape in shapes if len(sizes) == 1 and math.prod(shape) * cores == sizes[0]]
+    else:
+        found = [shape for shape in shapes if shape == sizes]
+    if not found or slices < 1:
+        raise UserError(f"--topology: there is no {name}; {kind} has {_names_of(kind)}")
+    return Topology(chip=CHIPS[kind], shape=found[0], slices=slices)
+
+
+def known_names() -> str:
+    """All names, for messages and for the documentation."""
+    listed = "; ".join(_names_of(kind) for kind in SHAPES)
+    return f"{listed}; {', '.join(f'{host}:8' for host in _HOSTS)} (any number); 2*v5e:4x4 for two slices"
+
+
+def _names_of(kind: str) -> str:
+    sizes = [math.prod(map(int, shape.split("x"))) * _CORES_A_CHIP[kind] for shape in SHAPES[kind]]
+    return ", ".join(f"{kind}:{shape} ({kind}-{size})" for shape, size in zip(SHAPES[kind], sizes, strict=True))
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Environment variables that a process needs before it imports JAX, so that `devices` works in it."""
+    if topology.is_proxy:
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={topology.chips}",
+        }
+    return {
+        "JAX_PLATFORMS": "cpu",
+        # libtpu is loaded to compile only: it shall look for no machine, and not mind another process that does so too.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": topology.cloud_name,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The devices to compile for; a TPU's cannot run anything."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology.is_proxy:
+        return jax.devices()[: topology.chips]
+    settings: dict[str, Any] = {}
+    if math.prod(topology.shape) == 1:
+        settings["chips_per_host_bounds"] = [1, 1, 1]
+    if topology.chip.name == "v4":
+        settings["chip_config_name"] = "megacore"  # both cores of a chip as one device, as Cloud TPU has them
+    if topology.slices > 1:
+        settings["num_slices"] = topology.slices
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)

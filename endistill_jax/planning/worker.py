@@ -1,0 +1,141 @@
+"""One compilation in a process of its own: `python -m endistill_jax.planning.worker REQUEST RESULT`.
+
+Reads a pickled `StepRequest`, compiles its step and writes what was found as JSON. It is a program, not a function,
+because compilers for chips that are not here can end the process, or take all its memory.
+"""
+
+import json
+import pathlib
+import pickle
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from endistill_jax.errors import UserError
+from endistill_jax.model.t5 import count_params
+from endistill_jax.planning import topologies
+from endistill_jax.planning.collectives import read_collectives
+from endistill_jax.planning.hlo import parse_program
+from endistill_jax.planning.operations import matmul_flops
+from endistill_jax.planning.request import StepRequest
+from endistill_jax.sharding import abstract_params, batch_sharding, make_mesh, param_shardings
+from endistill_jax.train.optimizer import make_optimizer
+from endistill_jax.train.state import abstract_state, state_shardings
+from endistill_jax.train.step import make_train_step
+
+TOKENS = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "loss_weights")}
+PACKED = ("segment_ids", "positions")
+
+
+def compile_step(request: StepRequest) -> dict[str, Any]:
+    """Compiles the step and measures it, for one device and one step.
+
+    Returns:
+        `mesh`, sizes by axis; `student_params` and `teacher_params`, numbers; in bytes `held`, what is kept between
+        steps by owner and shapes, and `memory`, what the compiler plans; `flops` of matrix products; `collectives`,
+        fields of `Traffic`; `uncounted_loops`, whose turns nothing tells; `trace_seconds` and `compile_seconds`.
+
+    Raises:
+        UserError: settings that do not fit each other or the topology.
+        jax.errors.JaxRuntimeError: what the compiler says, such as that memory does not suffice.
+    """
+    devices = topologies.devices(request.topology)
+    mesh = make_mesh(*request.mesh, devices=devices, slices=request.slices)
+    optimizer = make_optimizer(request.optimizer, request.steps)
+    step = make_train_step(
+        student=request.student,
+        teacher=request.teacher,
+        path=request.path,
+        optimizer=optimizer,
+        mesh=mesh,
+        micro_batches=request.micro_batches,
+        base_key=jax.random.key(0),
+        computation=request.computation,
+        teacher_placement=request.teacher_placement,
+        compiler_options=request.compiler_options,
+    )
+    arguments = _arguments(request, optimizer, mesh)
+    held = {
+        "student": _bytes_a_device(arguments[0].params),
+        "optimizer": _bytes_a_device((arguments[0].step, arguments[0].opt_state)),
+        "teacher": _bytes_a_device(arguments[1]),
+        "batch": _bytes_a_device(arguments[2]),
+    }
+    began = time.monotonic()
+    lowered = step.lower(*arguments)
+    lowered_after = time.monotonic() - began
+    compiled = lowered.compile()
+    compiled_after = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    program = parse_program(compiled.as_text())
+    traffic = read_collectives(program, [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat])
+    return {
+        "mesh": dict(mesh.shape),
+        "student_params": count_params(arguments[0].params),
+        "teacher_params": count_params(arguments[1]) if request.teacher else 0,
+        "held": held,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliases": memory.alias_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "flops": matmul_flops(program),
+        "uncounted_loops": program.uncounted_loops(),
+        "collectives": [vars(each) for each in traffic],
+        "trace_seconds": lowered_after,
+        "compile_seconds": compiled_after,
+    }
+
+
+def _arguments(request: StepRequest, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    def placed(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+
+    student, teacher = request.student, request.teacher
+    state = placed(abstract_state(student, optimizer), state_shardings(student, optimizer, mesh))
+    teacher_params = None
+    if request.path.needs_teacher:
+        params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(teacher.dtype)), abstract_params(teacher))
+        teacher_params = placed(params, param_shardings(teacher, mesh, request.teacher_placement))
+    lengths = {"encoder": request.lengths.source, "decoder": request.lengths.target}
+    batch = {
+        f"{side}_{name}": jax.ShapeDtypeStruct(
+            (request.lengths.batch, lengths[side]), np.int32, sharding=batch_sharding(mesh)
+        )
+        for side, names in TOKENS.items()
+        for name in (*names, *(PACKED if request.packed else ()))
+    }
+    return state, teacher_params, batch
+
+
+def _bytes_a_device(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def main(request_file: str, result_file: str) -> None:
+    """Answers one request; what the settings or the compiler refuse is an answer too."""
+    request = pickle.loads(pathlib.Path(request_file).read_bytes())
+    try:
+        result = compile_step(request) | {"status": "compiled", "reason": ""}
+    except UserError as error:
+        result = {"status": "refused", "reason": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        result = {"status": "too big" if full else "failed", "reason": str(error)}
+    result["host_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
