@@ -1,4 +1,4 @@
-"""What SeqIO's evaluator asks of a model: texts for inputs, and log-likelihoods of targets, on a mesh and on all hosts."""
+"""What SeqIO's evaluator asks of a model, texts for inputs and log-likelihoods of targets, on a mesh and many hosts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,7 +77,8 @@ class Predictor:
             int32 tokens [texts, max_length], each up to and with its end, then 0; and float32 scores [texts].
         """
         row_ids = range(len(texts)) if row_ids is None else row_ids
-        tokens, scores = [None] * len(texts), np.zeros(len(texts), np.float32)
+        tokens: list[Any] = [None] * len(texts)
+        scores = np.zeros(len(texts), np.float32)
         for batch in batches_by_length(texts, self._batch_size, self._inputs_length):
             rows = np.zeros(self._batch_size, np.int32)
             rows[: len(batch.indices)] = [row_ids[index] for index in batch.indices]

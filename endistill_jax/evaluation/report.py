@@ -1,5 +1,6 @@
-"""What a training run asks of whatever judges its model meanwhile."""
+"""What an evaluation finds, and what a training run asks of whatever judges its model meanwhile."""
 
+import dataclasses
 from typing import Any, Protocol
 
 from endistill_jax.model.config import T5Config
@@ -20,3 +21,23 @@ class Evaluation(Protocol):
 
     def evaluate(self, config: T5Config, params: Any) -> Report:
         """The figures of one model, its parameters on the host or on the mesh."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What a model did on one task.
+
+    Attributes:
+        task: name of the task.
+        metrics: scalars by name; none where the targets are hidden.
+        records: of each example `index`, `inputs`, `target`, `prediction` and `score`, a log-likelihood; by rank also
+            the `scores` of all labels.
+        values: of each example, what the metrics compare with targets: a text, the index of a label, ...
+        row_numbers: the examples' `idx`, where they have one.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    records: list[dict[str, Any]]
+    values: list[Any]
+    row_numbers: list[int] | None

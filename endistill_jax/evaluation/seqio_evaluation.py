@@ -1,34 +1,14 @@
 """Metrics of SeqIO tasks, computed by SeqIO's own evaluator: of what a model generates, or of how it ranks labels."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from endistill_jax.errors import UserError
+from endistill_jax.evaluation.report import TaskResult
 
 SCORED_BY = ("generation", "rank", "both")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """What a model did on one task.
-
-    Attributes:
-        task: name of the task.
-        metrics: scalars by name; none where the targets are hidden.
-        records: of each example `index`, `inputs`, `target`, `prediction` and `score`, a log-likelihood; by rank also
-            the `scores` of all labels.
-        values: of each example, what the metrics compare with targets: a text, the index of a label, ...
-        row_numbers: the examples' `idx`, where they have one.
-    """
-
-    task: str
-    metrics: dict[str, float]
-    records: list[dict[str, Any]]
-    values: list[Any]
-    row_numbers: list[int] | None
 
 
 class TaskEvaluator:

@@ -8,9 +8,12 @@ from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill
+from endistill_jax.jobs.downstream import downstream
+from endistill_jax.jobs.evaluate import evaluate
 from endistill_jax.jobs.export import export
 from endistill_jax.jobs.finetune import Finetuning, finetune
 from endistill_jax.jobs.import_checkpoint import import_checkpoint
+from endistill_jax.jobs.infer import Reading, infer
 from endistill_jax.jobs.plan import PlanOptions
 from endistill_jax.jobs.pretrain import pretrain
 from endistill_jax.jobs.settings import Data, Run
@@ -19,13 +22,17 @@ from endistill_jax.jobs.train_vocabulary import train_vocabulary
 __all__ = [
     "Data",
     "Finetuning",
+    "Reading",
     "Run",
     "StudentInit",
     "demo",
     "distill",
+    "downstream",
+    "evaluate",
     "export",
     "finetune",
     "import_checkpoint",
+    "infer",
     "pretrain",
     "run",
     "train_vocabulary",

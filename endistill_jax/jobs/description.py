@@ -17,6 +17,8 @@ def describe(training: Training) -> str:
     if training.teacher is not None:
         lines.append(f"teacher: {training.teacher.source}, {_size(training.teacher.config)}")
         lines.append(f"  {training.teacher.config}")
+    if training.initial is not None:
+        lines.append(f"starts from: {training.initial.source}, step {training.initial.step}")
     lines.append(f"student: {_size(training.config)}" if training.teacher else f"model: {_size(training.config)}")
     lines.append(f"  {training.config}")
     if training.teacher is not None:

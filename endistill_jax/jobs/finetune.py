@@ -1,7 +1,7 @@
 """Fine-tuning: a trained model learns a task, and is judged by the task's own metrics."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from endistill_jax.checkpoints.fingerprint import check_facts
@@ -25,6 +25,8 @@ from endistill_jax.train.best import Best
 from endistill_jax.train.optimizer import OptimizerConfig
 
 Rows = list[dict[str, Any]]
+
+_OTHERS = ("learning_rate", "parameters", "best_step", "train_tokens", "seconds", "model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,7 @@ class Finetuning:
             raise UserError(f"Finetuning.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
 
 
-def finetune(
-    *, model_dir: str, model: str | T5Config, finetuning: Finetuning, dry_run: bool = False
-) -> Rows | None:
+def finetune(*, model_dir: str, model: str | T5Config, finetuning: Finetuning, dry_run: bool = False) -> Rows | None:
     """Trains a model further on a task's targets, once for every learning rate and seed, and tells its metrics.
 
     Args:
@@ -94,7 +94,7 @@ def finetune(
     columns = (
         Column(key="learning_rate", title="learning rate", kind="number"),
         Column(key="parameters", title="parameters", kind="count"),
-        *metric_columns(rows),
+        *(Column(key=name, title=name, kind="number") for name in metric_names(rows[0])),
         Column(key="best_step", title="step", kind="count"),
         Column(key="train_tokens", title="tokens seen", kind="count"),
         Column(key="seconds", title="training", kind="seconds"),
@@ -175,27 +175,23 @@ def run_all(trainings: Sequence[Training], evaluation: Evaluation) -> Rows:
     rows: dict[float, Rows] = {}
     for training in trainings:
         rows.setdefault(training.optimizer.learning_rate, []).append(_row(training, evaluation))
-    return [merge_seeds(each) for each in rows.values()]
+    return [merge_seeds(each) | {"learning_rate": rate} for rate, each in rows.items()]
 
 
-def metric_columns(rows: Rows, prefix: str = "") -> Iterator[Column]:
-    """A column for every metric of the rows, in percent as the metrics have it."""
-    names = dict.fromkeys(name for row in rows for name in row["metrics"])
-    for name in names:
-        yield Column(key=prefix + name, title=prefix + name, kind="number")
+def metric_names(row: dict[str, Any]) -> list[str]:
+    """Which of a row's keys are metrics."""
+    return [key for key in row if key not in _OTHERS]
 
 
 def _row(training: Training, evaluation: Evaluation) -> dict[str, Any]:
     best, tokens, seconds = _finished(training) or _trained(training, evaluation)
     return {
-        "learning_rate": training.optimizer.learning_rate,
         "parameters": count_params(abstract_params(training.config)),
         **best.metrics,
         "best_step": float(best.step),
         "train_tokens": float(tokens),
         "seconds": seconds,
-        "model_dir": training.model_dir,
-        "metrics": ",".join(best.metrics),
+        "model": f"{training.model_dir}/{CHECKPOINTS}/{best.step}",
     }
 
 

@@ -128,7 +128,8 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
             pieces=facts.get("import", {}).get("pieces"),
             _read=lambda shardings: _read_run(str(directory), step, facts, config, shardings),
         )
-    opened = open_source(str(BUNDLED_FOLDER) if source == BUNDLED else source)
+    path = str(BUNDLED_FOLDER) if source == BUNDLED else source
+    opened = open_source(path)
     config = dataclasses.replace(opened.config, **execution)
     return TrainedModel(
         source=source,
@@ -138,7 +139,8 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         facts={},
         notes=opened.notes,
         pieces=opened.pieces,
-        _read=lambda shardings: _read_source(opened, config, shardings),
+        # Opened anew: a source that was read is closed, and a model may be read again.
+        _read=lambda shardings: _read_source(open_source(path), config, shardings),
     )
 
 

@@ -42,14 +42,15 @@ def merge_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of several seeds: a list of numbers where they measured something, the common value elsewhere."""
     if len(rows) == 1:
         return rows[0]
-    return {
-        key: value if isinstance(value, (str, int)) else [row[key] for row in rows] for key, value in rows[0].items()
-    }
+
+    def merged(values: list[Any]) -> Any:
+        common = isinstance(values[0], int) or (isinstance(values[0], str) and len(set(values)) == 1)
+        return values[0] if common else values
+
+    return {key: merged([row[key] for row in rows]) for key in rows[0]}
 
 
-def tell(
-    model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS
-) -> None:
+def tell(model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS) -> None:
     """Prints the table and writes it as results.md and results.json, on the first host only."""
     if jax.process_index() == 0:
         print_table(rows, columns, title=title)

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from endistill_jax.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
-from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, TaskResult, check_tasks, make_evaluators
+from endistill_jax.evaluation.report import TaskResult
+from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, check_tasks, make_evaluators
 from endistill_jax.jobs.settings import Data
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.generation import Decoding

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.decoding import START_TOKEN, Cache, init_cache, read_source, read_tokens
+from endistill_jax.model.sampling import largest
 
 
 class Hypotheses(NamedTuple):
@@ -110,9 +111,12 @@ def _best_continuations(logits: jax.Array, scores: jax.Array, count: int) -> tup
         scores: float32 [batch, beams], log-probabilities of the beginnings.
         count: how many.
     """
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1) + scores[..., None]
-    best, index = jax.lax.top_k(log_probabilities.reshape(len(logits), -1), count)
-    return best, index // logits.shape[-1], index % logits.shape[-1]
+    each = min(count, logits.shape[-1])
+    best, token = largest(logits, each)  # [batch, beams, each]
+    before = scores - jax.nn.logsumexp(logits, axis=-1)
+    best, index = jax.lax.top_k((best + before[..., None]).reshape(len(logits), -1), count)
+    token = jnp.take_along_axis(token.reshape(len(logits), -1), index, axis=1)
+    return best, index // each, token
 
 
 def _best_of(one: Hypotheses, other: Hypotheses) -> Hypotheses:

@@ -18,6 +18,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.model.blocks import DecoderLayer
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
+from endistill_jax.model.sampling import largest
 from endistill_jax.model.t5 import Embedding, Encoder, Head, apply_head
 
 START_TOKEN = 0  # T5 begins a target with the padding token
@@ -267,7 +268,7 @@ def search(
 
 def most_likely(logits: jax.Array, state: SearchState) -> jax.Array:
     """The greedy choice: int32 [batch] from [batch, vocab_size]."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return largest(logits, 1)[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "eos_id"))

@@ -115,10 +115,14 @@ def make_decoder(
         UserError: if settings and model do not go together; by the function, if it is to sample without a key.
     """
     decoding.validate(config)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        # There a loop over layers copies each layer's parameters and cache at every token, for twice the time.
+        config = dataclasses.replace(config, scan_layers=False)
 
     def decode(params: Any, tokens: jax.Array, key: jax.Array | None, row_ids: jax.Array | None) -> Decoded:
         with contextlib.nullcontext() if mesh is None else activation_sharding(mesh, placement):
-            return _decode(config, decoding, params, tokens, key, row_ids)
+            return generate(config, decoding, params, tokens, key, row_ids)
 
     options = {}
     if mesh is not None:
@@ -138,14 +142,15 @@ def make_decoder(
     return checked
 
 
-def _decode(
+def generate(
     config: T5Config,
     decoding: Decoding,
     params: Any,
     tokens: jax.Array,
-    key: jax.Array | None,
-    row_ids: jax.Array | None,
+    key: jax.Array | None = None,
+    row_ids: jax.Array | None = None,
 ) -> Decoded:
+    """What `make_decoder` jits: a pure function, for programs of which generating is a part."""
     length, eos_id = decoding.max_length, decoding.eos_id
     if decoding.strategy == "beam":
         found = beam_search(config, params, tokens, length, eos_id, decoding.beams, decoding.length_penalty)

@@ -1,22 +1,29 @@
 """A small text corpus, a byte vocabulary and models that train in seconds."""
 
+import functools
 import pathlib
 import pydoc_data.topics
 from collections.abc import Callable
 
 import jax
 import pytest
+import seqio
+import tensorflow as tf
 
 from endistill_jax.checkpoints import huggingface
+from endistill_jax.data.vocabulary import load_vocabulary
 from endistill_jax.errors import UserError
+from endistill_jax.evaluation.metrics import accuracy
 from endistill_jax.jobs import Data, Run, distill
 from endistill_jax.losses import Path, Site
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import init_params
 from endistill_jax.tasks.pretraining import text_files_task
+from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task
 from endistill_jax.train.optimizer import OptimizerConfig
 
 TASK = "jobs_tests_v1"
+COLORS = {"cherry": "red", "leaf": "green", "sky": "blue"}
 
 DISTILL_GIN = """
 from __gin__ import dynamic_registration
@@ -99,6 +106,36 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 def data(corpus) -> Data:
     task = text_files_task(TASK, str(corpus), "bytes", held_out=0.1)
     return Data(task=task, inputs_length=48, targets_length=16, batch_size=4, eval_batch_size=4, eval_batches=2)
+
+
+@pytest.fixture(scope="session")
+def color_source() -> Callable[..., seqio.Task]:
+    """Function (name, ...) -> a registered task: which color a numbered thing has."""
+
+    def make(name: str, *, examples: int = 20, vocabulary: seqio.Vocabulary | None = None) -> seqio.Task:
+        def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+            numbers = range(48) if split == "train" else range(100, 100 + examples)
+            things = [list(COLORS)[number % 3] for number in numbers]
+            inputs = [f"{thing} {number}" for thing, number in zip(things, numbers, strict=True)]
+            columns = {"inputs": inputs, "targets": [COLORS[thing] for thing in things]}
+            return tf.data.Dataset.from_tensor_slices({key: tf.constant(x, tf.string) for key, x in columns.items()})
+
+        labels = tuple(COLORS.values())
+        definition = TextToText(
+            source=seqio.FunctionDataSource(dataset, splits=("train", "validation")),
+            to_text=lambda examples: examples,
+            metric_fns=(accuracy,),
+            value_of=functools.partial(label_index, labels=labels),
+            labels=labels,
+        )
+        return text_to_text_task(name, definition, vocabulary or load_vocabulary("bytes"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def color_task(color_source) -> seqio.Task:
+    return color_source("jobs_tests_color_v1")
 
 
 @pytest.fixture(scope="session")

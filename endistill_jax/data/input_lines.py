@@ -1,0 +1,83 @@
+"""Texts for a model from one file, line by line and by number: text or JSONL, plain or gzip."""
+
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from etils import epath
+
+from endistill_jax.data.text_files import json_text
+from endistill_jax.errors import UserError
+
+JSON_ENDINGS = (".jsonl", ".json")
+
+
+class Line(NamedTuple):
+    """One line of an input file.
+
+    Attributes:
+        number: from 1.
+        text: what it says; empty for a bad line.
+        problem: what is wrong with a bad line, naming file and number; None for a good one.
+    """
+
+    number: int
+    text: str
+    problem: str | None = None
+
+
+class InputFile:
+    """A file of texts: in `.jsonl` and `.json` every line is an object with the text in a field; `.gz` is unpacked."""
+
+    def __init__(self, path: str | os.PathLike[str], *, field: str = "inputs"):
+        """Reads nothing yet.
+
+        Raises:
+            UserError: no such file.
+        """
+        self._path, self._field = epath.Path(path).expanduser(), field
+        self._is_json = os.fspath(path).removesuffix(".gz").endswith(JSON_ENDINGS)
+        if not self._path.is_file():
+            raise UserError(f"there is no file {path}")
+
+    def facts(self) -> dict[str, str | int]:
+        """What tells the file from another: SHA-256 of its unpacked content, and its number of lines.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        digest, lines = hashlib.sha256(), 0
+        for line in self._raw_lines():
+            digest.update(line)
+            lines += 1
+        return {"sha256": digest.hexdigest(), "lines": lines}
+
+    def __iter__(self) -> Iterator[Line]:
+        """Every line in order, bad ones too.
+
+        Raises:
+            UserError: if the file cannot be read further, as a gzip file that was cut off.
+        """
+        for number, raw in enumerate(self._raw_lines(), start=1):
+            where = f"{self._path} line {number}"
+            try:
+                text = json_text(raw, self._field, where) if self._is_json else raw.decode("utf-8")
+            except UserError as error:
+                yield Line(number, "", str(error))
+            except UnicodeDecodeError:
+                yield Line(number, "", f"{where} is not UTF-8")
+            else:
+                yield Line(number, text.strip()) if text.strip() else Line(number, "", f"{where} is empty")
+
+    def _raw_lines(self) -> Iterator[bytes]:
+        try:
+            with self._path.open("rb") as packed, self._unpacked(packed) as file:
+                yield from file
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self._path} cannot be read to its end: {error}") from None
+
+    def _unpacked(self, file: BinaryIO) -> BinaryIO:
+        return gzip.GzipFile(fileobj=file) if self._path.name.endswith(".gz") else file

@@ -1,0 +1,107 @@
+"""The comparison that a task-agnostic model is made for: several models, each fine-tuned on several tasks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from endistill_jax.errors import UserError
+from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.finetune import (
+    Finetuning,
+    Rows,
+    check_runs,
+    metric_names,
+    open_initial,
+    plan_runs,
+    prepare_evaluation,
+    run_all,
+)
+from endistill_jax.jobs.results import tell
+from endistill_jax.model.config import T5Config
+from endistill_jax.reports.table import Column
+
+
+def downstream(
+    *,
+    model_dir: str,
+    models: Mapping[str, str | T5Config],
+    tasks: Mapping[str, Finetuning],
+    dry_run: bool = False,
+) -> Rows | None:
+    """Fine-tunes every model on every task, for every learning rate and seed, and tells all metrics in one table.
+
+    Where a task has several learning rates, each model is told by its best one: by the mean of `Run.keep_best` over
+    seeds.
+
+    Args:
+        model_dir: receives the table, and the runs in `<model>/<task>/`.
+        models: name -> what to start from; see `finetune`.
+        tasks: name -> how it is learned.
+        dry_run: print what would be done, and do nothing.
+
+    Returns:
+        The rows of the table, one a model, a list of one number a seed where there are several; None after a dry run.
+
+    Raises:
+        UserError: for settings that do not fit, before anything is created.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+    """
+    _check(models, tasks)
+    opened = {name: _open(name, model) for name, model in models.items()}
+    planned = {
+        (model, task): plan_runs(f"{model_dir}/{model}/{task}", opened[model], how, f"{model}, {task}")
+        for task, how in tasks.items()
+        for model in models
+    }
+    for (_, task), trainings in planned.items():
+        check_runs(trainings, tasks[task])
+    if dry_run:
+        print("\n\n".join(f"{model}, {task}\n{describe(each[0])}" for (model, task), each in planned.items()))
+        return None
+    rows: dict[str, dict[str, Any]] = {model: {"model": model} for model in models}
+    evaluations = {
+        task: prepare_evaluation(planned[next(iter(models)), task], how) for task, how in tasks.items()
+    }  # all before the first is trained, so that mistakes show
+    columns: dict[str, Column] = {"parameters": Column(key="parameters", title="parameters", kind="count")}
+    for (model, task), trainings in planned.items():
+        best = _best(run_all(trainings, evaluations[task]), tasks[task])
+        for name in metric_names(best):
+            key = f"{task}/{name}"
+            rows[model][key] = best[name]
+            columns[key] = Column(key=key, title=f"{task}: {name}", kind="number")
+        rows[model]["parameters"] = best["parameters"]
+        for name in ("learning_rate", "best_step", "seconds", "model"):
+            rows[model][f"{task}/{name}"] = best[name]
+    told = list(rows.values())
+    splits = ", ".join(dict.fromkeys(how.data.eval_split for how in tasks.values()))
+    tell(model_dir, told, f"Fine-tuned, {splits}", (Column(key="model", title="model"), *columns.values()))
+    return told
+
+
+def _check(models: Mapping[str, Any], tasks: Mapping[str, Finetuning]) -> None:
+    for name, given in (("models", models), ("tasks", tasks)):
+        if not given:
+            raise UserError(f"downstream.{name} is empty; give at least one, by name")
+        if unfit := [key for key in given if not key.replace("_", "").replace("-", "").isalnum()]:
+            raise UserError(f"downstream.{name} has {unfit[0]!r}; a name becomes a folder: letters, digits, - and _")
+    for name, how in tasks.items():
+        if len(how.learning_rates) > 1 and how.run.keep_best is None:
+            raise UserError(f"task {name} has several learning_rates; set Run.keep_best, by which one is chosen")
+
+
+def _open(name: str, model: str | T5Config) -> Any:
+    try:
+        return open_initial(model)
+    except UserError as error:
+        raise UserError(f"model {name!r}: {error}") from None
+
+
+def _best(rows: Rows, how: Finetuning) -> dict[str, Any]:
+    """The row of the best learning rate; of equals the first."""
+    if len(rows) == 1:
+        return rows[0]
+
+    def mean(row: dict[str, Any]) -> float:
+        values = row[how.run.keep_best]
+        return sum(values) / len(values) if isinstance(values, list) else values
+
+    return min(rows, key=mean) if how.run.best_mode == "min" else max(rows, key=mean)

@@ -1,0 +1,232 @@
+"""Inference: a file of texts in, what a model makes of them out, line by line; broken off, it goes on."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import jax
+
+from endistill_jax.agreement import agree
+from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.errors import UserError
+from endistill_jax.evaluation.predictor import Predictor
+from endistill_jax.jobs.models import TrainedModel, choose_vocabulary, open_model, tell_notes
+from endistill_jax.jobs.training import check_vocabularies
+from endistill_jax.model.generation import Decoding
+from endistill_jax.reports.record_log import NUMBER, RecordLog
+from endistill_jax.sharding import make_mesh
+
+CHOICES = {"bad_lines": ("skip", "fail"), "long_inputs": ("cut", "fail")}
+# Lines are read, and sorted by length, so many batches at a time. Those of which some were written are computed again,
+# all of them, so that a run that goes on has the very batches of one that was never broken off.
+WINDOW_BATCHES = 8
+CUT = "cut"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How lines become inputs.
+
+    Attributes:
+        field: of the JSON objects of a `.jsonl` file, the one with the text.
+        prefix: stands before every text, such as "summarize: ".
+        inputs_length: longest input in tokens, its end included.
+        long_inputs: "cut" longer ones and count them, or "fail".
+        bad_lines: "skip" a line that is empty, no UTF-8, or no JSON object with the field, and name its number on
+            standard error; or "fail".
+    """
+
+    field: str = "inputs"
+    prefix: str = ""
+    inputs_length: int = 512
+    long_inputs: str = "cut"
+    bad_lines: str = "skip"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"Reading.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.inputs_length < 2:
+            raise UserError(f"Reading.inputs_length is {self.inputs_length}; it must be at least 2, for the end is one")
+
+
+def infer(
+    *,
+    model: str,
+    input_file: str,
+    output_file: str,
+    decoding: Decoding,
+    reading: Reading = Reading(),  # noqa: B008  frozen
+    batch_size: int = 32,
+    vocabulary_file: str | None = None,
+    extra_ids: int = 100,
+    dtype: str = "float32",
+    mesh: tuple[int, int, int] = (-1, 1, 1),
+    placement: str = "sharded",
+    seed: int = 0,
+    dry_run: bool = False,
+) -> int | None:
+    """Generates text for every line of a file.
+
+    Each good line gives one line of the output, in order: an object with its number `line`, `inputs`, `prediction`,
+    `score` (see `Decoded.scores`), and `cut` if the input was too long. The same command goes on where a run was broken
+    off, and ends with the same file.
+
+    Args:
+        model: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run (its
+            last checkpoint) or `checkpoints/<step>` in it.
+        input_file: text, or JSONL by its name; `.gz` is unpacked.
+        output_file: a local JSONL file; beside it, in `<output_file>.run.json`, is kept what it was made with.
+        decoding: how text is generated.
+        reading: how lines become inputs.
+        batch_size: rows of a batch, over all hosts.
+        vocabulary_file: SentencePiece model, or "bytes"; None takes the one that lies beside the model.
+        extra_ids: sentinels above the pieces of `vocabulary_file`.
+        dtype: float32 or bfloat16: type of parameters and computations.
+        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
+        placement: how the parameters lie on the mesh: "sharded" or "replicated".
+        seed: of what is drawn, where the decoding draws.
+        dry_run: print what would be done, and do nothing.
+
+    Returns:
+        How many lines the output has; None after a dry run.
+
+    Raises:
+        UserError: for settings that do not fit, or an output that was made with others, before anything is written;
+            and at a bad line or long input where these shall fail.
+    """
+    from endistill_jax.data.input_lines import InputFile
+
+    file = InputFile(input_file, field=reading.field)
+    trained = open_model(model, dtype)
+    tell_notes(trained)
+    vocabulary = find_vocabulary(trained, vocabulary_file, extra_ids)
+    devices = make_mesh(*mesh)
+    predictor = Predictor(
+        dataclasses.replace(trained.config, dropout_rate=0.0),
+        decoding,
+        devices,
+        batch_size=batch_size,
+        inputs_length=reading.inputs_length,
+        seed=seed,
+        placement=placement,
+    )
+    if dry_run:
+        print(f"{model}: {trained.config}\nwould read {input_file} and write {output_file}, {decoding}, {reading}")
+        return None
+    params = trained.load_on(devices, placement)
+    facts = {
+        "model": trained.fingerprint,
+        "vocabulary": fingerprint_vocabulary(vocabulary),
+        "decoding": dataclasses.asdict(decoding),
+        "reading": dataclasses.asdict(reading),
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "seed": seed,
+        "input": file.facts(),
+    }
+    log = RecordLog(output_file)
+    done = log.read(facts, count=(CUT,))
+    agree("model, settings and output", facts | {"done": done._asdict()})
+    if jax.process_index() == 0:
+        log.start(facts, done)
+    if done.last:
+        _say(f"goes on after line {done.last} of {input_file}")
+    encoder = _Encoder(vocabulary, reading, after=done.last)
+    written, cut = done.records, done.marked[CUT]
+    for rows in encoder.windows(file, batch_size * WINDOW_BATCHES):
+        tokens, scores = predictor.generate(params, [row.ids for row in rows], [row.number for row in rows])
+        texts = [vocabulary.decode(ids) for ids in tokens.tolist()]
+        new = [
+            row.record(text, score)
+            for row, text, score in zip(rows, texts, scores, strict=True)
+            if row.number > done.last
+        ]
+        if jax.process_index() == 0:
+            log.append(new)
+        _say(f"line {rows[-1].number} of {facts['input']['lines']}")
+        written, cut = written + len(new), cut + sum(CUT in record for record in new)
+    print(
+        f"{output_file}: {written} lines written, {encoder.bad} bad lines skipped, "
+        f"{cut} inputs cut to {reading.inputs_length} tokens"
+    )
+    return written
+
+
+def find_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> Any:
+    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+
+    Raises:
+        UserError: if there is none, or it is not the model's.
+    """
+    from endistill_jax.data.vocabulary import BYTES, load_vocabulary
+
+    if file == BYTES:
+        vocabulary = load_vocabulary(BYTES, extra_ids=extra_ids)
+        if model.has_other_vocabulary(vocabulary):
+            raise UserError(
+                f"{model.source} was trained with another vocabulary than {BYTES} with {extra_ids} extra ids"
+            )
+    else:
+        found = choose_vocabulary(model, file, extra_ids)
+        if found is None:
+            raise UserError(f"no vocabulary lies beside {model.source}; give its SentencePiece model: vocabulary_file")
+        vocabulary = load_vocabulary(found.path, extra_ids=found.extra_ids)
+    check_vocabularies(vocabulary, model.config, None)
+    return vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    number: int
+    text: str
+    ids: tuple[int, ...]
+    cut: bool
+
+    def record(self, prediction: str, score: float) -> dict[str, Any]:
+        found = {NUMBER: self.number, "inputs": self.text, "prediction": prediction, "score": float(score)}
+        return found | ({CUT: True} if self.cut else {})
+
+
+class _Encoder:
+    """Turns lines into ids, some at a time; counts the bad ones, and names those after line `after`."""
+
+    def __init__(self, vocabulary: Any, reading: Reading, *, after: int):
+        self._vocabulary, self._reading, self._after = vocabulary, reading, after
+        self.bad = 0
+
+    def windows(self, lines: Iterable[Any], size: int) -> Iterator[list[_Row]]:
+        """The good lines of every `size` lines, from those on that have a line after `after`."""
+        iterator = iter(lines)
+        while window := list(islice(iterator, size)):
+            for line in window:
+                if line.problem is not None:
+                    self._meet_bad(line)
+            good = [line for line in window if line.problem is None]
+            if good and window[-1].number > self._after:
+                yield [self._row(line) for line in good]
+
+    def _meet_bad(self, line: Any) -> None:
+        if self._reading.bad_lines == "fail":
+            raise UserError(f"{line.problem}; correct it, or skip such lines with Reading.bad_lines = 'skip'")
+        self.bad += 1
+        if line.number > self._after:
+            _say(f"skipped: {line.problem}")
+
+    def _row(self, line: Any) -> _Row:
+        reading = self._reading
+        ids, most = self._vocabulary.encode(reading.prefix + line.text), reading.inputs_length - 1
+        if len(ids) > most and reading.long_inputs == "fail":
+            raise UserError(
+                f"line {line.number} has {len(ids) + 1} tokens with its end, and inputs_length is "
+                f"{reading.inputs_length}; raise it, or set Reading.long_inputs = 'cut'"
+            )
+        kept = (*ids[:most], self._vocabulary.eos_id)
+        return _Row(number=line.number, text=line.text, ids=kept, cut=len(ids) > most)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"infer: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""A JSONL file of numbered records that grows in order and can be gone on with: no record is lost or written twice."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.errors import UserError
+from endistill_jax.reports.files import json_text, write_atomically
+
+NUMBER = "line"
+
+
+class Done(NamedTuple):
+    """What an earlier attempt has written.
+
+    Attributes:
+        last: number of the last whole record, 0 if there is none.
+        records: how many whole records.
+        marked: of these, how many have a true value under each key that was asked for.
+        length: bytes up to the end of the last whole record.
+    """
+
+    last: int = 0
+    records: int = 0
+    marked: Mapping[str, int] = {}
+    length: int = 0
+
+
+class RecordLog:
+    """Records with rising numbers under `line`, and beside them, in `<file>.run.json`, what they were made with."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens nothing yet; `path` is a local file."""
+        self._path = pathlib.Path(path).expanduser()
+        self._facts_path = self._path.with_name(f"{self._path.name}.run.json")
+
+    def read(self, facts: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
+        """What is there already; changes nothing.
+
+        Args:
+            facts: what the records are made with; plain values in nested dictionaries.
+            count: keys whose true values are counted.
+
+        Raises:
+            UserError: the file was made with other facts (each difference is named), or is none of these.
+        """
+        if not self._facts_path.exists():
+            if self._path.exists():
+                raise UserError(f"{self._path} is there already, and not from this job; give another output file")
+            return Done(marked=dict.fromkeys(count, 0))
+        try:
+            saved = json.loads(self._facts_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{self._facts_path} is damaged; remove it and {self._path} to start anew") from None
+        check_facts(saved, json.loads(json_text(facts)), str(self._path))
+        last = records = length = 0
+        marked = dict.fromkeys(count, 0)
+        with self._path.open("rb") if self._path.exists() else open(os.devnull, "rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    break  # cut off in writing
+                try:
+                    record = json.loads(raw)
+                    last = int(record[NUMBER])
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(f"line {records + 1} of {self._path} is no record of this job") from None
+                for key in marked:
+                    marked[key] += bool(record.get(key))
+                records, length = records + 1, length + len(raw)
+        return Done(last, records, marked, length)
+
+    def start(self, facts: Mapping[str, Any], done: Done) -> None:
+        """Writes the facts, and takes away a record that was cut off."""
+        write_atomically(self._facts_path, json_text(facts, indent=2) + "\n")
+        with self._path.open("ab") as file:
+            file.truncate(done.length)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Adds records; they are on the disk when this returns."""
+        text = "".join(json_text(record) + "\n" for record in records)
+        with self._path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
