@@ -137,13 +137,7 @@ def infer(
     encoder = _Encoder(vocabulary, reading, after=done.last)
     written, cut = done.records, done.marked[CUT]
     for rows in encoder.windows(file, batch_size * WINDOW_BATCHES):
-        tokens, scores = predictor.generate(params, [row.ids for row in rows], [row.number for row in rows])
-        texts = [vocabulary.decode(ids) for ids in tokens.tolist()]
-        new = [
-            row.record(text, score)
-            for row, text, score in zip(rows, texts, scores, strict=True)
-            if row.number > done.last
-        ]
+        new = [record for record in _answers(predictor, params, vocabulary, rows) if record[NUMBER] > done.last]
         if jax.process_index() == 0:
             log.append(new)
         _say(f"line {rows[-1].number} of {facts['input']['lines']}")
@@ -153,6 +147,13 @@ def infer(
         f"{cut} inputs cut to {reading.inputs_length} tokens"
     )
     return written
+
+
+def _answers(predictor: Predictor, params: Any, vocabulary: Any, rows: list["_Row"]) -> Iterator[dict[str, Any]]:
+    tokens, scores = predictor.generate(params, [row.ids for row in rows], [row.number for row in rows])
+    for row, ids, score in zip(rows, tokens.tolist(), scores, strict=True):
+        found = {NUMBER: row.number, "inputs": row.text, "prediction": vocabulary.decode(ids), "score": float(score)}
+        yield found | ({CUT: True} if row.cut else {})
 
 
 def find_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> Any:
@@ -184,10 +185,6 @@ class _Row:
     text: str
     ids: tuple[int, ...]
     cut: bool
-
-    def record(self, prediction: str, score: float) -> dict[str, Any]:
-        found = {NUMBER: self.number, "inputs": self.text, "prediction": prediction, "score": float(score)}
-        return found | ({CUT: True} if self.cut else {})
 
 
 class _Encoder:

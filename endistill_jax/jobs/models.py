@@ -130,6 +130,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         )
     path = str(BUNDLED_FOLDER) if source == BUNDLED else source
     opened = open_source(path)
+    unread = [opened]
     config = dataclasses.replace(opened.config, **execution)
     return TrainedModel(
         source=source,
@@ -139,8 +140,8 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         facts={},
         notes=opened.notes,
         pieces=opened.pieces,
-        # Opened anew: a source that was read is closed, and a model may be read again.
-        _read=lambda shardings: _read_source(open_source(path), config, shardings),
+        # A source that was read is closed, and a model may be read again: then it is opened anew.
+        _read=lambda shardings: _read_source(unread.pop() if unread else open_source(path), config, shardings),
     )
 
 
