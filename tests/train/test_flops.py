@@ -26,8 +26,9 @@ PATHS = {
     "decoder": Path(decoder_self=SELF, cross=CROSS),
     "minend": Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS, logits_weight=1.0),
 }
-# The fast forms fill up rows and tokens to whole registers: lengths that are whole already.
-LENGTHS = Lengths(batch=4, source=16, target=24)
+# The fast forms fill up rows and tokens to whole registers: lengths that are whole already. So many examples, or half
+# of them, is the size of nothing else.
+LENGTHS = Lengths(batch=52, source=16, target=24)
 
 
 def counted(student, teacher, path, mesh, **settings):
@@ -39,8 +40,9 @@ def counted(student, teacher, path, mesh, **settings):
     step = make_train_step(student=student, teacher=teacher, path=path, optimizer=optimizer, mesh=mesh, **settings)
     teacher_params = abstract_params(teacher) if path.needs_teacher else None
     counts = count_matmul_flops(step, abstract_state(student, optimizer), teacher_params, batch)
-    # Position biases and their gradients: the only products with so many terms.
-    for bias in (student.relative_buckets, LENGTHS.source**2, LENGTHS.target**2):
+    # Position biases and their gradients, first summed over examples: the only products with so many terms.
+    examples = LENGTHS.batch // settings.get("micro_batches", 1)
+    for bias in (student.relative_buckets, examples, LENGTHS.source**2, LENGTHS.target**2):
         counts.pop(bias, None)
     return sum(counts.values())
 
