@@ -75,6 +75,10 @@ class MiniEndModel(models.EncoderDecoderModel):
             default_decoder_params=default_decoder_params,
         )
         self.path = path
+        if path.interpolated_targets is not None:
+            raise UserError(
+                "path.interpolated_targets moves with the step, which T5X's loss does not know; leave it out"
+            )
         if path.needs_teacher and teacher is None:
             raise UserError("the path compares with a teacher, but MiniEndModel.teacher is None")
         self.teacher = open_model(teacher, teacher_dtype) if path.needs_teacher else None

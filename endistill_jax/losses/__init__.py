@@ -2,6 +2,7 @@
 
 from endistill_jax.losses.computation import Computation, Placement
 from endistill_jax.losses.cross_entropy import cross_entropy
+from endistill_jax.losses.interpolated_targets import InterpolatedTargets, interpolate_output
 from endistill_jax.losses.logits_kl import logits_kl
 from endistill_jax.losses.objective import coefficients, combine, loss_from_outputs, term_sums, term_weights
 from endistill_jax.losses.path import RELATIONS, SITES, Path, Site
@@ -15,6 +16,7 @@ __all__ = [
     "SITES",
     "Computation",
     "Head",
+    "InterpolatedTargets",
     "Path",
     "Placement",
     "Site",
@@ -23,6 +25,7 @@ __all__ = [
     "combine",
     "cross_entropy",
     "logits_kl",
+    "interpolate_output",
     "loss_from_outputs",
     "relation_kl",
     "relation_kl_grouped",

@@ -5,6 +5,7 @@ import math
 from typing import Literal, Protocol
 
 from endistill_jax.errors import UserError
+from endistill_jax.losses.interpolated_targets import InterpolatedTargets
 from endistill_jax.losses.relations import check_relation_heads
 
 RELATIONS = ("qq", "kk", "vv", "qk")
@@ -59,6 +60,7 @@ class Path:
       temperature: softens both distributions of that divergence.
       lm_weight: weight of the cross-entropy with the real targets.
       z_loss: coefficient of the squared log normaliser, within the cross-entropy.
+      interpolated_targets: the relations' and words' targets move from the student's own to the teacher's.
     """
 
     encoder_self: Site | None = None
@@ -68,6 +70,7 @@ class Path:
     temperature: float = 1.0
     lm_weight: float = 0.0
     z_loss: float = 0.0
+    interpolated_targets: InterpolatedTargets | None = None
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -78,6 +81,11 @@ class Path:
     def needs_teacher(self) -> bool:
         """Whether anything but the real targets is learnt from."""
         return bool(self.sites) or self.logits_weight > 0
+
+    @property
+    def relation_heads(self) -> dict[str, int]:
+        """The number of relation heads of each compared site."""
+        return {name: site.relation_heads for name, site in self.sites.items()}
 
     def tap_layers(self, role: Role) -> dict[str, int]:
         """The layer of each compared site, in the teacher or the student."""
@@ -107,6 +115,8 @@ class Path:
                 "path teaches nothing; give it a site of positive weight, a logits_weight or a lm_weight above 0"
             )
         if not self.needs_teacher:
+            if self.interpolated_targets is not None:
+                raise UserError("path.interpolated_targets moves towards a teacher's, but nothing is learnt from one")
             return
         if teacher is None:
             raise UserError(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.batch import Batch
 from endistill_jax.errors import UserError
-from endistill_jax.losses import Computation, Path, Placement, loss_from_outputs, term_weights
+from endistill_jax.losses import Computation, Path, Placement, interpolate_output, loss_from_outputs, term_weights
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import T5, Output
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
@@ -80,6 +80,7 @@ def loss_and_sums(
     path: Path,
     computation: Computation = DENSE,
     teacher_placement: str = "sharded",
+    step: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch, or a micro-batch's share of it: what is differentiated with respect to `params`.
 
@@ -94,10 +95,11 @@ def loss_and_sums(
         path: what is compared.
         computation: in which form; the dense one is right anywhere.
         teacher_placement: how the teacher's parameters lie, where there is a mesh; see `sharding.logical_rules`.
+        step: number of the step, from 0, by which interpolated targets move; None takes the teacher's own.
 
     Returns:
-        The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` where
-        words are read, without gradient of their own.
+        The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` (with
+        interpolated targets, of those) where words are read, without gradient of their own.
     """
     taught = None
     if path.needs_teacher:
@@ -106,6 +108,8 @@ def loss_and_sums(
         taught = jax.lax.stop_gradient(taught)
     key = dropout_key if student.dropout_rate else None
     learned = forward(student, params, batch, path, "student", key, computation)
+    if taught is not None and path.interpolated_targets is not None and step is not None:
+        taught = interpolate_output(taught, learned, path.interpolated_targets.share(step), path.relation_heads)
     return loss_from_outputs(path, learned, taught, batch, weights, computation)
 
 
@@ -161,7 +165,7 @@ def make_train_step(
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with activation_sharding(mesh):
             weights = term_weights(path, batch)
-            gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
+            gradient = jax.value_and_grad(functools.partial(micro_batch_loss, step=state.step), has_aux=True)
             key = jax.random.fold_in(base_key, state.step)
 
             def accumulate(total, xs):

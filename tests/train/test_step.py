@@ -11,7 +11,7 @@ import pytest
 
 from endistill_jax.batch import batch_segments
 from endistill_jax.errors import UserError
-from endistill_jax.losses import Path, cross_entropy, logits_kl, relation_kl
+from endistill_jax.losses import InterpolatedTargets, Path, cross_entropy, logits_kl, relation_kl
 from endistill_jax.model.t5 import T5
 from endistill_jax.sharding import param_shardings
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -102,6 +102,24 @@ def test_microbatches_are_strided_and_keep_every_row_once(batch):
         assert parts[name].shape == (4, 2, *x.shape[1:])
         for index in range(4):
             np.testing.assert_array_equal(parts[name][index], x[index::4])
+
+
+def test_interpolated_targets_move_from_the_students_own_to_the_teachers(
+    make_step, path, gradient_descent, new_state, teacher_params, batch
+):
+    path = dataclasses.replace(path, lm_weight=0.0, z_loss=0.0)
+
+    def loss_at(step, **settings):
+        state = new_state(gradient_descent).replace(step=jnp.asarray(step, jnp.int32))
+        run = make_step(gradient_descent, path=dataclasses.replace(path, **settings))
+        return float(run(state, teacher_params, batch)[1]["loss"][0])
+
+    moving = {"interpolated_targets": InterpolatedTargets(steps=10)}
+    losses = [loss_at(step, **moving) for step in (0, 5, 10)]
+    taught = loss_at(0)
+    assert abs(losses[0]) < 1e-4 * taught
+    assert 0.05 * taught < losses[1] < 0.95 * taught
+    np.testing.assert_allclose(losses[2], taught, rtol=1e-4)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
