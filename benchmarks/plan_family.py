@@ -29,6 +29,8 @@ COLUMNS = (
     Column(key="sent_gb", title="GB sent a chip", kind="number"),
     Column(key="step_seconds", title="Step, estimated (s)"),
     Column(key="chip_hours", title="Chip-hours, estimated"),
+    Column(key="compile_seconds", title="Compiling it (s)", kind="number"),
+    Column(key="host_gb", title="Host memory for that (GB)", kind="number"),
 )
 
 
@@ -67,6 +69,8 @@ def row_of(file: pathlib.Path, planned: dict[str, Any]) -> dict[str, Any]:
         "sent_gb": sum(traffic["sent"] for traffic in found["collectives"]) / 1e9,
         "step_seconds": _range(planned["step_seconds"]),
         "chip_hours": _range(planned["run"]["chip_hours"]),
+        "compile_seconds": found["compile_seconds"],
+        "host_gb": found["host_memory"] / 1e9,
     }
 
 

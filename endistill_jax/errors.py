@@ -1,4 +1,4 @@
-"""The one exception type that means: the user can put this right."""
+"""What ends a program with one line: a mistake of the user, and what is none."""
 
 
 class UserError(ValueError):
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
 class HostMissing(Exception):
     """Another host of the run did not come in time, told in one line: no mistake, and the next start may do better."""
+
+
+class StorageFailure(Exception):
+    """Storage that is there could not be read, told in one line: no mistake, and the next start may do better."""
 
 
 class Stopped(Exception):

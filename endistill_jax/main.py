@@ -19,7 +19,7 @@ import absl.logging
 
 from endistill_jax import __version__
 from endistill_jax.configuration import files
-from endistill_jax.errors import HostMissing, Stopped, UserError
+from endistill_jax.errors import HostMissing, Stopped, StorageFailure, UserError
 from endistill_jax.planning.flags import FLAGS as PLAN_FLAGS
 from endistill_jax.planning.flags import add_flags
 
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for a mistake of the user, 128 + n when signal n ended it,
-    1 where another host did not come.
+    1 where another host did not come, or storage failed.
 
     Anything else that goes wrong is raised; where there are several hosts, all of them end with 1.
     """
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(words)
     except UserError as error:
         return _end(f"error: {_line(error)}", 2)
-    except HostMissing as error:
+    except (HostMissing, StorageFailure) as error:
         return _end(f"error: {_line(error)}", 1)
     except Stopped as error:  # on all hosts alike
         return _tell(_line(error), 128 + error.signal_number)

@@ -78,6 +78,20 @@ training_arguments() {
         fail 'give the training command after --, such as: -- --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=...'
 }
 
+# needs_known_gin_files WHERE: machines elsewhere have the gin files of the package; of an `image`, absolute paths too.
+needs_known_gin_files() {
+    local word before='' file checkout
+    checkout="$(dirname "$LAUNCH")"
+    for word in "${ARGUMENTS[@]}"; do
+        file=''
+        if [[ $word == --gin_file=* ]]; then file="${word#*=}"; fi
+        if [[ $before == --gin_file ]]; then file="$word"; fi
+        before="$word"
+        [[ ! $file || ($1 == image && $file == /*) || ($file == gin/* && -f $checkout/$file) ]] ||
+            fail "--gin_file=$file: the $1 has the files in gin/ of $checkout alone; put it there, and give gin/NAME"
+    done
+}
+
 # Workers in a cloud share no disk, and lose theirs with the machine.
 needs_bucket() {
     local word

@@ -3,12 +3,13 @@
 # and hands it to kubectl.
 #
 #   launch/gke_jobset.sh NAME --topology=v5e:4x4 --image=IMAGE -- \
-#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student
+#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student --gin.TEACHER=gs://BUCKET/t5_v1_1_xl \
+#       --gin.DATA_DIR=gs://BUCKET/tensorflow_datasets
 #
 #   --topology=GENERATION:TOPOLOGY   of one slice, as the node pool has it: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4
 #   --slices=1             how many slices work on the one run; a node pool each
 #   --chips_per_host=4     chips of one machine; 4 in all slices of several hosts
-#   --image=IMAGE          a container image that has endistill-jax[tpu]
+#   --image=IMAGE          a container image that has endistill-jax[tpu,gcs]
 #   --service_account=default   a Kubernetes service account that may write to the bucket of MODEL_DIR
 #   --spot                 node pools of Spot machines
 #   --max_restarts=100     how often the run is started again; a mistake (exit code 2) ends it at once
@@ -45,9 +46,10 @@ read_command_line() {
     [[ $NAME ]] || fail 'give the run a name: launch/gke_jobset.sh NAME ...'
     valid_name "$NAME"
     given topology "$TOPOLOGY" 'the topology of one slice, such as v5e:4x4'
-    given image "$IMAGE" 'a container image that has endistill-jax[tpu]'
+    given image "$IMAGE" 'a container image that has endistill-jax[tpu,gcs]'
     training_arguments "$@"
     needs_bucket
+    needs_known_gin_files image
 }
 
 # GKE's name of a TPU generation, as node pools are labelled with.

@@ -2,12 +2,13 @@
 # Submits a training command to a GKE cluster with TPU slices through XPK (https://github.com/AI-Hypercomputer/xpk).
 #
 #   launch/gke_xpk.sh NAME --cluster=CLUSTER --zone=ZONE --type=v5litepod-64 --image=IMAGE -- \
-#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student
+#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student --gin.TEACHER=gs://BUCKET/t5_v1_1_xl \
+#       --gin.DATA_DIR=gs://BUCKET/tensorflow_datasets
 #
 #   --cluster=CLUSTER    a cluster made by `xpk cluster create`
 #   --type=TYPE          TPU type of one slice: v5litepod-64 (or v5e-64), v4-64, v5p-32, v6e-16
 #   --slices=1           how many slices work on the one run
-#   --image=IMAGE        a container image that has endistill-jax[tpu]
+#   --image=IMAGE        a container image that has endistill-jax[tpu,gcs]
 #   --project=PROJECT    default: $CLOUDSDK_CORE_PROJECT
 #   --zone=ZONE          default: $CLOUDSDK_COMPUTE_ZONE
 #   --max_restarts=100   how often the workload is started again after slices were taken away
@@ -49,12 +50,13 @@ given project "$PROJECT" 'your Google Cloud project, or set CLOUDSDK_CORE_PROJEC
 given zone "$ZONE" 'the zone of the cluster, or set CLOUDSDK_COMPUTE_ZONE'
 given cluster "$CLUSTER" 'a cluster made by xpk cluster create'
 given type "$TYPE" 'the TPU type of one slice, such as v5litepod-64'
-given image "$IMAGE" 'a container image that has endistill-jax[tpu]'
+given image "$IMAGE" 'a container image that has endistill-jax[tpu,gcs]'
 training_arguments "$@"
 needs_bucket
+needs_known_gin_files image
 needs_program xpk 'pip install xpk'
 
 run xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" "--tpu-type=$TYPE" \
     "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" \
-    --termination-grace-period-seconds=120 "${XPK_FLAGS[@]}" \
+    --termination-grace-period-seconds=300 "${XPK_FLAGS[@]}" \
     "--command=python -m endistill_jax.main $(quoted "${ARGUMENTS[@]}")"

@@ -6,7 +6,7 @@
 #   --devices_per_process=1   CPU devices of each process
 #   --log_dir=FOLDER          a log a process, process_0.log and so on; default: a fresh folder under ${TMPDIR:-/tmp}
 #   --port=PORT               where process 0 listens for the others; default: a free one
-#   --grace_seconds=20        how long the others may take to end after one has failed
+#   --grace_seconds=120       how long processes may take to save and end, when they are asked to or one has failed
 #   --dry_run                 print the commands and run none
 #
 # Process 0 is shown on the screen too. If a process fails, the others are ended and its exit code is that of this
@@ -18,7 +18,7 @@ LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$LAUNCH/common.sh"
 
 PYTHON="${PYTHON:-python}"
-PROCESSES='' DEVICES=1 LOG_DIR='' PORT='' GRACE_SECONDS=20
+PROCESSES='' DEVICES=1 LOG_DIR='' PORT='' GRACE_SECONDS=120
 
 read_command_line() {
     while (($#)); do

@@ -3,7 +3,7 @@
 # its time is over.
 #
 #   launch/slurm.sh NAME --nodes=2 --gpus_per_node=8 --time=24:00:00 -- \
-#       --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=/shared/run
+#       --gin_file=gin/miniend_3b/gpu_8.gin --gin.MODEL_DIR=/shared/run --gin.TEACHER=/shared/t5_v1_1_xl
 #
 #   --nodes=1           how many nodes
 #   --gpus_per_node=8   GPUs of each

@@ -6,7 +6,8 @@
 #   launch/tpu.sh setup NAME
 #       install this checkout on every worker of every slice
 #   launch/tpu.sh submit NAME -- --gin_file=gin/miniend_3b.gin --gin.MODEL_DIR=gs://BUCKET/student ...
-#       start the training command on all workers; it outlives the connection
+#       start the training command on all workers; it outlives the connection. Its gin files are those of this
+#       checkout's gin/, as setup sent them
 #   launch/tpu.sh status NAME
 #       the request, the slices, and the command on every worker
 #   launch/tpu.sh logs NAME [--slice=0] [--worker=0] [--lines=100] [--follow]
@@ -31,7 +32,8 @@
 #   --create_flag=FLAG  repeatable; handed to `gcloud compute tpus queued-resources create`, such as
 #                       --create_flag=--network=NET, --create_flag=--reserved, --create_flag=--valid-until-duration=6h
 # setup, resume:
-#   --source=PACKAGE    what pip installs instead of this checkout: 'endistill-jax[tpu] @ git+https://...'
+#   --extras=hf         extras of the package beside tpu and gcs; hf for a TEACHER by its name on the Hugging Face hub
+#   --source=PACKAGE    what pip installs instead of this checkout: 'endistill-jax[tpu,gcs] @ git+https://...'
 # setup, submit, status, logs, stop, resume:
 #   --ssh_flag=FLAG     repeatable; handed to `... ssh` and `... scp`, such as --ssh_flag=--tunnel-through-iap
 # setup, submit, resume:
@@ -57,19 +59,19 @@ source "$LAUNCH/tpu/resume.sh"
 PROJECT="${CLOUDSDK_CORE_PROJECT:-}"
 ZONE="${CLOUDSDK_COMPUTE_ZONE:-}"
 TYPE='' RUNTIME_VERSION='' SPOT='' SLICES=1
-SOURCE='' SSH_ATTEMPTS=10
+SOURCE='' EXTRAS='' SSH_ATTEMPTS=10
 SLICE=0 WORKER=0 LINES_SHOWN=100 FOLLOW=''
 MAX_CRASHES=3 DELETE_WHEN_DONE=''
 CREATE_FLAGS=() SSH_FLAGS=() ARGUMENTS=()
 
 declare -A TAKES=(
     [create]='type runtime_version slices spot create_flag'
-    [setup]='source ssh_flag ssh_attempts'
+    [setup]='source extras ssh_flag ssh_attempts'
     [submit]='ssh_flag ssh_attempts'
     [status]='ssh_flag'
     [logs]='slice worker lines follow ssh_flag'
     [stop]='ssh_flag'
-    [resume]='type runtime_version slices spot create_flag source ssh_flag ssh_attempts max_crashes delete_when_done'
+    [resume]='type runtime_version slices spot create_flag source extras ssh_flag ssh_attempts max_crashes delete_when_done'
     [delete]=''
 )
 
@@ -88,6 +90,7 @@ flag() {
         --spot) SPOT=yes ;;
         --create_flag=--?*) CREATE_FLAGS+=("$value") ;;
         --source=?*) SOURCE="$value" ;;
+        --extras=[a-z]*) EXTRAS="$value" ;;
         --ssh_flag=--?*) SSH_FLAGS+=("$value") ;;
         --ssh_attempts=*) positive_number ssh_attempts "$value" && SSH_ATTEMPTS="$value" ;;
         --slice=[0-9]*) SLICE="$value" ;;
@@ -124,6 +127,7 @@ read_command_line() {
     if [[ $COMMAND == submit || $COMMAND == resume ]]; then
         training_arguments "$@"
         needs_bucket
+        needs_known_gin_files package
     elif (($#)); then
         fail "$COMMAND takes no training command"
     fi
@@ -140,6 +144,7 @@ check_command_line() {
             fail "--type=$TYPE is no accelerator type; they look like v4-64, v5litepod-64, v5p-32, v6e-16"
         RUNTIME_VERSION="${RUNTIME_VERSION:-$(default_runtime_version)}"
     fi
+    [[ ! $SOURCE || ! $EXTRAS ]] || fail "--extras=$EXTRAS: name them in --source, as in endistill-jax[tpu,gcs,$EXTRAS]"
     needs_program gcloud 'see https://cloud.google.com/sdk/docs/install'
     PLACE=("--project=$PROJECT" "--zone=$ZONE" --quiet)
 }

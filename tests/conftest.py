@@ -1,8 +1,12 @@
 """Settings of every test run: slow tests on request, quiet libraries, caches that the runs share."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
@@ -38,3 +42,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+class Bucket(NamedTuple):
+    """A bucket of the fake storage: its gs:// path, and the local folder behind it."""
+
+    url: str
+    folder: pathlib.Path
+
+
+@pytest.fixture(scope="session")
+def _storage(tmp_path_factory) -> Iterator[pathlib.Path]:
+    root = tmp_path_factory.mktemp("buckets")
+    server = _fake_bucket().serve(root)
+    os.environ["TENSORSTORE_GCS_HTTP_URL"] = f"http://127.0.0.1:{server.server_port}"  # read once in a process
+    yield root
+    server.shutdown()
+
+
+@pytest.fixture
+def bucket(_storage, tmp_path, monkeypatch) -> Bucket:
+    """An empty bucket of a fake of Google Cloud Storage, to which gs:// leads in this test; see fake_bucket.py."""
+    fake_bucket = _fake_bucket()
+    fake_bucket.lead_files(monkeypatch, _storage)
+    fake_bucket.fake_client(monkeypatch)
+    name = f"bucket-{len(list(_storage.iterdir()))}"
+    (_storage / name).mkdir()
+    return Bucket(f"gs://{name}", _storage / name)
+
+
+def _fake_bucket() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(pathlib.Path(__file__).parent)
+        return importlib.import_module("fake_bucket")

@@ -14,7 +14,7 @@ import gin
 from endistill_jax import jobs
 from endistill_jax.configuration import files
 from endistill_jax.configuration.loading import config_text, load
-from endistill_jax.errors import Stopped, UserError
+from endistill_jax.errors import Stopped, StorageFailure, UserError
 from endistill_jax.losses import Path, Site
 from endistill_jax.main import main
 from endistill_jax.model.config import T5Config
@@ -56,12 +56,17 @@ def user_error():
     return UserError("that is wrong; this would be right")
 
 
+def storage_failure():
+    return StorageFailure("checkpoint gs://bucket/run/3 cannot be restored (UnavailableError: 503)")
+
+
 @pytest.fixture(autouse=True)
 def toy(monkeypatch, tmp_path):
     """A folder to stand in, and a module `toy` that gin files can import."""
     module = types.ModuleType("toy")
     module.job, module.part, module.user_error = job, part, user_error
     module.zero_division, module.interrupted = ZeroDivisionError, KeyboardInterrupt
+    module.storage_failure = storage_failure
     module.stopped, module.stopped_by_hand = stopped, stopped_by_hand
     monkeypatch.setitem(sys.modules, "toy", module)
     monkeypatch.chdir(tmp_path)
@@ -231,6 +236,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        ("@toy.storage_failure", 1),
         ("@toy.interrupted", 128 + signal.SIGINT),
         ("@toy.stopped", 128 + signal.SIGTERM),
         ("@toy.stopped_by_hand", 128 + signal.SIGINT),
@@ -238,7 +244,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
         (int(signal.SIGINT), 128 + signal.SIGINT),
     ],
 )
-def test_an_ended_run_is_one_line_and_the_code_of_its_signal(capsys, error, code):
+def test_an_ended_run_is_one_line_and_a_code_that_says_whether_to_start_it_again(capsys, error, code):
     # A shell starts its background programs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)

@@ -8,17 +8,16 @@ import tempfile
 from collections.abc import Iterator
 
 from endistill_jax.errors import UserError
+from endistill_jax.storage import local_path
 
 
 def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     """A folder that is to be written.
 
     Raises:
-        UserError: if it is on a bucket: pathlib would make a local folder called "gs:" of it.
+        UserError: if it is on a bucket.
     """
-    if "://" in os.fspath(folder):
-        raise UserError(f"{folder} is not local; write to a local folder and copy it with 'gcloud storage cp -r'")
-    return pathlib.Path(folder).expanduser()
+    return local_path(folder, "write to a local folder and copy it with 'gcloud storage cp -r'")
 
 
 def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "config.json") -> None:

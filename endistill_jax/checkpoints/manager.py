@@ -6,23 +6,19 @@ never in it: only its fingerprint is, among the facts.
 """
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
-from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
 from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.checkpoints.reading import Facts, PyTree, absolute, finished_steps, read_facts, unreadable
-from endistill_jax.errors import UserError
-
-_LOGGER = logging.getLogger(__name__)
+from endistill_jax.checkpoints.reading import Facts, PyTree, read_facts, unreadable
+from endistill_jax.checkpoints.unfinished import leave_whole_ones
+from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.storage import check_writable_place, stored_path
 
 
 class Checkpointer:
@@ -59,11 +55,12 @@ class Checkpointer:
                 raise UserError(f"checkpoints: {name} is {value}; it must be at least 1")
         if best_mode not in ("min", "max"):
             raise UserError(f"checkpoints: best_mode is {best_mode!r}; choose min or max")
-        self._directory = absolute(directory)
+        check_writable_place(directory)
+        self._directory = stored_path(directory)
         self._keep_best = keep_best
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f"{self._directory} is a file; checkpoints need a directory")
-        _set_aside_unfinished(self._directory)
+        leave_whole_ones(self._directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
@@ -158,6 +155,7 @@ class Checkpointer:
         Raises:
             UserError: naming each difference between the facts, a step that is not there, one that does not fit
                 `abstract_state`, or one whose files are damaged.
+            StorageFailure: if its files cannot be read now.
         """
         self._require(step)
         folder = self._directory / str(step)
@@ -170,9 +168,11 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as error:
+            found = unreadable(folder, error)
             older = [other for other in self.all_steps() if other < step]
-            advice = f"; remove that folder to go on from step {older[-1]}" if older else ""
-            raise UserError(f"{unreadable(folder, error)}{advice}") from error
+            if isinstance(found, StorageFailure) or not older:
+                raise found from error
+            raise UserError(f"{found}; remove that folder to go on from step {older[-1]}") from error
         return restored["state"], restored["data"], facts
 
     def wait(self) -> None:
@@ -237,18 +237,3 @@ def _handlers(concurrent_gigabytes: int) -> ocp.handlers.CheckpointHandlerRegist
         for argument in arguments:
             registry.add(item, argument, handler)
     return registry
-
-
-def _set_aside_unfinished(directory: epath.Path) -> None:
-    """Sets aside step folders that a kill left half written or half removed: Orbax would take them for whole ones."""
-    if jax.process_index() == 0 and directory.is_dir():
-        finished = finished_steps(directory)
-        for folder in directory.iterdir():
-            if folder.name.isdecimal() and folder.is_dir() and int(folder.name) not in finished:
-                aside = folder.with_name(f"{folder.name}.unfinished")
-                _LOGGER.warning("%s is not a whole checkpoint; it is now %s and is not used", folder, aside)
-                if aside.exists():
-                    aside.rmtree()
-                folder.rename(aside)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("endistill_jax:set_aside_unfinished")

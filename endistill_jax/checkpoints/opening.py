@@ -6,6 +6,7 @@ import re
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.interchange import Source
 from endistill_jax.errors import UserError
+from endistill_jax.storage import is_remote, stored_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -21,6 +22,8 @@ def open_source(source: str) -> Source:
     Raises:
         UserError: if it is none of these, or cannot be read.
     """
+    if is_remote(source):
+        return _open_remote(source)
     path = pathlib.Path(source).expanduser()
     if (path / "config.json").is_file():
         return huggingface.open_folder(str(path))
@@ -37,3 +40,13 @@ def open_source(source: str) -> Source:
         f"no model at {source}; give 'bundled', a Hugging Face T5 folder or hub name, a T5X checkpoint, "
         "or the model directory of a run"
     )
+
+
+def _open_remote(source: str) -> Source:
+    """Of foreign checkpoints, those of T5X alone are read from buckets."""
+    if (stored_path(source) / "config.json").exists():
+        raise UserError(
+            f"{source} is a Hugging Face folder on a bucket, and these are read from local disks only: copy it with "
+            "'gcloud storage cp -r', or import it and copy what that writes"
+        )
+    return t5x.open_checkpoint(source)

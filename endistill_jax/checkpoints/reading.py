@@ -1,5 +1,6 @@
 """Reading checkpoints from outside the run that writes them."""
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -9,18 +10,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from endistill_jax.errors import UserError
+from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.storage import is_remote, reading_failure, stored_path
 
 PyTree = Any
 Facts = dict[str, Any]
 
 # What a finished step cannot lack. A kill in the middle of a save or of a removal leaves folders without some of these.
-_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "data", "facts/metadata")
+_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "facts/metadata")
+_FOLDERS = ("data",)  # a bucket has no folder that is empty, as an imported model's is
 
 
 def finished_steps(directory: str) -> list[int]:
     """The steps in a directory that were saved to the end, in order. Touches nothing; safe beside a running job."""
-    root = absolute(directory)
+    root = stored_path(directory)
     if not root.is_dir():
         return []
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and _is_finished(p))
@@ -42,8 +45,9 @@ def restore_params(
 
     Raises:
         UserError: if there is no such checkpoint, or its files are damaged.
+        StorageFailure: if they cannot be read now.
     """
-    root = absolute(directory)
+    root = stored_path(directory)
     steps = finished_steps(directory)
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -51,9 +55,11 @@ def restore_params(
     folder = root / str(steps[-1] if step is None else step)
     facts = read_facts(folder)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            stored = reader.metadata(folder / "state").item_metadata.tree["params"]
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_largest_gigabytes(stored))) as reader:
+        # Without `ocp.Checkpointer`, which on a bucket refuses what was written locally and copied there.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = reader.metadata(folder / "state").tree["params"]
+        largest = _largest_gigabytes(stored)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest)) as reader:
             if abstract_params is None:
                 abstract_params = stored
                 how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
@@ -79,36 +85,32 @@ def read_facts_of_step(directory: str, step: int) -> Facts:
     Raises:
         UserError: if it cannot be read.
     """
-    return read_facts(absolute(directory) / str(step))
-
-
-def absolute(directory: str) -> epath.Path:
-    """Orbax takes absolute paths only."""
-    return epath.Path(directory).expanduser().resolve()
+    return read_facts(stored_path(directory) / str(step))
 
 
 def read_facts(folder: epath.Path) -> Facts:
     """What a step's folder was saved with.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it is damaged.
+        StorageFailure: if it cannot be read now.
     """
     try:
         return json.loads((folder / "facts" / "metadata").read_text())
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise unreadable(folder, error) from error
 
 
-def unreadable(folder: epath.Path, error: Exception) -> UserError:
-    """One line for whatever went wrong while reading a step's folder."""
-    reason = " ".join(str(error).split())[:300]
-    return UserError(f"checkpoint {folder} cannot be restored ({type(error).__name__}: {reason})")
+def unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:
+    """What to raise for whatever went wrong while reading a step's folder."""
+    return reading_failure(f"checkpoint {folder} cannot be restored", error)
 
 
 def _is_finished(folder: epath.Path) -> bool:
     try:
-        if not all((folder / part).exists() for part in _PARTS):
+        parts = _PARTS if is_remote(folder) else _PARTS + _FOLDERS
+        if not all((folder / part).exists() for part in parts):
             return False
         return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # not what tells of storage that fails: a checkpoint would seem unfinished
         return False

@@ -7,7 +7,9 @@ import seqio
 import tensorflow as tf
 
 from endistill_jax.data.iterator import BatchIterator, ShardedIterator
+from endistill_jax.data.prepared import check_prepared
 from endistill_jax.data.registry import resolve_task
+from endistill_jax.distributed import process_count
 from endistill_jax.errors import UserError
 
 
@@ -51,13 +53,13 @@ def make_iterator(
       part_count: number of parts.
 
     Raises:
-      UserError: no such task or split, or a batch that does not divide over the processes.
+      UserError: no such task or split, a batch that does not divide over the processes, or, where there are several
+        of these, data that would have to be prepared first.
     """
-    # TensorFlow would take the memory of every GPU it sees, which JAX needs.
-    tf.config.set_visible_devices([], "GPU")
     task = resolve_task(task)
-    if split not in task_splits(task):
-        raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(sorted(task_splits(task)))}")
+    check_split(task, split)
+    if process_count() > 1:
+        check_prepared(task)
     shards = (shards or part_count) if repeat else 1
     for name, count in (("parts, one for each host", part_count), ("shards", shards)):
         if batch_size % count:
@@ -121,7 +123,12 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
-def task_splits(task: seqio.Task | seqio.Mixture) -> set[str]:
-    """Splits that a task, or any task of a mixture, has."""
-    tasks = task.tasks if isinstance(task, seqio.Mixture) else [task]
-    return {str(split) for each in tasks for split in each.splits}
+def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
+    """Makes sure that a task, or any task of a mixture, has a split; reads no example.
+
+    Raises:
+      UserError: naming the splits there are.
+    """
+    splits = sorted({str(each) for each in task.splits})
+    if split not in splits:
+        raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(splits)}")

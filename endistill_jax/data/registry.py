@@ -4,6 +4,7 @@ import difflib
 import importlib
 
 import seqio
+import tensorflow as tf
 
 from endistill_jax.errors import UserError
 
@@ -16,9 +17,12 @@ TASK_MODULES = tuple(
 def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
     """The task or mixture of that name; one that is given as an object is returned as it is.
 
+    Whoever reads examples comes here first, so this is where TensorFlow is kept off the GPUs.
+
     Raises:
       UserError: no such name; the message lists known ones that are like it.
     """
+    hide_gpus()
     if not isinstance(task, str):
         return task
     for module in TASK_MODULES:
@@ -28,3 +32,11 @@ def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.M
         similar = difflib.get_close_matches(task, known, n=3, cutoff=0.5) or known
         raise UserError(f"no task or mixture named {task!r}; there is {', '.join(similar)}")
     return seqio.get_mixture_or_task(task)
+
+
+def hide_gpus() -> None:
+    """Keeps TensorFlow from taking the memory of every GPU it sees, which JAX needs.
+
+    TensorFlow allows it only before its first operation, and any number of times.
+    """
+    tf.config.set_visible_devices([], "GPU")

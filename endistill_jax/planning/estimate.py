@@ -2,8 +2,9 @@
 
     computing    operations of a chip / (peak x utilisation)
     exchanging   bytes that a chip sends / (its bandwidth x the share of it that is used)
-    least time   the longer of the two, each at its best: all exchange hidden behind computation
-    most time    their sum, each at its worst: none hidden
+    reading      bytes of the step's arguments / bandwidth of the chip's memory: each of them once
+    least time   the longest of the three, each at its best: all exchange hidden behind computation
+    most time    the sum of the first two, each at its worst: none hidden
 
 Nothing here was measured on such chips; the assumptions are stated with every figure.
 """
@@ -35,7 +36,8 @@ class Assumptions:
         return (
             f"computing at {self.best_utilisation:.0%} to {self.worst_utilisation:.0%} of the peak, exchanging at "
             f"{self.best_bandwidth:.0%} to {self.worst_bandwidth:.0%} of the links' bandwidth; the least time hides "
-            "all exchange behind computing, the most hides none; no input, evaluation or checkpoint"
+            "all exchange behind computing, and is no shorter than reading parameters and batch from memory once; the "
+            "most hides none; no input, evaluation or checkpoint"
         )
 
 
@@ -59,11 +61,13 @@ class Load:
         flops: operations of its matrix products.
         link_bytes: bytes that it sends to chips of its slice.
         network_bytes: bytes that it sends to other slices.
+        argument_bytes: parameters, optimizer and batch in its memory, which the step reads.
     """
 
     flops: float
     link_bytes: float = 0.0
     network_bytes: float = 0.0
+    argument_bytes: float = 0.0
 
 
 def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions()) -> Range | None:
@@ -79,7 +83,8 @@ def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions(
     )
     if None in (*best, *worst):
         return None
-    return Range(least=max(best), most=sum(worst))
+    reading = load.argument_bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0
+    return Range(least=max(*best, reading), most=max(sum(worst), reading))
 
 
 def _computing(load: Load, chip: Chip, utilisation: float) -> float:

@@ -87,6 +87,7 @@ class PlannedStep:
             flops=self.result["flops"],
             link_bytes=sum(each["sent"] for each in traffic if not each["crosses_slices"]),
             network_bytes=sum(each["sent"] for each in traffic if each["crosses_slices"]),
+            argument_bytes=self.result["memory"]["arguments"],
         )
 
     @property

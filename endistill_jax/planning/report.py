@@ -16,6 +16,7 @@ PROXY = (
     "compiled by the CPU's compiler on as many devices: shapes and what is kept are right, temporaries are a proxy only"
 )
 _TABLE = {
+    "stage": "stage",
     "topology": "topology",
     "mesh": "mesh (data x fsdp x tensor)",
     "batch": "examples a chip",
@@ -32,7 +33,7 @@ _TABLE = {
     "cost": "cost",
     "compiling": "compiling, s",
 }
-_TEXTS = ("topology", "mesh", "remat", "teacher", "status")
+_TEXTS = ("stage", "topology", "mesh", "remat", "teacher", "status")
 
 
 def describe_plan(plan: PlannedStep) -> str:
@@ -68,14 +69,35 @@ def describe_plan(plan: PlannedStep) -> str:
     return "\n".join(lines)
 
 
-def plans_table(plans: Sequence[PlannedStep]) -> str:
-    """One row a step, as Markdown."""
+def plans_table(plans: Sequence[PlannedStep], stages: Sequence[int | None] = ()) -> str:
+    """One row a step, as Markdown; with the stage that each is of, where there are stages."""
     rows = [_row(plan) for plan in plans]
+    for row, stage in zip(rows, stages, strict=False):
+        row["stage"] = str(stage)
     shown = [key for key in _TABLE if any(row.get(key) is not None for row in rows)]
     columns = [Column(key=key, title=_TABLE[key], kind="text" if key in _TEXTS else "number") for key in shown]
     table = markdown_table(rows, columns)
     notes = [f"- {_name(plan)}: {plan.reason}" for plan in plans if plan.reason]
     return table + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def chain_text(planned: Sequence[Sequence[PlannedStep]]) -> str:
+    """The first plan of every stage and topology in one table, and the chip-hours of all stages together.
+
+    Args:
+        planned: of each stage, in order.
+    """
+    first: dict[tuple[str, int], PlannedStep] = {}
+    for number, plans in enumerate(planned, 1):
+        for plan in plans:
+            first.setdefault((plan.request.topology.name, number), plan)
+    lines = [plans_table(list(first.values()), [number for _, number in first])]
+    for name in dict.fromkeys(name for name, _ in first):
+        runs = [plan.run for (topology, _), plan in first.items() if topology == name]
+        if len(runs) == len(planned) and None not in runs:
+            least, most = (sum(getattr(run.chip_hours, end) for run in runs) for end in ("least", "most"))
+            lines.append(f"{name}: {_range(Range(least=least, most=most))} chip-hours for all stages, estimated.\n")
+    return "\n".join(lines)
 
 
 def rank(plans: Sequence[PlannedStep]) -> list[PlannedStep]:

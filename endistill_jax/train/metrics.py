@@ -61,11 +61,13 @@ class MetricWriter:
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         write_atomically(path, "".join(json_text(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         self._tensorboard = make_writer(str(folder / "tensorboard")) if make_writer else None
 
     def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """Appends one line and flushes it, so that a killed process loses nothing it had told.
+        """Appends one line and closes the file, so that a killed process loses nothing it had told.
+
+        A bucket has the whole file written anew each time, and shows nothing of one that is still open.
 
         Args:
             step: number of optimizer updates done.
@@ -77,15 +79,14 @@ class MetricWriter:
         scalars = {name: float(value) for name, value in scalars.items()}
         timing = {name: float(value) for name, value in (timing or {}).items()}
         record = {"step": int(step)} | scalars | ({"timing": timing} if timing else {})
-        self._file.write(json_text(record) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json_text(record) + "\n")
         if self._tensorboard is not None:
             timed = {f"timing/{name}": value for name, value in timing.items()}
             self._tensorboard.write_scalars(int(step), scalars | timed)
 
     def close(self) -> None:
-        """Closes both; nothing can be written afterwards."""
-        self._file.close()
+        """Closes what TensorBoard reads; nothing can be written there afterwards."""
         if self._tensorboard is not None:
             self._tensorboard.flush()
             self._tensorboard.close()

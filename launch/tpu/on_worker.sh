@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs on a TPU worker, where launch/tpu.sh puts it: installs the package, starts the training command, tells its state.
 #
-#   on_worker.sh install PACKAGE       an archive in this folder, or anything that pip installs
+#   on_worker.sh install PACKAGE [EXTRAS]   an archive in this folder and extras such as tpu,gcs, or what pip installs
 #   on_worker.sh start JOB ARGUMENT... starts `python -m endistill_jax.main ARGUMENT...` and returns; JOB is any word
 #   on_worker.sh state                 one line: endistill-worker HOST JOB running | exit CODE | lost | absent
 #   on_worker.sh log LINES [follow]    the end of its output
-#   on_worker.sh stop                  SIGTERM, on which it saves and ends; SIGKILL if it has not after a while
+#   on_worker.sh stop                  SIGTERM, on which it saves and ends; SIGKILL if it has not after five minutes,
+#                                      or $ENDISTILL_STOP_SECONDS
 #
 # The folder of this script holds: environment/, job (the word), log (of all starts), exit (the command's exit code,
 # written when it ended), and running.lock, locked as long as the command lives. A job without exit code that nobody
@@ -23,7 +24,7 @@ install() {
     if [[ -f $package ]]; then
         rm -rf source && mkdir source
         tar --extract --gzip "--file=$package" --directory=source
-        package="endistill-jax[tpu] @ file://$PWD/source"
+        package="endistill-jax[$2] @ file://$PWD/source"
     fi
     uv pip install --quiet --python environment/bin/python "$package"
 }
@@ -67,7 +68,7 @@ state() {
 log() { tail --lines="$1" ${2:+--follow} log; }
 
 stop() {
-    local seconds="${ENDISTILL_STOP_SECONDS:-120}"
+    local seconds="${ENDISTILL_STOP_SECONDS:-300}"
     is_running || return 0
     kill -TERM -- "-$(<process_group)"
     while is_running && ((seconds-- > 0)); do sleep 1; done

@@ -80,6 +80,8 @@ step() {
             ;;
         other) fail "another command runs on $NAME; stop it first: launch/tpu.sh stop $NAME" ;;
         absent) attempt setup submit ;;
+        # A machine that came back empty, or on which the command was not started: the others cannot go on without it.
+        incomplete) attempt stop setup submit ;;
         # What is left of the run on other workers ends first: all of them start from the same checkpoint.
         interrupted) attempt stop submit ;;
         crashed*)

@@ -17,17 +17,17 @@ pack_checkout() {
 
 # Sends the package to all workers and installs it; may be repeated.
 setup() {
-    local archive="${TMPDIR:-/tmp}/endistill_$NAME.tgz" files=("$LAUNCH/tpu/on_worker.sh") source="$SOURCE"
-    if [[ ! $source ]]; then
+    local archive="${TMPDIR:-/tmp}/endistill_$NAME.tgz" files=("$LAUNCH/tpu/on_worker.sh") package=("$SOURCE")
+    if [[ ! $SOURCE ]]; then
         pack_checkout "$archive" || fail "$(dirname "$LAUNCH") could not be packed" 1
         files+=("$archive")
-        source="endistill_$NAME.tgz"
+        package=("endistill_$NAME.tgz" "tpu,gcs${EXTRAS:+,$EXTRAS}")
     fi
     reach_workers ||
         fail "no connection to all workers of $NAME after $SSH_ATTEMPTS attempts; see launch/tpu.sh status $NAME" 1
     patiently "$SSH_ATTEMPTS" run "${QUEUE[@]}" scp "${files[@]}" "$NAME:endistill/" "${PLACE[@]}" \
         --node=all --worker=all "${SSH_FLAGS[@]}" || fail "the package could not be copied to all workers of $NAME" 1
-    patiently 3 on_workers "$ON_WORKER install $(quoted "$source")" ||
+    patiently 3 on_workers "$ON_WORKER install $(quoted "${package[@]}")" ||
         fail "the package could not be installed on all workers of $NAME" 1
 }
 
@@ -39,7 +39,8 @@ submit() {
         fail "not started on all workers of $NAME: set up first, or stop what runs there: launch/tpu.sh stop $NAME" 1
 }
 
-stop() { on_workers "$ON_WORKER stop" || fail "not stopped on all workers of $NAME" 1; }
+# A machine that was set up anew under the run has no script, and nothing to stop.
+stop() { on_workers "$ON_WORKER stop || test ! -e endistill/on_worker.sh" || fail "not stopped on all workers of $NAME" 1; }
 
 logs() {
     run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" "--node=$SLICE" "--worker=$WORKER" "${SSH_FLAGS[@]}" \
@@ -57,7 +58,7 @@ worker_states() {
 }
 
 # outcome JOB WORKERS STATES: what became of a job in a word, or two where it ended by itself:
-# unreachable, other, mistake, interrupted, crashed CODE, absent, running or finished.
+# unreachable, other, mistake, absent, incomplete, interrupted, crashed CODE, running or finished.
 outcome() {
     local job="$1" workers="$2" host its_job state code count=0 running=0 finished=0 absent=0
     local other='' mistake='' interrupted='' crashed=''
@@ -79,14 +80,14 @@ outcome() {
         echo other
     elif [[ $mistake ]]; then
         echo mistake
+    elif ((absent == count)); then
+        echo absent
+    elif ((absent)); then
+        echo incomplete
     elif [[ $interrupted ]]; then
         echo interrupted
     elif [[ $crashed ]]; then
         echo "crashed $crashed"
-    elif ((absent == count)); then
-        echo absent
-    elif ((absent)); then
-        echo interrupted
     elif ((running)); then
         echo running
     else

@@ -1,3 +1,4 @@
+import errno
 import functools
 import os
 import pathlib
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
+from tensorflow import errors
 
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
-from endistill_jax.errors import UserError
+from endistill_jax.checkpoints.reading import finished_steps, read_facts_of_step, restore_params
+from endistill_jax.errors import StorageFailure, UserError
 
 FACTS = {"model": {"d_model": 4, "mlp_activations": ("gelu", "linear")}, "teacher": "ab12", "mixture": "c4"}
 
@@ -191,6 +194,30 @@ def test_damaged_checkpoint_is_one_line_naming_it(tmp_path, damage):
             checkpoints.restore(2, _abstract(), ["shard"])
         _assert_same(checkpoints.restore(1, _abstract())[0], _state(1))
     assert "\n" not in str(caught.value) and str(tmp_path / "2") in str(caught.value)
+
+
+def _failing(*_: object, **__: object):
+    raise errors.UnavailableError(None, None, "503 after ten attempts")
+
+
+def test_storage_that_cannot_be_asked_is_no_mistake_and_no_damage(tmp_path, monkeypatch):
+    _save_steps(tmp_path, [1, 2])
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", _failing)
+        with pytest.raises(StorageFailure, match=f"{tmp_path}/2 cannot be restored .UnavailableError: 503"):
+            checkpoints.restore(2, _abstract(), ["shard"])
+    for failing in (_failing, functools.partial(_raise, OSError(errno.EIO, "Input/output error"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path(tmp_path)), "read_text", failing)
+            with pytest.raises((errors.UnavailableError, OSError)):  # or a whole checkpoint would be set aside
+                Checkpointer(str(tmp_path))
+            with pytest.raises(StorageFailure):
+                read_facts_of_step(str(tmp_path), 2)
+    assert finished_steps(str(tmp_path)) == [1, 2]
+
+
+def _raise(error, *_: object, **__: object):
+    raise error
 
 
 def test_advice_for_a_damaged_checkpoint_works(tmp_path):

@@ -5,7 +5,7 @@ import shlex
 import pytest
 import yaml
 
-TRAINING = ["--", "--gin_file=x.gin", "--gin.MODEL_DIR=gs://bucket/run", "--gin.NAMES=(\"a\\b\", 'c d')"]
+TRAINING = ["--", "--gin_file=gin/miniend_3b.gin", "--gin.MODEL_DIR=gs://bucket/run", "--gin.NAMES=(\"a\\b\", 'c d')"]
 JOBSET = ["run", "--topology=v5e:4x8", "--image=registry/image:1"]
 XPK = ["run", "--cluster=cluster", "--type=v5e-32", "--image=registry/image:1"]
 
@@ -44,6 +44,10 @@ def test_the_container_runs_the_training_command_unchanged(fakes):
     assert container["command"] == ["python", "-m", "endistill_jax.main", *TRAINING[1:]]
 
 
+def test_an_image_may_have_gin_files_of_its_own_by_their_whole_path(fakes):
+    assert fakes.run("gke_jobset.sh", *JOBSET, *TRAINING, "--gin_file=/mine/my.gin").returncode == 0
+
+
 def test_a_mistake_ends_the_run_and_anything_else_starts_it_again(fakes):
     jobset = manifest(fakes, "--max_restarts=7")
     policy = jobset["spec"]["failurePolicy"]
@@ -52,6 +56,7 @@ def test_a_mistake_ends_the_run_and_anything_else_starts_it_again(fakes):
         ("FailJobSet", ["PodFailurePolicy"])
     ]
     spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert pod(jobset)["terminationGracePeriodSeconds"] == 300
     assert spec["backoffLimit"] == 0 and pod(jobset)["restartPolicy"] == "Never"
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
@@ -80,7 +85,7 @@ def test_xpk_gets_the_training_command_in_one_flag(fakes):
     assert call[:-1] == [
         *["xpk", "workload", "create", "--workload=run", "--cluster=cluster", "--project=project", "--zone=zone"],
         *["--tpu-type=v5litepod-32", "--num-slices=2", "--docker-image=registry/image:1", "--max-restarts=100"],
-        *["--termination-grace-period-seconds=120", "--priority=high"],
+        *["--termination-grace-period-seconds=300", "--priority=high"],
     ]
     command = shlex.split(call[-1].removeprefix("--command="))
     assert command == ["python", "-m", "endistill_jax.main", *TRAINING[1:]]
@@ -103,6 +108,8 @@ def test_dry_run_prints_the_xpk_command_and_submits_nothing(fakes):
         ("gke_jobset.sh", ["run", "--topology=v5e:1x1", "--image=i", *TRAINING], "not a multiple"),
         ("gke_jobset.sh", [*JOBSET, "--slice=2", *TRAINING], "unknown flag --slice=2"),
         ("gke_jobset.sh", [*JOBSET, "--", "--gin_file=x"], "--gin.MODEL_DIR=gs://"),
+        ("gke_jobset.sh", [*JOBSET, *TRAINING, "--gin_file=my.gin"], "--gin_file=my.gin: the image has the files"),
+        ("gke_xpk.sh", [*XPK, *TRAINING, "--gin_file", "gin/my.gin"], "--gin_file=gin/my.gin: the image has"),
         ("gke_xpk.sh", ["run", "--type=v4-8", "--image=i", *TRAINING], "--cluster is missing"),
         ("gke_xpk.sh", [*XPK, "--topology=v5e:4x4", *TRAINING], "unknown flag"),
         ("gke_xpk.sh", XPK, "give the training command after --"),

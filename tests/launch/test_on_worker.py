@@ -92,14 +92,14 @@ def test_a_command_that_vanished_is_lost_and_starts_again(worker):
     until(lambda: state(worker) == ["exit", "0"])
 
 
-def test_an_archive_is_unpacked_and_installed_with_the_tpu_extra(worker, fakes):
+def test_an_archive_is_unpacked_and_installed_with_its_extras(worker, fakes):
     (worker.folder / "pyproject.toml").write_text("")
     subprocess.run(["tar", "-C", worker.folder, "-czf", worker.folder / "run.tgz", "pyproject.toml"], check=True)
     fakes.write("uv", '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >>"$FAKES/uv"\n')
-    assert worker("install", "run.tgz").returncode == 0
+    assert worker("install", "run.tgz", "tpu,gcs").returncode == 0
     assert (worker.folder / "source/pyproject.toml").exists()
     installed = (fakes.folder / "uv").read_text().splitlines()
-    assert installed[-1] == f"endistill-jax[tpu] @ file://{worker.folder}/source"
+    assert installed[-1] == f"endistill-jax[tpu,gcs] @ file://{worker.folder}/source"
 
 
 def test_any_other_package_is_installed_as_named(worker, fakes):

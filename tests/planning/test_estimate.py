@@ -1,5 +1,7 @@
 """Estimates: the arithmetic, by hand."""
 
+import dataclasses
+
 import pytest
 
 from endistill_jax.planning.chips import CHIPS, Chip
@@ -14,6 +16,13 @@ def test_the_least_time_hides_the_exchange_and_the_most_adds_it():
     assert computing == Range(least=2.0, most=4.0 + 2.0)
     exchanging = step_seconds(Load(flops=200, link_bytes=50), CHIP, HALF)
     assert exchanging == Range(least=5.0, most=4.0 + 10.0)
+
+
+def test_no_step_is_shorter_than_reading_its_arguments_from_memory_once():
+    chip = dataclasses.replace(CHIP, memory_bandwidth=20.0)
+    assert step_seconds(Load(flops=200, argument_bytes=60), chip, HALF) == Range(least=3.0, most=4.0)
+    assert step_seconds(Load(flops=200, argument_bytes=30), chip, HALF) == Range(least=2.0, most=4.0)
+    assert step_seconds(Load(flops=200, argument_bytes=100), chip, HALF) == Range(least=5.0, most=5.0)
 
 
 def test_the_network_between_slices_has_a_bandwidth_of_its_own():

@@ -41,6 +41,17 @@ def test_last_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
     assert write_steps(tmp_path / "killed", range(8, 10), resume_step=8) == whole
 
 
+def test_a_file_on_a_bucket_is_that_of_a_local_folder_and_resumes_like_it(tmp_path, bucket):
+    whole = write_steps(tmp_path / "whole", range(10))
+    file = bucket.folder / "run/metrics.jsonl"
+    for steps, resume_step in ((range(8), None), (range(5, 10), 4)):
+        with MetricWriter(f"{bucket.url}/run", resume_step=resume_step, tensorboard=False) as writer:
+            for step in steps:
+                writer.write(step, values_at(step))
+                assert read_metrics(f"{bucket.url}/run/metrics.jsonl")[-1]["step"] == step
+    assert file.read_bytes() == whole
+
+
 def test_run_that_starts_over_starts_the_file_anew(tmp_path):
     write_steps(tmp_path, range(8))
     assert write_steps(tmp_path, range(2)) == write_steps(tmp_path / "fresh", range(2))

@@ -11,7 +11,8 @@ import tensorstore as ts
 
 from endistill_jax.checkpoints.t5x.locating import Location, key_value_store
 from endistill_jax.checkpoints.t5x.msgpack_file import MsgpackFile, Node, float_type
-from endistill_jax.errors import UserError
+from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.storage import is_storage_failure
 
 # Where parameters lie: T5X's own files, Orbax's, older files of both. Beside them lies the optimizer's state.
 _ROOTS = (("optimizer", "target"), ("target",), ("_optimizer", "target"), ("params",))
@@ -177,4 +178,5 @@ def _wait(future: Any, where: str, name: str) -> Any:
             raise UserError(f"{where} is missing; the checkpoint says it holds {name}") from error
         # TensorStore adds its whole description of the array, in brackets.
         reason = str(error).split(" [")[0].splitlines()[0]
-        raise UserError(f"{where}: {name} cannot be read ({reason})") from error
+        kind = StorageFailure if is_storage_failure(error) else UserError
+        raise kind(f"{where}: {name} cannot be read ({reason})") from error

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from etils import epath
 
 from endistill_jax.errors import UserError
+from endistill_jax.storage import BUCKET, reading_failure
 
 MSGPACK = "checkpoint"
 ORBAX = "_METADATA"
@@ -52,12 +53,13 @@ def locate(path: str) -> Location:
 
     Raises:
         UserError: if there is none.
+        StorageFailure: if it cannot be looked for now.
     """
     given = _path(path)
     try:
         found = _index(given)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise reading_failure(f"{path} cannot be read", error) from error
     if found is None:
         raise UserError(
             f"{path} is no T5X checkpoint; give a model directory with checkpoint_<step>, the folder of a step, "
@@ -73,7 +75,7 @@ def locate(path: str) -> Location:
 
 def is_checkpoint(path: str) -> bool:
     """Whether `locate` would find something. Every gs:// path counts: nothing else is read from there."""
-    if path.startswith("gs://"):
+    if path.startswith(BUCKET):
         return True
     try:
         return _index(_path(path)) is not None
@@ -84,8 +86,8 @@ def is_checkpoint(path: str) -> bool:
 def key_value_store(folder: epath.Path) -> dict[str, str]:
     """TensorStore's description of a folder. What is written in a checkpoint names the place it was written to."""
     text = os.fspath(folder)
-    if text.startswith("gs://"):
-        bucket, _, rest = text.removeprefix("gs://").partition("/")
+    if text.startswith(BUCKET):
+        bucket, _, rest = text.removeprefix(BUCKET).partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{rest}/"}
     return {"driver": "file", "path": f"{os.path.abspath(text)}/"}
 

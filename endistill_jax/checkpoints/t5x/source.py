@@ -9,9 +9,10 @@ from endistill_jax.checkpoints.t5x.arrays import Array, open_arrays
 from endistill_jax.checkpoints.t5x.configuration import infer
 from endistill_jax.checkpoints.t5x.locating import Location, locate
 from endistill_jax.checkpoints.t5x.names import Layout, Place, bias_places, insert_axis, place, tensor_shapes
-from endistill_jax.errors import UserError
+from endistill_jax.errors import StorageFailure, UserError
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.layout import STACKS
+from endistill_jax.storage import is_remote, reading_failure
 
 
 class T5XSource:
@@ -102,16 +103,17 @@ def open_checkpoint(path: str) -> T5XSource:
     Raises:
         UserError: naming file and tensor: nothing there, a missing, damaged, additional or misshapen array, position
             biases that differ from layer to layer.
+        StorageFailure: if it cannot be read now.
     """
     try:
         return T5XSource(locate(path))
-    except UserError:
+    except (UserError, StorageFailure):
         raise
     except Exception as error:
         # TensorFlow, which reads the small files there, has errors of its own: no network, no permission.
-        if not path.startswith("gs://"):
+        if not is_remote(path):
             raise
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise reading_failure(f"{path} cannot be read", error) from error
 
 
 def _check_names_and_shapes(arrays: dict[str, Array], config: T5Config, layout: Layout, location: Location) -> None:

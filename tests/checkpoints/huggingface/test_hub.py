@@ -116,7 +116,7 @@ def test_what_can_go_wrong_on_the_way_is_one_line(hub, error, words):
 def test_without_huggingface_hub_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=rf"{NAME} .*pip install 'endistill-jax\[hf\]', or give a folder"):
+    with pytest.raises(UserError, match=rf"{NAME} .*pip install '.\[hf\]', or give a folder"):
         open_source(NAME)
 
 

@@ -16,7 +16,7 @@ from endistill_jax.checkpoints.interchange import assemble
 from endistill_jax.checkpoints.t5x import source
 from endistill_jax.checkpoints.t5x.configuration import read_gin
 from endistill_jax.checkpoints.t5x.locating import key_value_store, locate
-from endistill_jax.errors import UserError
+from endistill_jax.errors import StorageFailure, UserError
 
 
 def _tensors(golden, **changes):
@@ -95,12 +95,22 @@ def test_paths_on_google_cloud_storage_are_given_to_its_driver():
     assert t5x.is_checkpoint("gs://bucket/models")
 
 
-def test_cloud_storage_that_cannot_be_reached_is_one_line(monkeypatch):
+def _fail_with(monkeypatch, error):
     def refuse(path):
-        raise RuntimeError("Could not resolve hostname\nwhen reading metadata")
+        raise error
 
     monkeypatch.setattr(source, "locate", refuse)
-    _refusal("gs://bucket/models", "gs://bucket/models cannot be read: Could not resolve hostname")
+
+
+def test_a_bucket_that_may_not_be_read_is_one_line(monkeypatch):
+    _fail_with(monkeypatch, RuntimeError("Permission denied\nwhen reading metadata"))
+    _refusal("gs://bucket/models", "gs://bucket/models cannot be read (RuntimeError: Permission denied when reading")
+
+
+def test_cloud_storage_that_cannot_be_reached_is_no_mistake_of_the_user(monkeypatch):
+    _fail_with(monkeypatch, ValueError("UNAVAILABLE: Could not resolve hostname\nwhen reading metadata"))
+    with pytest.raises(StorageFailure, match="gs://bucket/models cannot be read .*Could not resolve hostname when"):
+        t5x.open_checkpoint("gs://bucket/models")
 
 
 def test_layers_apart_with_their_own_equal_biases_are_read(golden, write, read, assert_same, tmp_path):
