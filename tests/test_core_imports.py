@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(endistill_jax.__file__).parent
 CORE = sorted(
     path.relative_to(PACKAGE).as_posix()
     for pattern in (
-        "model/*.py", "losses/*.py", "sharding.py", "batch.py", "errors.py",
+        "model/*.py", "losses/*.py", "sharding.py", "batch.py", "groups.py", "errors.py",
         "train/state.py", "train/compiler_options.py", "train/step.py", "train/optimizer.py", "train/loop.py",
     )
     for path in PACKAGE.glob(pattern)

@@ -1,4 +1,4 @@
-"""How the losses are computed, as data: it changes speed and memory, never what is computed."""
+"""How the losses, and the teacher they compare with, are computed, as data: speed and memory, never the values."""
 
 import dataclasses
 from typing import Literal
@@ -49,6 +49,8 @@ class Computation:
       group_bytes: most that the float32 scores of one model in one group take; None chooses by platform.
       vocabulary: `dense` holds the logits of both models at once; `chunked` only those of some tokens; `auto` as above.
       chunk_bytes: most that the float32 logits of one model in one chunk take on a device; None chooses by platform.
+      attention_bytes: most that the float32 scores of the teacher's attention take at a time on a device; None chooses
+        by platform. The student's is a setting of its own, in its `T5Config`.
       placement: the mesh that the arrays are spread over; None for one device.
     """
 
@@ -56,6 +58,7 @@ class Computation:
     group_bytes: int | None = None
     vocabulary: Literal["auto", "dense", "chunked"] = "auto"
     chunk_bytes: int | None = None
+    attention_bytes: int | None = None
     placement: Placement | None = None
 
     def groups_relations(self, examples: int) -> bool:

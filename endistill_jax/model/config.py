@@ -33,6 +33,8 @@ class T5Config:
             the same way whether or not the loop is used.
         remat: what the backward pass keeps of a layer: "none" recomputes nothing, "dots" keeps matrix products with
             weights only, "full" keeps the layer's input only.
+        attention_bytes: most that the float32 scores of an attention module take at a time on a device, or those of
+            two heads of one example; the backward pass computes them again. None computes all at once, as dropout does.
     """
 
     vocab_size: int
@@ -52,6 +54,7 @@ class T5Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = True
     remat: Literal["none", "dots", "full"] = "none"
+    attention_bytes: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -72,6 +75,8 @@ class T5Config:
                 f"T5Config.relative_max_distance is {self.relative_max_distance}; "
                 f"it must exceed half of relative_buckets ({self.relative_buckets})"
             )
+        if self.attention_bytes is not None and self.attention_bytes < 1:
+            raise UserError(f"T5Config.attention_bytes is {self.attention_bytes}; it must be at least 1, or None")
         for name, choices in (("dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full"))):
             if getattr(self, name) not in choices:
                 raise UserError(f"T5Config.{name} is {getattr(self, name)!r}; choose one of {choices}")
@@ -83,7 +88,7 @@ class T5Config:
 
     def architecture(self) -> dict[str, object]:
         """The settings that decide parameters and function, as plain data; how it is executed is left out."""
-        execution = {"dtype", "scan_layers", "remat", "dropout_rate", "head_init_scale"}
+        execution = {"dtype", "scan_layers", "remat", "attention_bytes", "dropout_rate", "head_init_scale"}
         fields = dataclasses.asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value

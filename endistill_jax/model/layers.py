@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from endistill_jax.model.attention import attend, attend_in_groups
 from endistill_jax.model.config import T5Config
-
-# Finite, so that a row that sees no key gets a uniform softmax and finite gradients instead of NaN.
-MASKED_SCORE = -1e10
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -39,46 +37,6 @@ class KeysValues(NamedTuple):
 
     key: jax.Array
     value: jax.Array
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_weights(
-    scores: jax.Array, position_bias: jax.Array | None, mask: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """softmax(scores + position_bias) over the visible keys, computed in float32 and returned in `dtype`.
-
-    Keeps for its gradient what it returns and nothing else. A row that sees no key gets equal weights and no gradient.
-
-    Args:
-        scores: [batch, num_heads, query_length, key_length], float32.
-        position_bias: [1, num_heads, query_length, key_length] or None.
-        mask: [batch, 1, query_length, key_length], true where a key is visible.
-        dtype: of the weights.
-    """
-    if position_bias is not None:
-        scores = scores + position_bias
-    return jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(dtype)
-
-
-def _weights_forward(scores, position_bias, mask, dtype) -> tuple[jax.Array, tuple]:
-    weights = attention_weights(scores, position_bias, mask, dtype)
-    return weights, (weights, position_bias is not None, mask)
-
-
-def _weights_backward(dtype, kept: tuple, by_weights: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
-    weights, has_bias, mask = kept
-    weights, by_weights = weights.astype(jnp.float32), by_weights.astype(jnp.float32)
-    expected = jnp.sum(weights * by_weights, axis=-1, keepdims=True)
-    by_scores = jnp.where(mask, weights * (by_weights - expected), 0)
-    if not has_bias:
-        return by_scores, None, None
-    # The sum over examples as a product: XLA's CPU compiler takes thirty times as long for a sum over the first axis.
-    examples = jnp.ones((1, len(by_scores)), jnp.float32)
-    by_bias = jnp.dot(examples, by_scores.reshape(len(by_scores), -1), precision=jax.lax.Precision.HIGHEST)
-    return by_scores, by_bias.reshape(1, *by_scores.shape[1:]), None
-
-
-attention_weights.defvjp(_weights_forward, _weights_backward)
 
 
 class Linear(nn.Module):
@@ -211,14 +169,16 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim).transpose(0, 2, 1, 3)
 
     def _attend(self, query, key, value, mask, position_bias, deterministic: bool) -> jax.Array:
-        # [batch, num_heads, query_length, key_length]
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-        weights = attention_weights(scores, position_bias, mask, value.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        cfg = self.config
+        drops = cfg.dropout_rate > 0 and not deterministic
+        if cfg.attention_bytes is None or drops:
+            drop = functools.partial(self.dropout, deterministic=deterministic)
+            attended = attend(query, key, value, mask, position_bias, drop)
+        else:
+            attended = attend_in_groups(query, key, value, mask, position_bias, cfg.attention_bytes)
         # [batch, num_heads, length, head_dim] -> [batch, length, num_heads * head_dim]
         attended = attended.transpose(0, 2, 1, 3)
-        return self.out(attended.reshape(*attended.shape[:2], self.config.inner_dim))
+        return self.out(attended.reshape(*attended.shape[:2], cfg.inner_dim))
 
 
 def _constrained(projected: jax.Array) -> jax.Array:

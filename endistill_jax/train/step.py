@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from endistill_jax.batch import Batch
 from endistill_jax.errors import UserError
 from endistill_jax.losses import Computation, Path, Placement, interpolate_output, loss_from_outputs, term_weights
+from endistill_jax.model.attention import platform_attention_bytes
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.t5 import T5, Output
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
@@ -43,6 +44,8 @@ def forward(
 
     That is the taps and, if it reads words, the logits, or the head where the losses apply it to some tokens at a time.
     """
+    if role == "teacher":
+        config = dataclasses.replace(config, attention_bytes=_teacher_attention_bytes(computation))
     reads_words = path.needs_logits(role)
     chunked = computation.chunks_vocabulary(len(batch["encoder_input_tokens"]))
     return T5(config).apply(
@@ -55,6 +58,12 @@ def forward(
         frozen=role == "teacher",
         rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
+
+
+def _teacher_attention_bytes(computation: Computation) -> int | None:
+    """As asked for, or by platform; all at once where nothing is known of how arrays lie."""
+    by_platform = None if computation.placement is None else platform_attention_bytes(computation.platform())
+    return computation.attention_bytes or by_platform
 
 
 def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from endistill_jax.errors import UserError
+from endistill_jax.groups import choose_groups
 from endistill_jax.losses.computation import Computation
 from endistill_jax.losses.relations import relation_kl
-from endistill_jax.losses.relations_grouped import choose_groups, relation_kl_grouped
+from endistill_jax.losses.relations_grouped import relation_kl_grouped
 
 BATCH, HEADS = 4, 6
 TEACHER_DIM, STUDENT_DIM = 48, 24

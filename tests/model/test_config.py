@@ -27,6 +27,7 @@ from endistill_jax.errors import UserError
         ("relative_max_distance", 4, "exceed half of relative_buckets"),
         ("dtype", "float16", "bfloat16"),
         ("remat", "some", "dots"),
+        ("attention_bytes", 0, "at least 1"),
     ],
 )
 def test_impossible_setting_is_refused_in_one_line_with_what_would_be_right(config, setting, value, advice):
@@ -49,6 +50,7 @@ def test_architecture_names_what_decides_the_function_and_not_how_it_is_executed
         "dtype": "bfloat16",
         "scan_layers": False,
         "remat": "full",
+        "attention_bytes": 1000,
         "dropout_rate": 0.5,
         "head_init_scale": 0.1,
     }

@@ -8,14 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.model.layers import (
-    MASKED_SCORE,
-    MLP,
-    RelativePositionBias,
-    RMSNorm,
-    attention_weights,
-    relative_position_buckets,
-)
+from endistill_jax.model.layers import MLP, RelativePositionBias, RMSNorm, relative_position_buckets
 
 
 def _bucket_by_description(distance, *, bidirectional, buckets, max_distance):
@@ -62,27 +55,6 @@ def test_position_bias_of_a_pair_is_its_buckets_entry_for_each_head(config):
         assert bias.shape == (1, config.num_heads, 20, 17)
         buckets = relative_position_buckets(20, 17, bidirectional=bidirectional, buckets=8, max_distance=12)
         np.testing.assert_allclose(bias[0], table[:, buckets], rtol=1e-6)
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_attention_weights_and_their_gradient_are_those_of_a_masked_softmax(has_bias):
-    rng = np.random.default_rng(0)
-    scores, cotangent = rng.normal(0, 3, (2, 4, 3, 5, 6)).astype(np.float32)
-    bias = rng.normal(size=(1, 3, 5, 6)).astype(np.float32) if has_bias else None
-    mask = rng.random((4, 1, 5, 6)) < 0.6
-    mask[1, 0, 2] = False  # a row that sees no key
-
-    def plain(scores, bias):
-        scores = scores if bias is None else scores + bias
-        return jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE))
-
-    def own(scores, bias):
-        return attention_weights(scores, bias, mask, jnp.float32)
-
-    (expected, expect), (actual, pull_back) = jax.vjp(plain, scores, bias), jax.vjp(own, scores, bias)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=1e-6), pull_back(cotangent), expect(cotangent))
-    assert not np.asarray(pull_back(cotangent)[0])[1, :, 2].any()
 
 
 def test_normalisation_divides_by_the_root_mean_square_and_subtracts_no_mean(config):

@@ -64,10 +64,14 @@ def every_tap(params, batch, config):
         return jax.jit(lambda *arguments: [apply(*arguments, layers) for layers in taps])(params, batch)
 
     found = {scan: outputs(dataclasses.replace(config, scan_layers=scan)) for scan in (True, False)}
-    return found | {"frozen": outputs(dataclasses.replace(config, scan_layers=True), frozen=True)}
+    # One head of one example has up to 4 x 6 x 6 = 144 bytes of scores.
+    groups = {"frozen": None, "one head at a time": 300, "two examples at a time": 1200}
+    return found | {
+        name: outputs(dataclasses.replace(config, attention_bytes=size), frozen=True) for name, size in groups.items()
+    }
 
 
-@pytest.mark.parametrize("other", [False, "frozen"])
+@pytest.mark.parametrize("other", [False, "frozen", "one head at a time", "two examples at a time"])
 def test_layers_give_the_same_logits_and_taps_however_they_run_for_every_tapped_layer(every_tap, other):
     # Float32 sums of at most 14 terms in another order, through seven layers.
     assert_close(every_tap[True], every_tap[other], rtol=1e-4, atol=1e-5)

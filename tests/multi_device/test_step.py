@@ -52,7 +52,8 @@ ROWS, SOURCE, TARGET = 16, 6, 5
 # A large eps keeps Adam's first update from being the mere sign of a gradient, of noise where that is zero.
 ADAM = make_optimizer(OptimizerConfig(learning_rate=0.1, schedule="constant", eps=1e-3), 10)
 
-AUTO, DENSE = Computation(), Computation(relations="dense", vocabulary="dense")
+# One head of one example has up to 4 x 6 x 6 = 144 bytes of scores: attention takes four heads at a time.
+AUTO, DENSE = Computation(attention_bytes=600), Computation(relations="dense", vocabulary="dense")
 # name -> (axes, micro-batches, placement of the teacher, form of the losses)
 RUNS = {
     "1x1x1": ((1, 1, 1), 1, "sharded", DENSE),
@@ -116,10 +117,11 @@ class Ran:
 def runs(compiler_log):
     def run(axes, micro_batches, placement, computation):
         mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
+        student = dataclasses.replace(STUDENT, attention_bytes=computation.attention_bytes)
         state = init_state(STUDENT, ADAM, mesh, jax.random.key(0), random_params(STUDENT, 0))
         teacher_params = jax.device_put(random_params(TEACHER, 1), param_shardings(TEACHER, mesh, placement))
         step = make_train_step(
-            student=STUDENT,
+            student=student,
             teacher=TEACHER,
             path=PATH,
             optimizer=ADAM,

@@ -1,0 +1,39 @@
+"""Attention scores in groups: how many examples, heads and queries are computed at a time."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """How much is computed at a time: `examples` x `heads` x `queries` rows of scores."""
+
+    examples: int
+    heads: int
+    queries: int
+
+
+def choose_groups(examples: int, heads: int, query_length: int, key_length: int, group_bytes: int) -> Groups:
+    """The largest groups whose float32 scores take at most `group_bytes`.
+
+    Several examples are taken together where all their heads fit; else the heads of one example are split up into
+    equal parts, down to two, over which a CPU spreads its work; then the rows, by eights, but never a row.
+    """
+    row_bytes = 4 * key_length
+    rows = group_bytes // row_bytes
+    fewest = 2 if heads % 2 == 0 else 1
+    if rows < fewest * query_length:
+        blocks = math.ceil(query_length / max(1, rows // fewest))
+        queries = min(8 * math.ceil(query_length / blocks / 8), query_length)  # vector registers have eight rows on TPU
+        return Groups(examples=1, heads=fewest, queries=queries)
+    pairs = rows // query_length
+    together = _largest_divisor(heads, pairs)
+    return Groups(
+        examples=_largest_divisor(examples, pairs // heads) if together == heads else 1,
+        heads=together,
+        queries=query_length,
+    )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
