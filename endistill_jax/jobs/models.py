@@ -15,10 +15,11 @@ from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vo
 from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile, assemble
 from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
-from endistill_jax.checkpoints.reading import Facts, absolute, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
 from endistill_jax.errors import UserError
 from endistill_jax.model.config import T5Config
 from endistill_jax.sharding import abstract_params, param_shardings
+from endistill_jax.storage import stored_path
 
 BUNDLED = "bundled"
 DTYPES = ("float32", "bfloat16")
@@ -26,6 +27,8 @@ BUNDLED_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "assets" / "py
 # Within the model directory of a run or of an import:
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+# Of a finished run whose checkpoints were not kept: a model directory with its parameters alone.
+PRODUCT = "product"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,7 +117,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         UserError: if there is no model, or it cannot be read.
     """
     execution = {"dtype": dtype, "scan_layers": scan_layers}
-    run = _find_run(source)
+    run = find_run(source)
     if run is not None:
         directory, step = run
         facts = read_facts_of_step(str(directory), step)
@@ -145,6 +148,21 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     )
 
 
+def promise_model(source: str, config: T5Config) -> TrainedModel:
+    """A model that will have been trained in a model directory by the time its parameters are first read.
+
+    Args:
+        source: the model directory.
+        config: its settings, as it shall be run.
+    """
+
+    def read(shardings: Any) -> tuple[Params, str]:
+        model = open_model(source, config.dtype, config.scan_layers)
+        return model.load(shardings), model.fingerprint
+
+    return TrainedModel(source=source, config=config, vocabulary_file=None, step=0, facts={}, _read=read)
+
+
 def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
     """The vocabulary that goes with a model: what the user gives, or what lies beside it.
 
@@ -172,14 +190,17 @@ def tell_notes(model: TrainedModel) -> None:
         print(f"{model.source}: {note}")
 
 
-def _find_run(source: str) -> tuple[epath.Path, int] | None:
-    """The directory of the checkpoints that a path names, and the step: the last, if the path names none."""
-    folder = epath.Path(source).expanduser()
+def find_run(source: str) -> tuple[epath.Path, int] | None:
+    """The directory of the checkpoints that a path names, and the step: the last, if the path names none.
+
+    A product comes before the checkpoints it was made from: where there are still some, they are being removed.
+    """
+    folder = stored_path(source)
     if folder.name.isdecimal() and int(folder.name) in finished_steps(str(folder.parent)):
-        return absolute(str(folder.parent)), int(folder.name)
-    for directory in (folder / CHECKPOINTS, folder):
+        return folder.parent, int(folder.name)
+    for directory in (folder / PRODUCT / CHECKPOINTS, folder / CHECKPOINTS, folder):
         if steps := finished_steps(str(directory)):
-            return absolute(str(directory)), steps[-1]
+            return directory, steps[-1]
     return None
 
 

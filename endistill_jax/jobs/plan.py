@@ -1,22 +1,25 @@
 """Planning a training: compiles its step for chips that are not here, and tells what it needs there."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.settings import Data, Run
+from endistill_jax.jobs.stages import Stage, stages_table
 from endistill_jax.losses import Path
 from endistill_jax.losses.relations_grouped import GROUP_BYTES
 from endistill_jax.losses.vocabulary import CHUNK_BYTES
+from endistill_jax.model.attention import ATTENTION_BYTES
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.flops import Lengths
 from endistill_jax.planning.compiling import check_compilers, compile_bounded
 from endistill_jax.planning.flags import PlanOptions
 from endistill_jax.planning.planned import PlannedStep
-from endistill_jax.planning.report import describe_plan, plans_table, rank, write_plans
+from endistill_jax.planning.report import chain_text, describe_plan, plans_table, rank, write_plans
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.sweep import run_sweep
 from endistill_jax.planning.topologies import Topology
+from endistill_jax.reports.files import write_atomically
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -50,6 +53,24 @@ def plan_training(
     path.validate(student, teacher)
     make_schedule(optimizer, run.steps)
     check_compilers(options.topologies)
+    settings = {"path": path, "data": data, "optimizer": optimizer, "run": run}
+    plans = _plan(options, student=student, teacher=teacher, **settings)
+    if not any(planned.fits for planned in plans):
+        raise UserError(_nothing_fits(options))
+    return plans
+
+
+def _plan(
+    options: PlanOptions,
+    *,
+    student: T5Config,
+    teacher: T5Config | None,
+    path: Path,
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+) -> list[PlannedStep]:
+    """As `plan_training`, of settings that were checked, and whether or not anything fits."""
     requests = [
         StepRequest(
             topology=topology,
@@ -69,7 +90,7 @@ def plan_training(
         )
         for topology in options.topologies
     ]
-    name = "plan" if options.sweep is None else "sweep"
+    name = _name(options)
     plans: list[PlannedStep] = []
     for planned in _plan_all(options, requests):
         plans.append(planned)
@@ -82,9 +103,51 @@ def plan_training(
     if len(plans) > 1:
         print(plans_table(plans))
     print(f"written to {options.folder}/{name}.md and {name}.json")
-    if not any(planned.fits for planned in plans):
-        raise UserError(f"nothing of what was planned fits; see {options.folder}/{name}.md")
     return plans
+
+
+def _name(options: PlanOptions) -> str:
+    return "plan" if options.sweep is None else "sweep"
+
+
+def _nothing_fits(options: PlanOptions) -> str:
+    return f"nothing of what was planned fits; see {options.folder}/{_name(options)}.md"
+
+
+def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage]) -> list[list[PlannedStep]]:
+    """Plans the training of every stage of a chain, each in a folder `stage_<n>` of the plan's, and tells the whole.
+
+    Args:
+        options: where, and what to vary.
+        stages: in order, see `plan_stages`.
+
+    Returns:
+        What was planned, by stage.
+
+    Raises:
+        UserError: settings that cannot be, before anything is compiled; and, once all were tried, stages that fit
+            nowhere.
+    """
+    for stage in stages:
+        stage.path.validate(stage.student, stage.teacher)
+        make_schedule(stage.optimizer, stage.run.steps)
+    check_compilers(options.topologies)
+    print(stages_table(stages), flush=True)
+    planned: list[list[PlannedStep]] = []
+    failures = []
+    for stage in stages:
+        print(f"# Stage {stage.number} of {len(stages)}\n", flush=True)
+        of_stage = dataclasses.replace(options, folder=f"{options.folder}/stage_{stage.number}")
+        settings = {name: getattr(stage, name) for name in ("student", "teacher", "path", "data", "optimizer", "run")}
+        planned.append(_plan(of_stage, **settings))
+        if not any(plan.fits for plan in planned[-1]):
+            failures.append(f"stage {stage.number}: {_nothing_fits(of_stage)}")
+    text = chain_text(planned)
+    write_atomically(f"{options.folder}/stages.md", f"```\n{stages_table(stages)}```\n\n{text}")
+    print(f"{text}written to {options.folder}/stages.md")
+    if failures:
+        raise UserError("; ".join(failures))
+    return planned
 
 
 def _plan_all(options: PlanOptions, requests: list[StepRequest]) -> Iterator[PlannedStep]:
@@ -108,6 +171,7 @@ def _computation(run: Run, topology: Topology) -> object:
         run.losses,
         group_bytes=run.losses.group_bytes or GROUP_BYTES.get(platform),
         chunk_bytes=run.losses.chunk_bytes or CHUNK_BYTES.get(platform),
+        attention_bytes=run.losses.attention_bytes or ATTENTION_BYTES.get(platform),
     )
 
 
