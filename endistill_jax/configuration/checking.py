@@ -22,12 +22,16 @@ def check(reading: Reading) -> None:
             or set and misspelt; a required value that is missing; a scope that no reference has; a value of a wrong
             type for its parameter.
     """
-    targets = {id(binding): _resolve(binding.selector, binding) for binding in reading.bindings if binding.parameter}
+    targets = {
+        id(binding): resolve(binding.selector, binding.symbols, binding.place)
+        for binding in reading.bindings
+        if binding.parameter
+    }
     for binding in reading.bindings:
         if binding.parameter:
             _check_parameter(binding, targets[id(binding)])
     references = [
-        (reference, _resolve(reference.selector, binding), binding)
+        (reference, resolve(reference.selector, binding.symbols, binding.place), binding)
         for binding in reading.bindings
         for reference in _find(binding.value, Reference)
     ]
@@ -67,19 +71,23 @@ def _find(value: Any, kind: type) -> Iterator[Any]:
             yield from _find(item, kind)
 
 
-def _resolve(selector: str, binding: Binding) -> Any:
-    """The function or class that a dotted name stands for, by the imports of its file."""
+def resolve(selector: str, symbols: Mapping[str, Any], place: str) -> Any:
+    """The function or class that a dotted name stands for, by the imports of its file.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     first, *rest = selector.split(".")
-    if first not in binding.symbols:
-        raise UserError(f"{binding.place}: {selector}: {first} is not imported; {closest(first, binding.symbols)}")
-    target = binding.symbols[first]
+    if first not in symbols:
+        raise UserError(f"{place}: {selector}: {first} is not imported; {closest(first, symbols)}")
+    target = symbols[first]
     for name in rest:
         if not hasattr(target, name):
             names = [other for other, value in vars(target).items() if callable(value) and other[0] != "_"]
-            raise UserError(f"{binding.place}: {selector}: there is no {name}; {closest(name, names)}")
+            raise UserError(f"{place}: {selector}: there is no {name}; {closest(name, names)}")
         target = getattr(target, name)
     if not callable(target):
-        raise UserError(f"{binding.place}: {selector} is not a function or a class")
+        raise UserError(f"{place}: {selector} is not a function or a class")
     return target
 
 

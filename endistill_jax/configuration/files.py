@@ -54,7 +54,8 @@ def near_names(name: str, search_paths: Sequence[str] = ()) -> list[str]:
 def shipped() -> list[str]:
     """Names of the gin files of the package that run by themselves, as a user gives them."""
     folder = PACKAGE_FOLDER / "gin"
-    return _names([*folder.glob("*.gin"), *folder.glob("runs/*.gin"), *folder.glob("miniend_3b/*.gin")], PACKAGE_FOLDER)
+    folders = (".", "runs", "studies", "miniend_3b")
+    return _names([file for name in folders for file in (folder / name).glob("*.gin")], PACKAGE_FOLDER)
 
 
 def _names(found: Iterable[pathlib.Path], folder: pathlib.Path) -> list[str]:

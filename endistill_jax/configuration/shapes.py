@@ -1,9 +1,8 @@
 """The shape that a file of gin/models/ gives, beside the configuration that is read: a job may need two models."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from endistill_jax.configuration.reading import Macro, Reading, read_file
+from endistill_jax.configuration.values import FileValues
 from endistill_jax.errors import UserError
 from endistill_jax.model.config import T5Config
 
@@ -20,21 +19,11 @@ def model_config(file: str | None, search_paths: Sequence[str] = ()) -> T5Config
     """
     if file is None:
         return None
-    reading = Reading()
-    read_file(reading, file, search_paths)
-    macros = {binding.macro_name: binding.value for binding in reading.bindings if not binding.parameter}
-
-    def resolve(value: Any, name: str) -> Any:
-        while isinstance(value, Macro):
-            if value.name not in macros:
-                raise UserError(f"{file}: {name} is %{value.name}, which the file does not set; set it there")
-            value = macros[value.name]
-        return value
-
+    values = FileValues(file, search_paths)
     fields = {
-        binding.parameter: resolve(binding.value, binding.parameter)
-        for binding in reading.bindings
-        if binding.parameter and binding.selector.rpartition(".")[2] == T5Config.__name__
+        binding.parameter: values.literal(binding.value, binding.parameter)
+        for binding in values.bindings
+        if binding.selector.rpartition(".")[2] == T5Config.__name__
     }
     try:
         return T5Config(**fields)

@@ -1,4 +1,4 @@
-"""Small text files that are either whole or not there: atomic writing, and JSON that any reader accepts."""
+"""Small files that are either whole or not there: atomic writing, and JSON that any reader accepts."""
 
 import json
 import math
@@ -9,20 +9,20 @@ import numpy as np
 from etils import epath
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file so that a reader, or a crash, sees the old file or the new one and never a part.
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old file or the new one and never a part.
 
-    The text goes to a file beside `path`, which then takes its place (`os.replace` locally, a rename in object stores).
+    It is written to a file beside `path`, which then takes its place (`os.replace` locally, a rename in object stores).
 
     Args:
         path: the file; its folder is made when missing.
-        text: what the file will hold, written as UTF-8.
+        content: what the file will hold; text is written as UTF-8.
     """
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

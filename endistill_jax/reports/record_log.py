@@ -33,16 +33,27 @@ class RecordLog:
     """Records with rising numbers under `line`, and beside them, in `<file>.run.json`, what they were made with."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens nothing yet; `path` is a local file."""
+        """Opens nothing yet.
+
+        Args:
+            path: a local file, which need not be there.
+
+        Raises:
+            UserError: it is a folder, or in an object store, where no file can grow.
+        """
+        if "://" in os.fspath(path):
+            raise UserError(f"{path} is not a local file; give one, since records are added to it as they are made")
         self._path = pathlib.Path(path).expanduser()
+        if self._path.is_dir():
+            raise UserError(f"{path} is a folder; give a file in it")
         self._facts_path = self._path.with_name(f"{self._path.name}.run.json")
 
-    def read(self, facts: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
-        """What is there already; changes nothing.
+    def check(self, facts: Mapping[str, Any], *, unknown: Iterable[str] = ()) -> None:
+        """Makes sure that what is there already, if anything is, is from the same job; reads no record.
 
         Args:
             facts: what the records are made with; plain values in nested dictionaries.
-            count: keys whose true values are counted.
+            unknown: names of those facts that are still to be found out.
 
         Raises:
             UserError: the file was made with other facts (each difference is named), or is none of these.
@@ -50,12 +61,25 @@ class RecordLog:
         if not self._facts_path.exists():
             if self._path.exists():
                 raise UserError(f"{self._path} is there already, and not from this job; give another output file")
-            return Done(marked=dict.fromkeys(count, 0))
+            return
         try:
             saved = json.loads(self._facts_path.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"{self._facts_path} is damaged; remove it and {self._path} to start anew") from None
+        saved = {name: value for name, value in saved.items() if name not in unknown}
         check_facts(saved, json.loads(json_text(facts)), str(self._path))
+
+    def read(self, facts: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
+        """What is there already; changes nothing.
+
+        Args:
+            facts: what the records are made with; see `check`.
+            count: keys whose true values are counted.
+
+        Raises:
+            UserError: as of `check`, and for a line that is no record.
+        """
+        self.check(facts)
         last = records = length = 0
         marked = dict.fromkeys(count, 0)
         with self._path.open("rb") if self._path.exists() else open(os.devnull, "rb") as file:

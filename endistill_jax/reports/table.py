@@ -28,12 +28,12 @@ class Column:
         key: the rows' key.
         title: the heading, with the unit where it is not plain.
         kind: how numbers are shown: "count" 5.7 M, "loss" three decimals, "number" at least three digits, "share" 0.123
-            as 12.3 %, "seconds" 412 s, "text" as it is.
+            as 12.3 %, "seconds" 412 s, "difference" three decimals with their sign, "text" as it is.
     """
 
     key: str
     title: str
-    kind: Literal["text", "count", "loss", "number", "share", "seconds"] = "text"
+    kind: Literal["text", "count", "loss", "number", "share", "seconds", "difference"] = "text"
 
 
 def format_count(count: float) -> str:
@@ -55,6 +55,8 @@ def _format_number(value: float, kind: str) -> str:
             return format_count(value)
         case "loss":
             return f"{value:.3f}"
+        case "difference":
+            return f"{value:+.3f}"
         case "number":
             decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
             return f"{value:.{min(max(decimals, 0), 9)}f}"
@@ -75,7 +77,8 @@ def format_cell(value: Any, kind: str) -> str:
         if not value:
             return _MISSING
         mean = _format_number(statistics.fmean(value), kind)
-        return mean if len(value) == 1 else f"{mean} ± {_format_number(statistics.stdev(value), kind)}"
+        spread_kind = "loss" if kind == "difference" else kind  # it has no sign
+        return mean if len(value) == 1 else f"{mean} ± {_format_number(statistics.stdev(value), spread_kind)}"
     return _format_number(value, kind)
 
 

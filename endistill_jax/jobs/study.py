@@ -1,0 +1,182 @@
+"""A study: ways to train a student, compared over seeds by held-out figures and by the same fine-tuning."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from endistill_jax.agreement import code_facts
+from endistill_jax.errors import UserError
+from endistill_jax.jobs.arms import Arm, StudyRun, plan_study
+from endistill_jax.jobs.description import describe
+from endistill_jax.jobs.finetune import Finetuning
+from endistill_jax.jobs.models import TrainedModel, open_model, tell_notes
+from endistill_jax.jobs.settings import Data, Run, check_folder_names
+from endistill_jax.jobs.study_runs import (
+    all_ended,
+    earlier_record,
+    judged_by,
+    prepare_evaluations,
+    run_to_end,
+    teacher_figures,
+)
+from endistill_jax.losses import Path
+from endistill_jax.model.config import T5Config
+from endistill_jax.reports.study import print_study, write_raw, write_report
+from endistill_jax.train.optimizer import OptimizerConfig
+
+
+def study(
+    *,
+    model_dir: str,
+    teacher: str,
+    student: T5Config,
+    arms: Mapping[str, Arm],
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+    seeds: Sequence[int] = (0, 1, 2),
+    baseline: str = "scratch",
+    tasks: Mapping[str, Finetuning] | None = None,
+    probe: Path | None = None,
+    probe_batches: int = 4,
+    teacher_dtype: str = "float32",
+    dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Trains the student once for every arm and seed, fine-tunes what comes of it, and compares the arms.
+
+    All arms of a seed start from the same parameters and read the same batches; the fine-tuning is the same for all.
+    Each is a run in `<model_dir>/<arm>/seed_<n>/`, its fine-tunings are in `<task>/` in that. What has ended is not run
+    again.
+
+    Args:
+        model_dir: receives the runs, `study.json` with every figure (after each run), `study.md` and the plots.
+        teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
+        student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
+        arms: name -> how the student is trained.
+        data: what all of them read.
+        optimizer: how students are updated, where an arm does not say.
+        run: length and seed-independent settings of each run. `eval_every` gives the points of the curves.
+        seeds: one run of every arm for each.
+        baseline: the arm that differences are taken to, seed by seed.
+        tasks: name -> how every student is fine-tuned and judged: once, with the seed of its training.
+        probe: the terms that are measured between the teacher and every student on held-out text; None measures none.
+        probe_batches: how many of the held-out batches the probe reads.
+        teacher_dtype: type of the teacher's parameters and computations.
+        dry_run: print what would be done, and do nothing.
+
+    Returns:
+        What `study.json` holds, see `reports.study_figures`; None after a dry run.
+
+    Raises:
+        UserError: for settings that do not fit, before anything is created.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+    """
+    tasks = tasks or {}
+    _check(arms, run, seeds, baseline, tasks, probe_batches)
+    taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
+    tell_notes(taught_by)
+    common = {"data": data, "optimizer": optimizer, "run": run, "seeds": tuple(seeds), "tasks": tasks}
+    runs = plan_study(model_dir, taught_by, student, arms, **common)
+    # Those of one seed: the others differ in nothing that can be wrong.
+    first = {each.arm: each for each in runs[: len(arms)]}
+    for each in first.values():
+        each.check()
+        _check_probe(probe, each, taught_by)
+    if dry_run:
+        _print_plan(list(first.values()), len(runs), tasks)
+        return None
+
+    taught_by.load_on(runs[0].training.mesh(), run.teacher_placement)  # what is wrong with it shows before the rest
+    judged = judged_by(runs[0], taught_by, probe, probe_batches)
+    earlier, evaluations = earlier_record(model_dir, judged), None
+    figures = earlier and earlier["teacher_figures"]
+    if earlier is None or not all_ended(runs):
+        evaluations = prepare_evaluations(runs, taught_by, probe, probe_batches)
+        figures = figures or teacher_figures(taught_by, evaluations.held_out, run.teacher_placement)
+    raw: dict[str, Any] = {
+        "baseline": baseline,
+        "seeds": list(seeds),
+        "arms": {name: each.settings() for name, each in first.items()},
+        "teacher": {"source": teacher, "dtype": teacher_dtype} | taught_by.config.architecture(),
+        **{name: _settings(value) for name, value in (("data", data), ("run", run), ("tasks", tasks))},
+        "judged_by": judged,
+        "versions": code_facts(),
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "teacher_figures": figures,
+        "runs": [],
+    }
+    for each in runs:
+        raw["runs"].append(run_to_end(each, evaluations))
+        if jax.process_index() == 0:
+            write_raw(model_dir, raw)
+    if jax.process_index() == 0:
+        write_report(model_dir, raw)
+        print_study(raw)
+    return raw
+
+
+def _check(
+    arms: Mapping[str, Arm],
+    run: Run,
+    seeds: Sequence[int],
+    baseline: str,
+    tasks: Mapping[str, Finetuning],
+    probe_batches: int,
+) -> None:
+    for name, given in (("arms", arms), ("seeds", seeds)):
+        if not given:
+            raise UserError(f"study.{name} is empty; give at least one")
+    check_folder_names(arms, "study.arms")
+    check_folder_names(tasks, "study.tasks")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"study.seeds is {tuple(seeds)}; give each seed once")
+    if baseline not in arms:
+        raise UserError(f"study.baseline is {baseline!r}, which is no arm; choose one of {', '.join(arms)}")
+    if run.patience is not None:
+        raise UserError("study.run has a patience, but arms are compared after equal steps; leave Run.patience None")
+    if probe_batches < 1:
+        raise UserError(f"study.probe_batches is {probe_batches}; it must be at least 1")
+    for task, how in tasks.items():
+        for name in ("learning_rates", "seeds"):
+            if len(getattr(how, name)) > (name == "learning_rates"):
+                raise UserError(
+                    f"task {task} has Finetuning.{name} = {getattr(how, name)}; a study fine-tunes every student once, "
+                    "at one learning rate and with the seed of its training"
+                )
+
+
+def _check_probe(probe: Path | None, run: StudyRun, teacher: TrainedModel) -> None:
+    if probe is None:
+        return
+    if not probe.needs_teacher:
+        raise UserError("study.probe compares nothing with the teacher; give it a site or a logits_weight, or None")
+    for training in run.trainings:
+        try:
+            probe.validate(training.config, teacher.config)
+        except UserError as error:
+            raise UserError(f"study.probe with the student of {training.label}: {error}") from None
+
+
+def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:
+    for run in runs:
+        if run.chain is not None:
+            print(f"{run.arm}\n{run.chain.describe()}")
+        for training in run.trainings:
+            print(f"{training.label}\n{describe(training)}\n")
+    for task in tasks:
+        print(f"{task}\n{describe(runs[0].finetuning_of(task, runs[0].training.config))}\n")
+    print(f"{count} runs ({len(runs)} arms), {count * len(tasks)} fine-tunings")
+
+
+def _settings(value: Any) -> Any:
+    """Settings, and those in them, as plain values; a task by its name."""
+    from endistill_jax.data.registry import resolve_task
+
+    if isinstance(value, Mapping):
+        return {name: _settings(each) for name, each in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain = {field.name: _settings(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return plain | ({"task": resolve_task(value.task).name} if isinstance(value, Data) else {})

@@ -1,0 +1,152 @@
+"""What judges the runs of a study, and what a run of it tells once it has ended."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.errors import UserError
+from endistill_jax.evaluation.report import Evaluation, JointEvaluation
+from endistill_jax.jobs.arms import StudyRun
+from endistill_jax.jobs.chain import StageResult, run_chain
+from endistill_jax.jobs.execution import TrainingResult, train
+from endistill_jax.jobs.finetune import metric_names, prepare_evaluation, run_all
+from endistill_jax.jobs.finished import Finished, finished, has_ended
+from endistill_jax.jobs.held_out import HeldOut, judged_on, prepare_held_out
+from endistill_jax.jobs.models import TrainedModel
+from endistill_jax.jobs.probe import Probe
+from endistill_jax.losses import Path
+from endistill_jax.model.t5 import count_params
+from endistill_jax.reports.files import json_text
+from endistill_jax.reports.study import RAW_FILE
+from endistill_jax.sharding import abstract_params
+from endistill_jax.train.metrics import FILE_NAME, read_metrics
+
+HELD_OUT = "held_out/"
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluations:
+    """What judges the runs of a study, prepared once.
+
+    Attributes:
+        held_out: the figures that need no teacher.
+        students: those, and the probe where there is one: what judges students while they are trained.
+        tasks: of each task, its metrics.
+    """
+
+    held_out: HeldOut
+    students: Evaluation
+    tasks: Mapping[str, Evaluation]
+
+
+def all_ended(runs: Sequence[StudyRun]) -> bool:
+    """Whether nothing is left to be run."""
+    return all(has_ended(folder) for run in runs for folder in run.folders)
+
+
+def prepare_evaluations(
+    runs: Sequence[StudyRun], teacher: TrainedModel, probe: Path | None, probe_batches: int
+) -> Evaluations:
+    """Reads all held-out examples that the runs are judged on.
+
+    Raises:
+        UserError: a split without examples, or no metric of the name of a `Run.keep_best`.
+    """
+    training, mesh = runs[0].training, runs[0].training.mesh()
+    held_out = prepare_held_out(training.data, mesh)
+    parts: tuple[Evaluation, ...] = (held_out,)
+    if probe is not None:
+        placement = training.run.teacher_placement
+        batches = held_out.batches[:probe_batches]
+        parts += (Probe(path=probe, teacher=teacher, mesh=mesh, batches=batches, teacher_placement=placement),)
+    tasks = {
+        task: prepare_evaluation([runs[0].finetuning_of(task, training.config)], how)
+        for task, how in runs[0].tasks.items()
+    }
+    return Evaluations(held_out=held_out, students=JointEvaluation(evaluations=parts), tasks=tasks)
+
+
+def run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
+    """Trains and fine-tunes what has not ended, and returns what was found, now or earlier.
+
+    Args:
+        run: checked.
+        evaluations: None where all of the run has ended.
+    """
+    stages = [
+        {"tokens": stage.tokens, "seconds": stage.seconds, "evaluations": _evaluations(training.model_dir)}
+        for stage, training in zip(_trained(run, evaluations), run.trainings, strict=True)
+    ]
+    record = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "evaluations": stages[-1]["evaluations"],
+        "stages": stages if run.chain else [],
+        "downstream": {},
+    }
+    for task, training in run.finetunings():
+        (row,) = run_all([training], evaluations and evaluations.tasks[task])
+        record["downstream"][task] = {
+            "metrics": {name: row[name] for name in metric_names(row)},
+            "step": round(row["best_step"]),
+            "tokens": round(row["train_tokens"]),
+            "seconds": row["seconds"],
+        }
+    return record
+
+
+def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finished | TrainingResult | StageResult]:
+    """What every stage ended with."""
+    if run.chain is None:
+        return [finished(run.training) or train(run.training, evaluations.students)]
+    # The study's teacher is needed by other arms and by the probe.
+    return run_chain(run.chain, lambda mesh: evaluations.students, release_teacher=False)
+
+
+def teacher_figures(teacher: TrainedModel, held_out: HeldOut, placement: str) -> Record:
+    """The teacher's size and held-out figures."""
+    report = held_out.evaluate(teacher.config, teacher.params, placement)
+    return {"parameters": count_params(abstract_params(teacher.config))} | report.scalars()
+
+
+def judged_by(run: StudyRun, teacher: TrainedModel, probe: Path | None, probe_batches: int) -> Record:
+    """What the figures of all runs are of, but for the tasks: plain values."""
+    return judged_on(run.training.data) | {
+        "teacher": teacher.fingerprint,
+        "probe": probe and {"path": dataclasses.asdict(probe), "batches": probe_batches},
+    }
+
+
+def earlier_record(model_dir: str, judged: Record) -> Record | None:
+    """What an earlier start of the study wrote, if there was one.
+
+    Raises:
+        UserError: its runs were judged by something else (each difference is named), or the file is no study's.
+    """
+    file = epath.Path(model_dir).expanduser() / RAW_FILE
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        saved = record["judged_by"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no record of a study; move it away") from None
+    check_facts(saved, json.loads(json_text(judged)), str(file))
+    return record
+
+
+def _evaluations(model_dir: str) -> list[Record]:
+    """The held-out figures of a run in order, each with its step."""
+    return [
+        {"step": line["step"]} | {name.removeprefix(HELD_OUT): line[name] for name in line if name.startswith(HELD_OUT)}
+        for line in read_metrics(f"{model_dir}/{FILE_NAME}")
+        if any(name.startswith(HELD_OUT) for name in line)
+    ]

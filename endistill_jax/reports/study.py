@@ -1,0 +1,56 @@
+"""The files of a study: `study.json` with everything that was measured, and what is made of it.
+
+    python -m endistill_jax.reports.study FOLDER
+
+makes `study.md` and the plots anew from FOLDER/study.json.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.reports.study_figures import Raw
+from endistill_jax.reports.study_plots import study_plots
+from endistill_jax.reports.study_tables import study_markdown, study_tables
+from endistill_jax.reports.table import print_table
+
+RAW_FILE = "study.json"
+TABLE_FILE = "study.md"
+
+
+def write_raw(folder: str | os.PathLike, raw: Raw) -> None:
+    """Writes `study.json`."""
+    write_atomically(epath.Path(folder) / RAW_FILE, json_text(raw, indent=1) + "\n")
+
+
+def write_report(folder: str | os.PathLike, raw: Raw) -> None:
+    """Writes `study.md` and the plots."""
+    plots = study_plots(raw)
+    for name, image in plots.items():
+        write_atomically(epath.Path(folder) / name, image)
+    pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in plots)
+    write_atomically(epath.Path(folder) / TABLE_FILE, study_markdown(raw) + pictures)
+
+
+def print_study(raw: Raw) -> None:
+    """Prints the tables."""
+    for table in study_tables(raw):
+        print_table(table.rows, table.columns, title=table.title)
+
+
+def main(words: Sequence[str]) -> int:
+    """Makes the tables and plots of each folder anew."""
+    if not words:
+        print("usage: python -m endistill_jax.reports.study FOLDER ...", file=sys.stderr)
+        return 2
+    for folder in words:
+        write_report(folder, json.loads((epath.Path(folder) / RAW_FILE).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Paths read from gin files, beside the configuration of the command: those of the files, some settings changed."""
+
+import dataclasses
+
+import pytest
+
+import gin
+from endistill_jax import jobs
+from endistill_jax.configuration.loading import load
+from endistill_jax.configuration.paths import from_file
+from endistill_jax.errors import UserError
+from endistill_jax.losses import Path, Site
+
+SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
+CROSS = Site(relations=("qk", "vv"), relation_heads=4)
+MINEND = Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS, logits_weight=1.0)
+
+
+def test_a_file_gives_its_path_with_the_heads_it_leaves_open():
+    assert from_file("gin/paths/minend.gin", 4) == MINEND
+    assert from_file("gin/paths/scratch.gin", 4) == from_file("gin/paths/scratch.gin") == Path(lm_weight=1.0)
+    assert from_file("gin/paths/decoder.gin", 4) == Path(decoder_self=SELF, cross=CROSS)
+
+
+def test_changes_go_into_sites_and_leave_the_rest():
+    changed = from_file("gin/paths/minend.gin", 4, {"cross.teacher_layer": -2, "logits_weight": 0.5})
+    assert changed == dataclasses.replace(MINEND, cross=dataclasses.replace(CROSS, teacher_layer=-2), logits_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("gin/paths/minned.gin",), "did you mean gin/paths/minend.gin"),
+        (("gin/paths/minend.gin",), "relation_heads is %RELATION_HEADS, which the file does not set"),
+        (("gin/models/t5_v1_1_xl.gin",), "does not set PATH; give a file that does"),
+        (("gin/paths/minend.gin", 4, {"cros.weight": 1.0}), "there is no cros; did you mean cross"),
+        (("gin/paths/minend.gin", 4, {"cross.layer": 1}), "there is no layer; "),
+        (("gin/paths/minilm.gin", 4, {"cross.weight": 1.0}), "what holds weight is None in this path"),
+    ],
+)
+def test_what_a_file_does_not_have_is_named_in_one_line(arguments, match):
+    with pytest.raises(UserError, match=match) as error:
+        from_file(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def arm_of():
+    """Function (gin file, scope) -> the arm that a study's file makes in that scope."""
+
+    def make(file, scope):
+        load([file])
+        with gin.config_scope(scope):
+            return gin.get_configurable(jobs.Arm)()
+
+    yield make
+    gin.clear_config()
+
+
+@pytest.mark.parametrize("name", ["scratch", "logits", "minilm", "minilm_logits", "decoder", "minend"])
+def test_every_arm_of_the_study_of_paths_has_the_path_of_its_file(arm_of, name):
+    assert arm_of("gin/studies/paths.gin", name).path == from_file(f"gin/paths/{name}.gin", 8)
+
+
+def test_arms_of_the_study_of_layers_and_heads_differ_in_what_they_are_named_for(arm_of):
+    file, minend = "gin/studies/layers_and_heads.gin", from_file("gin/paths/minend.gin", 8)
+    assert arm_of(file, "minend").path == minend
+    assert arm_of(file, "heads_4").path == from_file("gin/paths/minend.gin", 4)
+    crossed = dataclasses.replace(minend.cross, teacher_layer=-2)
+    assert arm_of(file, "cross_layer_3").path == dataclasses.replace(minend, cross=crossed)
+    assert arm_of(file, "layer_2").path.tap_layers("teacher") == dict.fromkeys(minend.sites, -3)
+    assert arm_of(file, "layer_2").path.tap_layers("student") == dict.fromkeys(minend.sites, -1)

@@ -1,0 +1,255 @@
+"""Studies: equal beginnings and batches, nothing run twice, and everything that was measured in one file."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+
+from endistill_jax.checkpoints.reading import finished_steps
+from endistill_jax.errors import Stopped
+from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StudentInit, study
+from endistill_jax.losses import Path
+from endistill_jax.reports.study_figures import final, paired
+from endistill_jax.train.metrics import read_metrics
+from endistill_jax.train.optimizer import OptimizerConfig
+
+study_runs = importlib.import_module("endistill_jax.jobs.study_runs")
+finetune = importlib.import_module("endistill_jax.jobs.finetune")  # the package has a function of the same name
+
+SCRATCH = Path(lm_weight=1.0)
+
+
+@pytest.fixture(scope="session")
+def task(color_task) -> Finetuning:
+    return Finetuning(
+        data=Data(
+            task=color_task,
+            inputs_length=16,
+            targets_length=8,
+            batch_size=4,
+            pack=False,
+            eval_batch_size=8,
+            eval_batches=2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
+        run=Run(steps=2, log_every=2, checkpoint_every=2, tensorboard=False),
+        dropout_rate=0.0,
+        scored_by="rank",
+    )
+
+
+@pytest.fixture(scope="session")
+def arguments(teacher, student, path, data, task) -> dict:
+    """Two arms, two seeds, one task, and the probe of all terms; four steps, with figures of steps 0, 2 and 4."""
+    return {
+        "teacher": teacher,
+        "student": student,
+        "arms": {"scratch": Arm(path=SCRATCH), "taught": Arm(path=path)},
+        "data": data,
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "run": Run(steps=4, log_every=1, eval_every=2, eval_at_start=True, checkpoint_every=2, tensorboard=False),
+        "seeds": (0, 1),
+        "tasks": {"color": task},
+        "probe": path,
+        "probe_batches": 1,
+    }
+
+
+class StopsThird:
+    """A stop signal that comes in the third run of a process: after an arm and its fine-tuning, in the next arm."""
+
+    runs = 0
+
+    def __init__(self):
+        StopsThird.runs += 1
+        self.number = 15 if StopsThird.runs == 3 else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory, arguments):
+    """A study that was stopped and went on: its folder, what it returned, and what was trained after the stop."""
+    folder = tmp_path_factory.mktemp("studied") / "study"
+    trained = []
+
+    def noting(train):
+        def run(training, evaluation):
+            trained.append(str(training.model_dir).removeprefix(f"{folder}/"))
+            return train(training, evaluation)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("endistill_jax.jobs.execution.StopSignal", StopsThird)
+        with pytest.raises(Stopped):
+            study(model_dir=str(folder), **arguments)
+        assert finished_steps(str(folder / "taught" / "seed_0" / "checkpoints")) == [1], "stopped in the second arm"
+        for module in (study_runs, finetune):
+            patched.setattr(module, "train", noting(module.train))
+        raw = study(model_dir=str(folder), **arguments)
+    return folder, raw, trained
+
+
+def run_of(raw, arm, seed):
+    (found,) = [run for run in raw["runs"] if (run["arm"], run["seed"]) == (arm, seed)]
+    return found
+
+
+def without_versions(raw):
+    return {name: value for name, value in raw.items() if name != "versions"}
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on_inside_the_run_it_was_in(studied):
+    folder, raw, trained = studied
+    assert trained == [
+        "taught/seed_0",
+        "taught/seed_0/color",
+        "scratch/seed_1",
+        "scratch/seed_1/color",
+        "taught/seed_1",
+        "taught/seed_1/color",
+    ]
+    assert [
+        line["step"] for line in read_metrics(folder / "taught" / "seed_0" / "metrics.jsonl") if "loss" in line
+    ] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert [each["step"] for each in run_of(raw, "taught", 0)["evaluations"]] == [0, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_finished_study_is_told_again_without_reading_examples(studied, arguments, monkeypatch):
+    folder, raw, _ = studied
+    for module, name in ((study_runs, "train"), (finetune, "train"), (study_runs, "prepare_held_out")):
+        monkeypatch.setattr(module, name, None)
+    assert without_versions(study(model_dir=str(folder), **arguments)) == without_versions(raw)
+
+
+@pytest.mark.slow
+def test_arms_of_a_seed_begin_with_the_same_parameters_and_read_the_same_batches(studied):
+    folder, raw, _ = studied
+    for seed in (0, 1):
+        scratch, taught = (run_of(raw, arm, seed) for arm in ("scratch", "taught"))
+        assert scratch["evaluations"][0] == taught["evaluations"][0]
+        assert scratch["tokens"] == taught["tokens"]
+        lines = [read_metrics(folder / arm / f"seed_{seed}" / "metrics.jsonl") for arm in ("scratch", "taught")]
+        first, second = ([line for line in each if "loss" in line] for each in lines)
+        assert [line["tokens"] for line in first] == [line["tokens"] for line in second]
+        # Before its first update every model tells the loss of the same parameters on the same batch.
+        assert first[0]["cross_entropy"] == pytest.approx(second[0]["cross_entropy"], rel=1e-6)
+        assert first[-1]["cross_entropy"] != pytest.approx(second[-1]["cross_entropy"], rel=1e-6)
+    assert run_of(raw, "scratch", 0)["evaluations"][0] != run_of(raw, "scratch", 1)["evaluations"][0]
+
+
+@pytest.mark.slow
+def test_every_arm_tells_every_term_of_the_probe_and_the_metrics_of_the_task(studied, path):
+    _, raw, _ = studied
+    terms = {f"probe/{site}/{relation}" for site, of in path.sites.items() for relation in of.relations}
+    for run in raw["runs"]:
+        for evaluation in run["evaluations"]:
+            assert {name for name in evaluation if name.startswith("probe/")} == terms | {"probe/logits"}
+            assert {"piece_loss", "wrong_input_cost"} <= evaluation.keys()
+        assert set(run["downstream"]) == {"color"} and set(run["downstream"]["color"]["metrics"]) == {"accuracy"}
+    assert raw["arms"]["scratch"]["terms"] == ["lm"] and "cross/qk" in raw["arms"]["taught"]["terms"]
+
+
+@pytest.mark.slow
+def test_the_file_holds_what_the_study_returned_and_the_table_what_the_file_holds(studied):
+    folder, raw, _ = studied
+    saved = json.loads((folder / "study.json").read_text())
+    assert saved["runs"] == raw["runs"] and saved["seeds"] == [0, 1]
+    taught, scratch = (final(saved, arm, "piece_loss") for arm in ("taught", "scratch"))
+    assert taught == {seed: run_of(raw, "taught", seed)["evaluations"][-1]["piece_loss"] for seed in (0, 1)}
+    (first, second), mean = taught.values(), sum(taught.values()) / 2
+    row = next(line for line in (folder / "study.md").read_text().splitlines() if line.startswith("| taught |"))
+    assert row.split(" | ")[1] == f"{mean:.3f} ± {abs(first - second) / 2**0.5:.3f}"
+    difference = sum(paired(taught, scratch)) / 2
+    assert difference == pytest.approx(mean - sum(scratch.values()) / 2)
+    assert row.split(" | ")[2].startswith(f"{difference:+.3f} ± ")
+    for name in ("held_out_loss.png", "downstream.png", "divergence.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
+    folder, _, _ = studied
+    other = arguments | {"optimizer": OptimizerConfig(learning_rate=2e-3)}
+    refused(study, r"optimizer\.learning_rate is 0\.001 there and 0\.002 here", model_dir=str(folder), **other)
+    other = arguments | {"probe": dataclasses.replace(arguments["probe"], logits_weight=0.0)}
+    refused(
+        study,
+        r"study\.json was .* probe\.path\.logits_weight is 1\.0 there and 0\.0 here",
+        model_dir=str(folder),
+        **other,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"arms": {}}, "study.arms is empty"),
+        ({"seeds": ()}, "study.seeds is empty"),
+        ({"seeds": (1, 1)}, "give each seed once"),
+        ({"baseline": "none"}, "study.baseline is 'none', which is no arm; choose one of scratch, taught"),
+        ({"arms": {"a/b": Arm(path=SCRATCH)}}, "a name becomes a folder"),
+        ({"probe": SCRATCH}, "study.probe compares nothing with the teacher"),
+        ({"probe_batches": 0}, "study.probe_batches is 0"),
+        ({"arms": {"scratch": Arm(path=Path(logits_weight=-1.0))}}, r"arm scratch: path\.logits_weight is -1\.0"),
+        (
+            {"arms": {"scratch": Arm(path=SCRATCH, student_init=StudentInit(kind="layers"))}},
+            "arm scratch: .*StudentInit",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(refused, tmp_path, arguments, changed, match):
+    refused(study, match, model_dir=str(tmp_path / "study"), **arguments | changed)
+
+
+def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, arguments, task, color_source, path):
+    folder = str(tmp_path / "study")
+
+    def on(**changes):
+        return arguments | {"tasks": {"color": dataclasses.replace(task, **changes)}}
+
+    refused(study, r"Finetuning\.learning_rates = \(0\.1, 0\.2\)", model_dir=folder, **on(learning_rates=(0.1, 0.2)))
+    refused(study, r"Finetuning\.seeds = \(3,\)", model_dir=folder, **on(seeds=(3,)))
+    patient = dataclasses.replace(arguments["run"], keep_best="piece_loss", patience=2)
+    refused(study, "study.run has a patience", model_dir=folder, **arguments | {"run": patient})
+    cross = dataclasses.replace(path.cross, relation_heads=3)
+    arms = {"scratch": Arm(path=SCRATCH), "odd": Arm(path=dataclasses.replace(path, cross=cross))}
+    refused(study, r"arm odd: path\.cross\.relation_heads is 3", model_dir=folder, **arguments | {"arms": arms})
+    probe = dataclasses.replace(path, cross=cross)
+    refused(study, "study.probe with the student of scratch, seed 0", model_dir=folder, **arguments | {"probe": probe})
+
+
+def test_a_dry_run_tells_all_arms_and_creates_nothing(tmp_path, arguments, capsys):
+    assert study(model_dir=str(tmp_path / "study"), dry_run=True, **arguments) is None
+    told = capsys.readouterr().out
+    assert "4 runs (2 arms), 4 fine-tunings" in told and "taught, seed 0\n" in told and "\ncolor\n" in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_arm_over_an_assistant_is_a_chain_whose_student_begins_as_the_others(tmp_path, arguments, path, make_model):
+    chained = Interpolation(assistants=(make_model(width=24),), steps=(2, 4))
+    arms = {"direct": Arm(path=path), "chained": Arm(path=path, interpolation=chained)}
+    settings = arguments | {"arms": arms, "baseline": "direct", "seeds": (0,), "tasks": {}}
+    raw = study(model_dir=str(tmp_path / "study"), **settings)
+    direct, chained = (run_of(raw, arm, 0) for arm in arms)
+    assert chained["evaluations"][0]["piece_loss"] == direct["evaluations"][0]["piece_loss"]
+    assert [each["step"] for stage in chained["stages"] for each in stage["evaluations"]] == [0, 2, 0, 2, 4]
+    assert chained["evaluations"] == chained["stages"][1]["evaluations"] and direct["stages"] == []
+    assert chained["tokens"] == chained["stages"][0]["tokens"] + direct["tokens"]
+    assert raw["arms"]["chained"]["steps"] == [2, 4] and raw["arms"]["direct"]["steps"] == [4]
+    again = study(model_dir=str(tmp_path / "study"), **settings)
+    assert without_versions(again) == without_versions(raw)

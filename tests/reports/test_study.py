@@ -1,0 +1,114 @@
+"""Contracts of a study's report: paired differences, means and spreads, and that all of it is made of the raw JSON."""
+
+import json
+import statistics
+
+import pytest
+
+from endistill_jax.reports import study
+from endistill_jax.reports.files import json_text
+from endistill_jax.reports.study_figures import curve, downstream, final, paired, sites, task_metrics, trains_on
+from endistill_jax.reports.study_plots import study_plots
+from endistill_jax.reports.study_tables import study_tables
+
+LOSS = {"scratch": (6.0, 6.3, 6.9), "taught": (5.5, 5.9, 6.4)}
+ROUGE = {"scratch": (10.0, 11.0, 12.0), "taught": (11.0, 13.0, 12.0)}
+
+
+def evaluation(step, loss):
+    probe = {"probe/cross/qk": loss / 10, "probe/cross/vv": loss / 5, "probe/logits": loss}
+    return {"step": step, "piece_loss": loss, "wrong_input_cost": 0.1, "piece_accuracy": 0.25} | probe
+
+
+@pytest.fixture
+def raw():
+    runs = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "tokens": 1000,
+            "seconds": 10.0 + seed,
+            "evaluations": [evaluation(0, 9.0), evaluation(50, losses[seed] + 1), evaluation(100, losses[seed])],
+            "downstream": {
+                "summary": {"metrics": {"rouge1": ROUGE[arm][seed]}, "step": 5, "tokens": 9, "seconds": 1.0}
+            },
+        }
+        for seed in (2, 0, 1)
+        for arm, losses in LOSS.items()
+    ]
+    arms = {
+        "scratch": {"terms": ["lm"], "steps": [100], "flops": 1e12, "parameters": 2000},
+        "taught": {"terms": ["cross/qk", "cross/vv"], "steps": [100], "flops": 1e12, "parameters": 2000},
+    }
+    teacher = {"parameters": 9000, "piece_loss": 4.0, "bigram_piece_loss": 5.8}
+    return {"baseline": "scratch", "seeds": [0, 1, 2], "arms": arms, "teacher_figures": teacher, "runs": runs}
+
+
+def test_figures_are_by_seed_and_differences_are_paired(raw):
+    assert final(raw, "taught", "piece_loss") == dict(enumerate(LOSS["taught"]))
+    assert paired(final(raw, "taught", "piece_loss"), final(raw, "scratch", "piece_loss")) == pytest.approx(
+        [-0.5, -0.4, -0.5]
+    )
+    assert curve(raw, "scratch", "piece_loss")[50] == {0: 7.0, 1: 7.3, 2: 7.9}
+    assert paired({0: 1.0, 1: 5.0}, {1: 2.0, 2: 9.0}) == [3.0], "only seeds that both have"
+    assert downstream(raw, "taught", "summary", "rouge1") == dict(enumerate(ROUGE["taught"]))
+
+
+def test_a_site_is_the_mean_of_its_terms(raw):
+    assert sites(raw) == ["cross", "logits"] and task_metrics(raw) == [("summary", "rouge1")]
+    assert final(raw, "scratch", "probe/cross")[0] == pytest.approx(6.0 * 0.15)
+    assert final(raw, "scratch", "probe/logits")[0] == 6.0
+    assert trains_on(raw, "taught", "cross") and not trains_on(raw, "taught", "logits")
+
+
+def test_table_tells_mean_spread_and_paired_differences(raw):
+    held_out, tuned, probe = study_tables(raw)
+    scratch, taught, teacher, bigram = held_out.rows
+    assert taught["piece_loss"] == list(LOSS["taught"]) and scratch["piece_loss/difference"] is None
+    assert (teacher["piece_loss"], bigram["piece_loss"]) == (4.0, 5.8)
+    assert statistics.fmean(tuned.rows[1]["summary/rouge1/difference"]) == pytest.approx(1.0)
+    assert probe.rows[0] == {
+        "arm": "before training (3 seeds)",
+        "cross": pytest.approx([1.35] * 3),
+        "logits": [9.0] * 3,
+    }
+    text = study.study_markdown(raw)
+    # The spread of the differences is that of the pairs: far smaller than that of either arm.
+    assert "| taught | 5.933 ± 0.451 | -0.467 ± 0.058 |" in text
+    assert "| taught | 12.0 ± 1.00 | +1.000 ± 1.000 |" in text
+
+
+def test_a_study_in_progress_has_tables_and_plots_of_what_is_there(raw):
+    raw["runs"] = [run for run in raw["runs"] if run["seed"] == 2 and run["arm"] == "scratch"]
+    held_out, *_ = study_tables(raw)
+    assert [row["arm"] for row in held_out.rows] == ["scratch", "teacher", "bigram"]
+    assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
+
+
+def test_a_study_without_tasks_and_probe_has_neither_tables_nor_plots_of_them(raw):
+    for run in raw["runs"]:
+        run["downstream"] = {}
+        run["evaluations"] = [{"step": 100} | {x: 1.0 for x in ("piece_loss", "wrong_input_cost", "piece_accuracy")}]
+    assert len(study_tables(raw)) == 1 and set(study_plots(raw)) == {"held_out_loss.png"}
+
+
+def test_everything_is_made_anew_from_the_raw_file(raw, tmp_path, capsys):
+    study.write_raw(tmp_path, raw)
+    assert json.loads((tmp_path / "study.json").read_text()) == json.loads(json_text(raw))
+    study.write_report(tmp_path, raw)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(before) == {"study.json", "study.md", "held_out_loss.png", "downstream.png", "divergence.png"}
+    for name in set(before) - {"study.json"}:
+        (tmp_path / name).unlink()
+    assert study.main([str(tmp_path)]) == 0
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert study.main([]) == 2 and "usage" in capsys.readouterr().err
+    for name in ("held_out_loss", "downstream", "divergence"):
+        assert f"]({name}.png)" in before["study.md"].decode() and len(before[f"{name}.png"]) < 200_000
+
+
+def test_a_loss_that_is_no_number_is_read_back(raw):
+    raw["runs"][0]["evaluations"][-1]["piece_loss"] = float("nan")
+    again = json.loads(json_text(raw))
+    assert str(final(again, "scratch", "piece_loss")[2]) == "nan"
+    assert study_tables(again)
