@@ -159,6 +159,7 @@ def glue_task(
         metric_fns=task.metric_fns,
         value_of=similarity if config == "stsb" else functools.partial(label_index, labels=task.labels),
         labels=task.labels,
+        counted_as=f"{benchmark}_mnli" if config.startswith("mnli") else "",
     )
     return text_to_text_task(f"{benchmark}_{config}_v1", definition, load_vocabulary(vocabulary, extra_ids=extra_ids))
 

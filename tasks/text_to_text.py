@@ -24,6 +24,8 @@ class TextToText:
       metric_fns: functions (targets, predictions) -> scalars by name, on what `value_of` returns.
       value_of: of a target's or a prediction's text, what the metrics compare: the text itself, a label's index, ...
       labels: every string that can be a target, where these are a closed set.
+      counted_as: the name under which it counts in a mean over tasks, where that is not its own. Tasks of one such name
+        count as one, as the evaluation sets of one benchmark task do.
       settings: what the task depends on beside its source, to tell two tasks of one name apart.
     """
 
@@ -32,6 +34,7 @@ class TextToText:
     metric_fns: tuple[MetricFn, ...]
     value_of: Callable[[str], Any] = str
     labels: tuple[str, ...] = ()
+    counted_as: str = ""
     settings: tuple[object, ...] = ()
 
 
@@ -59,6 +62,12 @@ def task_labels(task: str | seqio.Task) -> tuple[str, ...]:
     """The label strings of a task registered here, in the order of their indices; empty for open targets."""
     name = task if isinstance(task, str) else task.name
     return _definitions[name][0].labels if name in _definitions else ()
+
+
+def counted_as(task: str | seqio.Task) -> str:
+    """The name under which a task counts in a mean over tasks: its own, if it was not registered here with another."""
+    name = task if isinstance(task, str) else task.name
+    return (_definitions[name][0].counted_as if name in _definitions else "") or name
 
 
 def ranked_task(task: str | seqio.Task) -> seqio.Task:

@@ -65,10 +65,14 @@ class InputFile:
             where = f"{self._path} line {number}"
             try:
                 text = json_text(raw, self._field, where) if self._is_json else raw.decode("utf-8")
+                text.encode("utf-8")  # JSON can hold one half of a surrogate pair
             except UserError as error:
                 yield Line(number, "", str(error))
             except UnicodeDecodeError:
                 yield Line(number, "", f"{where} is not UTF-8")
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(text[error.start]):04x}"
+                yield Line(number, "", f"{where} has {half}, half of a surrogate pair, which is no character")
             else:
                 yield Line(number, text.strip()) if text.strip() else Line(number, "", f"{where} is empty")
 

@@ -58,6 +58,11 @@ class DenoisingReport:
         """The fields that are there, as floats by name, for metric writers."""
         return {prefix + name: float(value) for name, value in dataclasses.asdict(self).items() if value is not None}
 
+    @classmethod
+    def from_scalars(cls, scalars: Mapping[str, float]) -> "DenoisingReport":
+        """The report that has these scalars; names that are not its own are left out."""
+        return cls(**{field.name: scalars.get(field.name) for field in dataclasses.fields(cls)})
+
     def summary(self) -> str:
         """The losses in words."""
         return (

@@ -24,11 +24,46 @@ class Evaluation(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JointReport:
+    """What several evaluations found of one model.
+
+    Attributes:
+        reports: of each, in order; no two have a figure of the same name.
+    """
+
+    reports: tuple[Report, ...]
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The figures of all of them."""
+        return {name: value for report in self.reports for name, value in report.scalars(prefix).items()}
+
+    def summary(self) -> str:
+        """What each finds important."""
+        return ", ".join(report.summary() for report in self.reports)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointEvaluation:
+    """Several evaluations as one.
+
+    Attributes:
+        evaluations: asked in order.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+
+    def evaluate(self, config: T5Config, params: Any) -> JointReport:
+        """The figures of one model, its parameters on the host or on the mesh."""
+        return JointReport(reports=tuple(each.evaluate(config, params) for each in self.evaluations))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """What a model did on one task.
 
     Attributes:
         task: name of the task.
+        counted_as: in a mean over tasks, results of one such name count as one.
         metrics: scalars by name; none where the targets are hidden.
         records: of each example `index`, `inputs`, `target`, `prediction` and `score`, a log-likelihood; by rank also
             the `scores` of all labels.
@@ -37,6 +72,7 @@ class TaskResult:
     """
 
     task: str
+    counted_as: str
     metrics: dict[str, float]
     records: list[dict[str, Any]]
     values: list[Any]

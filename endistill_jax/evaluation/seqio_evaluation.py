@@ -35,9 +35,10 @@ class TaskEvaluator:
         Raises:
             UserError: no example in the split.
         """
-        from endistill_jax.tasks.text_to_text import ranked_task, task_labels
+        from endistill_jax.tasks.text_to_text import counted_as, ranked_task, task_labels
 
         self.base, self.labels = task, task_labels(task) if by_rank else ()
+        self.counted_as = counted_as(task)
         self.task = ranked_task(task) if by_rank else task
         self._split, self._lengths = split, dict(lengths)
         choices = len(self.labels) or 1
@@ -78,24 +79,29 @@ class TaskEvaluator:
         """
         generated: dict[int, float] = {}
 
-        def predict(dataset: Any) -> list[tuple[int, Any]]:
-            indexed, scores = predict_fn(dataset)
-            generated.update(zip((index for index, _ in indexed), scores, strict=True))
-            return indexed
-
         def predict_with_aux(dataset: Any) -> tuple[list[tuple[int, Any]], dict[str, list[float]]]:
             indexed, scores = predict_fn(dataset)
             generated.update(zip((index for index, _ in indexed), scores, strict=True))
             return indexed, {"scores": [float(score) for score in scores]}
 
         metrics, _ = self._evaluator.evaluate(
-            compute_metrics=True, predict_fn=predict, score_fn=score_fn, predict_with_aux_fn=predict_with_aux
+            compute_metrics=True,
+            predict_fn=lambda dataset: predict_with_aux(dataset)[0],
+            predict_with_aux_fn=predict_with_aux,
+            score_fn=score_fn,
         )
         found = {name: float(value) for name, value in metrics.result()[self.task.name].items()}
         records, values = self._ranked() if self.labels else self._generated(generated)
         rows = self._examples[:: len(self.labels) or 1]
         numbers = [int(example["idx"]) for example in rows] if "idx" in rows[0] else None
-        return TaskResult(task=self.task.name, metrics=found, records=records, values=values, row_numbers=numbers)
+        return TaskResult(
+            task=self.task.name,
+            counted_as=self.counted_as,
+            metrics=found,
+            records=records,
+            values=values,
+            row_numbers=numbers,
+        )
 
     def _make_evaluator(self, num_examples: int | None) -> Any:
         import seqio

@@ -6,6 +6,7 @@ from typing import Any
 
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.errors import UserError
+from endistill_jax.jobs.arms import Arm
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill
 from endistill_jax.jobs.downstream import downstream
@@ -14,16 +15,22 @@ from endistill_jax.jobs.export import export
 from endistill_jax.jobs.finetune import Finetuning, finetune
 from endistill_jax.jobs.import_checkpoint import import_checkpoint
 from endistill_jax.jobs.infer import Reading, infer
+from endistill_jax.jobs.interpolate import interpolate
+from endistill_jax.jobs.interpolation import Interpolation, StageSettings
 from endistill_jax.jobs.plan import PlanOptions
 from endistill_jax.jobs.pretrain import pretrain
 from endistill_jax.jobs.settings import Data, Run
+from endistill_jax.jobs.study import study
 from endistill_jax.jobs.train_vocabulary import train_vocabulary
 
 __all__ = [
+    "Arm",
     "Data",
     "Finetuning",
+    "Interpolation",
     "Reading",
     "Run",
+    "StageSettings",
     "StudentInit",
     "demo",
     "distill",
@@ -33,22 +40,28 @@ __all__ = [
     "finetune",
     "import_checkpoint",
     "infer",
+    "interpolate",
     "pretrain",
     "run",
+    "study",
     "train_vocabulary",
 ]
 
 
-def run(job: Callable[..., Any], dry_run: bool = False, plan: PlanOptions | None = None) -> Any:
+def run(
+    job: Callable[..., Any], dry_run: bool = False, plan: PlanOptions | None = None, data_dir: str | None = None
+) -> Any:
     """Runs one job; what a gin file binds.
 
     Args:
         job: a job with all its settings bound, such as `@jobs.distill`.
         dry_run: passed on to the job: print what would be done, and do nothing.
         plan: passed on to the job: compile its step for chips that are not here, and do nothing else.
+        data_dir: where TensorFlow Datasets keeps prepared data, local or on a bucket; None for its own default, which
+            the environment variable TFDS_DATA_DIR sets.
 
     Raises:
-        UserError: if a plan is asked of a job that has none.
+        UserError: if a plan is asked of a job that has none, or there is no such folder.
     """
     if plan is not None:
         if "plan" not in inspect.signature(job).parameters:
@@ -56,4 +69,8 @@ def run(job: Callable[..., Any], dry_run: bool = False, plan: PlanOptions | None
                 f"{getattr(job, '__name__', job)} has no step to plan; plan a file that distils or pretrains"
             )
         return job(plan=plan)
+    if data_dir is not None:
+        from endistill_jax.data.prepared import read_prepared_from
+
+        read_prepared_from(data_dir)
     return job(dry_run=dry_run)

@@ -16,6 +16,7 @@ from endistill_jax.jobs.finetune import (
     run_all,
 )
 from endistill_jax.jobs.results import tell
+from endistill_jax.jobs.settings import check_folder_names
 from endistill_jax.model.config import T5Config
 from endistill_jax.reports.table import Column
 
@@ -81,8 +82,7 @@ def _check(models: Mapping[str, Any], tasks: Mapping[str, Finetuning]) -> None:
     for name, given in (("models", models), ("tasks", tasks)):
         if not given:
             raise UserError(f"downstream.{name} is empty; give at least one, by name")
-        if unfit := [key for key in given if not key.replace("_", "").replace("-", "").isalnum()]:
-            raise UserError(f"downstream.{name} has {unfit[0]!r}; a name becomes a folder: letters, digits, - and _")
+        check_folder_names(given, f"downstream.{name}")
     for name, how in tasks.items():
         if len(how.learning_rates) > 1 and how.run.keep_best is None:
             raise UserError(f"task {name} has several learning_rates; set Run.keep_best, by which one is chosen")

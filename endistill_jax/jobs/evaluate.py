@@ -86,7 +86,7 @@ def evaluate(
     def keep(result: TaskResult) -> None:
         if heard:
             keep_predictions(model_dir, result)
-            if data.eval_split.startswith("test") and data.eval_batches is None:
+            if is_submitted(result, data, scored_by):
                 submit(model_dir, result)
 
     params = trained.load_on(devices, placement)
@@ -110,6 +110,14 @@ def keep_predictions(model_dir: str, result: TaskResult) -> None:
     """Writes `predictions/<task>.jsonl`, a record of `TaskResult` a line."""
     path = epath.Path(model_dir).expanduser() / "predictions" / f"{result.task}.jsonl"
     write_atomically(path, "".join(json_text(record) + "\n" for record in result.records))
+
+
+def is_submitted(result: TaskResult, data: Data, scored_by: str) -> bool:
+    """Whether predictions are of a whole test split; of two of one task, those by rank, which are always labels."""
+    from endistill_jax.tasks.text_to_text import task_labels
+
+    ranked_too = scored_by == "both" and bool(task_labels(result.task))
+    return data.eval_split.startswith("test") and data.eval_batches is None and not ranked_too
 
 
 def submit(model_dir: str, result: TaskResult) -> None:

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from endistill_jax.agreement import agree, agree_on_folder
-from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.student_init import init_from_teacher
 from endistill_jax.distributed import gather
 from endistill_jax.ending import telling_others
 from endistill_jax.errors import Stopped, UserError
 from endistill_jax.evaluation.report import Evaluation, Report
+from endistill_jax.jobs.finished import check_same_run
 from endistill_jax.jobs.models import CHECKPOINTS, keep_tokenizer
 from endistill_jax.jobs.training import Training
 from endistill_jax.reports.run_files import write_run_files
@@ -126,6 +126,9 @@ class _Execution:
                     keep_tokenizer(training.model_dir, training.vocabulary_file())
             if resumed:
                 self.progress.say(f"resumed from step {resumed} of {training.model_dir}")
+            if resumed is None and run.eval_at_start:
+                report = self.evaluation.evaluate(training.config, state.params)
+                self.writer.write(0, report.scalars("held_out/"))
             if not self.finished:
                 state = self._train(state, dropout_key)
             report = self.report or self.evaluation.evaluate(training.config, state.params)
@@ -251,7 +254,7 @@ class _Execution:
     def _restore(self, step: int) -> TrainState:
         training = self.training
         facts = self.checkpointer.facts(step)
-        check_facts(facts["run"], training.identity(), f"the checkpoint of step {step} in {training.model_dir}")
+        check_same_run(training, step, facts)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract_state(training.config, self.optimizer),

@@ -4,16 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.checkpoints.reading import finished_steps, read_facts_of_step
 from endistill_jax.errors import UserError
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import train
+from endistill_jax.jobs.finished import finished
 from endistill_jax.jobs.models import CHECKPOINTS, DTYPES, TrainedModel, open_model, tell_notes
 from endistill_jax.jobs.results import merge_seeds, tell
 from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
 from endistill_jax.jobs.training import Training
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
@@ -21,7 +20,6 @@ from endistill_jax.model.generation import Decoding
 from endistill_jax.model.t5 import count_params
 from endistill_jax.reports.table import Column
 from endistill_jax.sharding import abstract_params
-from endistill_jax.train.best import Best
 from endistill_jax.train.optimizer import OptimizerConfig
 
 Rows = list[dict[str, Any]]
@@ -134,6 +132,7 @@ def plan_runs(
             optimizer=dataclasses.replace(finetuning.optimizer, learning_rate=rate),
             run=dataclasses.replace(finetuning.run, seed=seed),
             initial=initial,
+            scoring=scoring_facts(finetuning.data, finetuning.scored_by, finetuning.decoding),
             label=" ".join(filter(None, (label or "finetune", f"lr {rate:g} seed {seed}" if several else ""))),
         )
         for rate in rates
@@ -184,37 +183,12 @@ def metric_names(row: dict[str, Any]) -> list[str]:
 
 
 def _row(training: Training, evaluation: Evaluation) -> dict[str, Any]:
-    best, tokens, seconds = _finished(training) or _trained(training, evaluation)
+    found = finished(training) or train(training, evaluation)
     return {
         "parameters": count_params(abstract_params(training.config)),
-        **best.metrics,
-        "best_step": float(best.step),
-        "train_tokens": float(tokens),
-        "seconds": seconds,
-        "model": f"{training.model_dir}/{CHECKPOINTS}/{best.step}",
+        **found.best.metrics,
+        "best_step": float(found.best.step),
+        "train_tokens": float(found.tokens),
+        "seconds": found.seconds,
+        "model": f"{training.model_dir}/{CHECKPOINTS}/{found.best.step}",
     }
-
-
-def _trained(training: Training, evaluation: Evaluation) -> tuple[Best, int, float]:
-    result = train(training, evaluation)
-    return result.best, result.tokens, result.seconds
-
-
-def _finished(training: Training) -> tuple[Best, int, float] | None:
-    """What a run that came to its end found: it is not opened again.
-
-    Raises:
-        UserError: if it was another run.
-    """
-    directory = f"{training.model_dir}/{CHECKPOINTS}"
-    steps = finished_steps(directory)
-    facts = read_facts_of_step(directory, steps[-1]) if steps else {}
-    progress = facts.get("progress", {})
-    if not progress.get("finished"):
-        return None
-    shards = training.data.shards or facts["run"]["data"]["shards"]
-    training = dataclasses.replace(training, data=dataclasses.replace(training.data, shards=shards))
-    check_facts(facts["run"], training.identity(), f"the checkpoint of step {steps[-1]} in {training.model_dir}")
-    best = Best()
-    best.restore(progress["best"])
-    return best, progress["tokens"], progress["seconds"]

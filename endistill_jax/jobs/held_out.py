@@ -64,12 +64,24 @@ class HeldOut:
             place=lambda batch: place_batch(host_rows(batch, self.mesh), self.mesh),
         )
 
+    def on(self, mesh: Mesh) -> "HeldOut":
+        """The same evaluation on another mesh; nothing is read again."""
+        return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
+
     def _logits(self, config: T5Config, placement: str) -> ApplyLogits:
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             with activation_sharding(self.mesh, placement):
                 return t5_logits(config)(params, batch)
 
         return apply
+
+
+def judged_on(data: Data) -> dict[str, Any]:
+    """What held-out figures depend on besides the model, as plain values."""
+    from endistill_jax.data.registry import resolve_task
+
+    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
+    return {"task": resolve_task(data.task).name} | lengths | data.evaluated
 
 
 def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:

@@ -1,4 +1,12 @@
-"""Inference: a file of texts in, what a model makes of them out, line by line; broken off, it goes on."""
+"""Inference: a file of texts in, what a model makes of them out, line by line.
+
+Each good line of the input gives one line of the output, in order: an object with its number `line`, `inputs`,
+`prediction`, `score` (see `Decoded.scores`), and `cut` if the input was too long. Beside the output, in
+`<output_file>.run.json`, is kept what it was made with. The same command goes on where a run was broken off, and ends
+with the same file.
+
+On several hosts every one reads the input, which must be the same; the output is read and written by the first alone.
+"""
 
 import dataclasses
 import sys
@@ -10,12 +18,13 @@ import jax
 
 from endistill_jax.agreement import agree
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.distributed import gather
 from endistill_jax.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.jobs.models import TrainedModel, choose_vocabulary, open_model, tell_notes
 from endistill_jax.jobs.training import check_vocabularies
 from endistill_jax.model.generation import Decoding
-from endistill_jax.reports.record_log import NUMBER, RecordLog
+from endistill_jax.reports.record_log import NUMBER, Done, RecordLog
 from endistill_jax.sharding import make_mesh
 
 CHOICES = {"bad_lines": ("skip", "fail"), "long_inputs": ("cut", "fail")}
@@ -34,8 +43,8 @@ class Reading:
         prefix: stands before every text, such as "summarize: ".
         inputs_length: longest input in tokens, its end included.
         long_inputs: "cut" longer ones and count them, or "fail".
-        bad_lines: "skip" a line that is empty, no UTF-8, or no JSON object with the field, and name its number on
-            standard error; or "fail".
+        bad_lines: "skip" a line that is empty, no UTF-8, no JSON object with the field, or half a surrogate pair in it,
+            and name its number on standard error; or "fail".
     """
 
     field: str = "inputs"
@@ -68,17 +77,13 @@ def infer(
     seed: int = 0,
     dry_run: bool = False,
 ) -> int | None:
-    """Generates text for every line of a file.
-
-    Each good line gives one line of the output, in order: an object with its number `line`, `inputs`, `prediction`,
-    `score` (see `Decoded.scores`), and `cut` if the input was too long. The same command goes on where a run was broken
-    off, and ends with the same file.
+    """Generates text for every line of a file; see above.
 
     Args:
         model: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run (its
             last checkpoint) or `checkpoints/<step>` in it.
         input_file: text, or JSONL by its name; `.gz` is unpacked.
-        output_file: a local JSONL file; beside it, in `<output_file>.run.json`, is kept what it was made with.
+        output_file: a local JSONL file.
         decoding: how text is generated.
         reading: how lines become inputs.
         batch_size: rows of a batch, over all hosts.
@@ -99,54 +104,69 @@ def infer(
     """
     from endistill_jax.data.input_lines import InputFile
 
-    file = InputFile(input_file, field=reading.field)
+    file, log = InputFile(input_file, field=reading.field), RecordLog(output_file)
     trained = open_model(model, dtype)
     tell_notes(trained)
     vocabulary = find_vocabulary(trained, vocabulary_file, extra_ids)
-    devices = make_mesh(*mesh)
-    predictor = Predictor(
-        dataclasses.replace(trained.config, dropout_rate=0.0),
-        decoding,
-        devices,
-        batch_size=batch_size,
-        inputs_length=reading.inputs_length,
-        seed=seed,
-        placement=placement,
-    )
+    settings = {"batch_size": batch_size, "inputs_length": reading.inputs_length, "seed": seed, "placement": placement}
+    predictor = Predictor(trained.config, decoding, make_mesh(*mesh), **settings)
     if dry_run:
         print(f"{model}: {trained.config}\nwould read {input_file} and write {output_file}, {decoding}, {reading}")
         return None
-    params = trained.load_on(devices, placement)
-    facts = {
-        "model": trained.fingerprint,
-        "vocabulary": fingerprint_vocabulary(vocabulary),
-        "decoding": dataclasses.asdict(decoding),
-        "reading": dataclasses.asdict(reading),
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "seed": seed,
-        "input": file.facts(),
-    }
-    log = RecordLog(output_file)
-    done = log.read(facts, count=(CUT,))
-    agree("model, settings and output", facts | {"done": done._asdict()})
+    facts = {"vocabulary": fingerprint_vocabulary(vocabulary), "batch_size": batch_size, "dtype": dtype, "seed": seed}
+    facts |= {"decoding": dataclasses.asdict(decoding), "reading": dataclasses.asdict(reading), "input": file.facts()}
     if jax.process_index() == 0:
-        log.start(facts, done)
-    if done.last:
-        _say(f"goes on after line {done.last} of {input_file}")
+        log.check(facts, unknown=("model",))  # before the model is read
+    params = trained.load(predictor.shardings)
+    done = _begin(log, facts | {"model": trained.fingerprint})
     encoder = _Encoder(vocabulary, reading, after=done.last)
-    written, cut = done.records, done.marked[CUT]
-    for rows in encoder.windows(file, batch_size * WINDOW_BATCHES):
-        new = [record for record in _answers(predictor, params, vocabulary, rows) if record[NUMBER] > done.last]
+    windows = encoder.windows(file, batch_size * WINDOW_BATCHES)
+    answers = ((rows[-1].number, list(_answers(predictor, params, vocabulary, rows))) for rows in windows)
+    done = _write(log, done, answers, of=facts["input"]["lines"])
+    print(
+        f"{output_file}: {done.records} lines written, {encoder.bad} bad lines skipped, "
+        f"{done.marked[CUT]} inputs cut to {reading.inputs_length} tokens"
+    )
+    return done.records
+
+
+def _begin(log: RecordLog, facts: dict[str, Any]) -> Done:
+    """Opens the output, and tells all hosts what the first one finds there; of `length` only that one knows.
+
+    Raises:
+        UserError: it was made with other facts, or the hosts do not agree on these.
+    """
+    agree("model and settings", facts)
+    found = Done(marked={CUT: 0})
+    if jax.process_index() == 0:
+        found = log.read(facts, count=(CUT,))
+        log.start(facts, found)
+    last, records, cut = map(int, gather([found.last, found.records, found.marked[CUT]])[0])
+    if last:
+        _say(f"goes on after line {last}")
+    return Done(last=last, records=records, marked={CUT: cut})
+
+
+def _write(log: RecordLog, done: Done, answers: Iterable[tuple[int, list[dict[str, Any]]]], of: int) -> Done:
+    """Adds the records that are not there yet.
+
+    Args:
+        log: the output.
+        done: what it has.
+        answers: of some lines at a time, the number of the last, and the records of all.
+        of: how many lines there are.
+
+    Returns:
+        What it has then.
+    """
+    records, cut = done.records, done.marked[CUT]
+    for number, answered in answers:
+        new = [record for record in answered if record[NUMBER] > done.last]
         if jax.process_index() == 0:
             log.append(new)
-        _say(f"line {rows[-1].number} of {facts['input']['lines']}")
-        written, cut = written + len(new), cut + sum(CUT in record for record in new)
-    print(
-        f"{output_file}: {written} lines written, {encoder.bad} bad lines skipped, "
-        f"{cut} inputs cut to {reading.inputs_length} tokens"
-    )
-    return written
+        _say(f"line {number} of {of}")
+        records, cut = records + len(new), cut + sum(CUT in record for record in new)
+    return done._replace(records=records, marked={CUT: cut})
 
 
 def _answers(predictor: Predictor, params: Any, vocabulary: Any, rows: list["_Row"]) -> Iterator[dict[str, Any]]:

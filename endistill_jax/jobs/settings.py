@@ -1,6 +1,7 @@
 """Settings that jobs share, as plain data."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from endistill_jax.errors import UserError
@@ -48,6 +49,16 @@ class Data:
         """Lengths by SeqIO's feature names."""
         return {"inputs": self.inputs_length, "targets": self.targets_length}
 
+    @property
+    def eval_examples(self) -> int | None:
+        """At most so many examples of a task are evaluated; None evaluates the whole split."""
+        return None if self.eval_batches is None else self.eval_batches * self.eval_batch_size
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """Which examples of the task are evaluated, as plain values, in whatever batches."""
+        return {name: getattr(self, name) for name in ("eval_split", "eval_examples")}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -66,6 +77,7 @@ class Run:
             Those of other platforms than the run's are ignored.
         log_every: steps between two lines of metrics.
         eval_every: steps between two held-out evaluations; 0 evaluates at the end only.
+        eval_at_start: evaluate before the first step too.
         checkpoint_every: steps between two checkpoints; the last step is always saved.
         keep_last: number of latest checkpoints kept.
         keep_best: name of a held-out metric, such as "piece_loss", whose best checkpoint is kept too.
@@ -85,6 +97,7 @@ class Run:
     compiler_options: dict[str, dict[str, Any]] | None = None
     log_every: int = 50
     eval_every: int = 0
+    eval_at_start: bool = False
     checkpoint_every: int = 1000
     keep_last: int = 2
     keep_best: str | None = None
@@ -110,6 +123,12 @@ class Run:
                     "so that a resumed run logs the same windows of steps"
                 )
 
+    @property
+    def chosen_by(self) -> dict[str, Any]:
+        """What decides which step is the best, as plain values."""
+        names = ("keep_best", "best_mode", "patience", "eval_every") if self.keep_best else ("keep_best",)
+        return {name: getattr(self, name) for name in names}
+
     def _check_best(self) -> None:
         if self.best_mode not in MODES:
             raise UserError(f"Run.best_mode is {self.best_mode!r}; choose one of {', '.join(MODES)}")
@@ -117,6 +136,17 @@ class Run:
             _require_positive(self, ("patience",))
             if not (self.keep_best and self.eval_every):
                 raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
+
+
+def check_folder_names(names: Iterable[str], where: str) -> None:
+    """Makes sure that names can be folders.
+
+    Raises:
+        UserError: for the first that cannot.
+    """
+    for name in names:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"{where} has {name!r}; a name becomes a folder: letters, digits, - and _")
 
 
 def _require_positive(settings: Any, names: tuple[str, ...]) -> None:

@@ -30,14 +30,22 @@ class TaskReport:
     results: tuple[TaskResult, ...]
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """Metrics by name: of one task by their own; of several as `task/metric`, and `mean`, every task's alike."""
+        """Metrics by name: of one task by their own; of several as `task/metric`, and `mean`.
+
+        `mean` is that of the tasks, of each the mean of its metrics. Results that are counted as one task, such as
+        MNLI's two evaluation sets, or a task's by generation and by rank, are first averaged themselves.
+        """
         if len(self.results) == 1:
             return {prefix + name: value for name, value in self.results[0].metrics.items()}
         found = {
             f"{prefix}{result.task}/{name}": value for result in self.results for name, value in result.metrics.items()
         }
-        means = [statistics.fmean(result.metrics.values()) for result in self.results if result.metrics]
-        return found | ({prefix + MEAN: statistics.fmean(means)} if means else {})
+        tasks: dict[str, list[float]] = {}
+        for result in self.results:
+            if result.metrics:
+                tasks.setdefault(result.counted_as, []).append(statistics.fmean(result.metrics.values()))
+        mean = {prefix + MEAN: statistics.fmean(map(statistics.fmean, tasks.values()))} if tasks else {}
+        return found | mean
 
     def summary(self) -> str:
         """The mean of several tasks; of one, every metric."""
@@ -117,6 +125,7 @@ class TaskMetrics:
         results = [
             TaskResult(
                 task=each.task.name,
+                counted_as=each.counted_as,
                 metrics=dict.fromkeys(each.metric_names(), 0.0),
                 records=[],
                 values=[],
@@ -141,6 +150,16 @@ def check_task_metrics(data: Data, scored_by: str) -> None:
     check_tasks(task, split=data.eval_split, lengths=data.feature_lengths, scored_by=scored_by)
 
 
+def scoring_facts(data: Data, scored_by: str, decoding: Decoding | None) -> dict[str, Any]:
+    """How examples are scored, as plain values: see `prepare_task_metrics`."""
+    return {"scored_by": scored_by, "decoding": dataclasses.asdict(decoding or likeliest(data))}
+
+
+def likeliest(data: Data) -> Decoding:
+    """The likeliest token, up to `targets_length` of them."""
+    return Decoding(max_length=data.targets_length)
+
+
 def prepare_task_metrics(
     data: Data, mesh: Mesh, *, scored_by: str = "generation", decoding: Decoding | None = None, seed: int = 0
 ) -> TaskMetrics:
@@ -160,11 +179,10 @@ def prepare_task_metrics(
 
     settings = {"split": data.eval_split, "lengths": data.feature_lengths, "scored_by": scored_by}
     tasks = check_tasks(resolve_task(data.task), **settings)
-    max_examples = None if data.eval_batches is None else data.eval_batches * data.eval_batch_size
     return TaskMetrics(
         mesh=mesh,
         data=data,
-        decoding=decoding or Decoding(max_length=data.targets_length),
-        evaluators=make_evaluators(tasks, max_examples=max_examples, **settings),
+        decoding=decoding or likeliest(data),
+        evaluators=make_evaluators(tasks, max_examples=data.eval_examples, **settings),
         seed=seed,
     )

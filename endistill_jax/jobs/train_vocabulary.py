@@ -1,10 +1,10 @@
 """Training a SentencePiece vocabulary on the texts of a SeqIO source or task."""
 
-import pathlib
 from typing import TYPE_CHECKING, Union
 
 from endistill_jax.distributed import require_one_process
 from endistill_jax.errors import UserError
+from endistill_jax.storage import local_path
 
 if TYPE_CHECKING:
     import seqio
@@ -40,7 +40,7 @@ def train_vocabulary(
     from endistill_jax.data.texts import read_texts
     from endistill_jax.data.vocabulary import train_sentencepiece
 
-    if pathlib.Path(path).exists():
+    if local_path(path, "write to a local file and copy it with 'gcloud storage cp'").exists():
         raise UserError(f"{path} exists already; a vocabulary is never overwritten, give another path")
     texts = read_texts(source, split=split, text_field=text_field, max_documents=max_documents)
     if dry_run:

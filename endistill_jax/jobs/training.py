@@ -1,6 +1,7 @@
 """A training run before it starts: its settings, and everything that can be checked without starting it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -15,8 +16,14 @@ from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.sharding import make_mesh, param_shardings
+from endistill_jax.storage import check_writable_place
 from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
+
+# What of an identity is a fingerprint of another model's parameters.
+CONTENTS = ("teacher", "initial")
+# What of it decides the figures, and by them which step is the best and when to end.
+EVALUATION = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,7 @@ class Training:
         teacher: the frozen model, None if the path needs none.
         student_init: what of the teacher the model starts from.
         initial: a trained model that is trained further; its settings but for dropout and execution are `config`.
+        scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
     """
 
@@ -45,6 +53,7 @@ class Training:
     teacher: TrainedModel | None = None
     student_init: StudentInit = RANDOM
     initial: TrainedModel | None = None
+    scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
 
     @property
@@ -58,7 +67,11 @@ class Training:
         Raises:
             UserError: naming the setting and what would be right.
         """
+        from endistill_jax.data.pipeline import check_split
+
+        check_writable_place(self.model_dir)
         agree("vocabulary and teacher", self._read_facts())
+        check_split(self.task(), "train")
         make_schedule(self.optimizer, self.run.steps)
         self.path.validate(self.config, self.teacher_config)
         self.student_init.check(self.teacher_config, self.config)
@@ -127,8 +140,13 @@ class Training:
         return None if path is None else VocabularyFile(path, vocabulary.extra_ids)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption."""
-        identity = {
+        """What must not change between a checkpoint and its resumption; reads the teacher, if that was not done."""
+        identity = self.settings() | {"teacher": None if self.teacher is None else self.teacher.fingerprint}
+        return identity if self.initial is None else identity | {"initial": self.initial.fingerprint}
+
+    def settings(self) -> dict[str, Any]:
+        """The identity but for what other models contain: for this none of them is read."""
+        return {
             "model": self.config.architecture()
             | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
             "path": dataclasses.asdict(self.path),
@@ -142,10 +160,9 @@ class Training:
             "seed": self.run.seed,
             "micro_batches": self.run.micro_batches,
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
-            "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "student_init": self.student_init.facts(self.teacher_config, self.config),
+            EVALUATION: self.data.evaluated | self.scoring | self.run.chosen_by,
         }
-        return identity if self.initial is None else identity | {"initial": self.initial.fingerprint}
 
 
 def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel | None) -> None:

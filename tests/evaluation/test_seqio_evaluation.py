@@ -106,6 +106,7 @@ def test_the_right_label_on_top_is_perfect_by_rank(label_task):
 
     found = evaluator.evaluate(copying, score)
     assert found.metrics == {"accuracy": 100.0} and found.task == "evaluation_tests_label_ranked_v1"
+    assert found.counted_as == "evaluation_tests_label_v1"
     assert evaluator.size == len(found.records) == len(WORDS)
     assert found.records[1] == {
         "index": 1,

@@ -108,29 +108,36 @@ def data(corpus) -> Data:
     return Data(task=task, inputs_length=48, targets_length=16, batch_size=4, eval_batch_size=4, eval_batches=2)
 
 
+def register_colors(
+    name: str,
+    *,
+    examples: int = 20,
+    splits: tuple[str, ...] = ("train", "validation"),
+    vocabulary: seqio.Vocabulary | None = None,
+) -> seqio.Task:
+    def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+        numbers = range(48) if split == "train" else range(100, 100 + examples)
+        things = [list(COLORS)[number % 3] for number in numbers]
+        inputs = [f"{thing} {number}" for thing, number in zip(things, numbers, strict=True)]
+        columns = {"inputs": inputs, "targets": [COLORS[thing] for thing in things]}
+        texts = {key: tf.constant(x, tf.string) for key, x in columns.items()}
+        return tf.data.Dataset.from_tensor_slices(texts | {"idx": tf.range(len(things))})
+
+    labels = tuple(COLORS.values())
+    definition = TextToText(
+        source=seqio.FunctionDataSource(dataset, splits=splits),
+        to_text=lambda examples: examples,
+        metric_fns=(accuracy,),
+        value_of=functools.partial(label_index, labels=labels),
+        labels=labels,
+    )
+    return text_to_text_task(name, definition, vocabulary or load_vocabulary("bytes"))
+
+
 @pytest.fixture(scope="session")
 def color_source() -> Callable[..., seqio.Task]:
     """Function (name, ...) -> a registered task: which color a numbered thing has."""
-
-    def make(name: str, *, examples: int = 20, vocabulary: seqio.Vocabulary | None = None) -> seqio.Task:
-        def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
-            numbers = range(48) if split == "train" else range(100, 100 + examples)
-            things = [list(COLORS)[number % 3] for number in numbers]
-            inputs = [f"{thing} {number}" for thing, number in zip(things, numbers, strict=True)]
-            columns = {"inputs": inputs, "targets": [COLORS[thing] for thing in things]}
-            return tf.data.Dataset.from_tensor_slices({key: tf.constant(x, tf.string) for key, x in columns.items()})
-
-        labels = tuple(COLORS.values())
-        definition = TextToText(
-            source=seqio.FunctionDataSource(dataset, splits=("train", "validation")),
-            to_text=lambda examples: examples,
-            metric_fns=(accuracy,),
-            value_of=functools.partial(label_index, labels=labels),
-            labels=labels,
-        )
-        return text_to_text_task(name, definition, vocabulary or load_vocabulary("bytes"))
-
-    return make
+    return register_colors
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The evaluation job: its tables, its predictions, and GLUE's submissions."""
 
+import dataclasses
 import json
 
 import pytest
@@ -45,11 +46,23 @@ def test_the_table_is_of_what_the_predictions_say(evaluated):
 
 
 def test_a_test_set_of_glue_gives_a_file_to_submit_and_others_none(tmp_path):
-    result = {"metrics": {}, "records": []}
+    result = {"metrics": {}, "records": [], "counted_as": "any"}
     submit(str(tmp_path), TaskResult(task="glue_rte_ranked_v1", values=[1, 0], row_numbers=[1, 0], **result))
     submit(str(tmp_path), TaskResult(task="jobs_tests_color_v1", values=[1], row_numbers=None, **result))
     assert [file.name for file in (tmp_path / "submission").iterdir()] == ["RTE.tsv"]
     assert (tmp_path / "submission" / "RTE.tsv").read_text() == "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
+
+
+def test_of_two_scorings_of_a_test_set_that_by_rank_is_submitted(tmp_path, arguments, color_source, capsys):
+    task = color_source("jobs_tests_mnli_matched_v1", splits=("test",))
+    data = dataclasses.replace(arguments["data"], task=task, eval_split="test")
+    evaluate(model_dir=str(tmp_path), scored_by="both", **arguments | {"data": data})
+    assert capsys.readouterr().out.count("MNLI-m.tsv") == 1, "it is written once"
+    ranked = (tmp_path / "predictions" / "jobs_tests_mnli_matched_ranked_v1.jsonl").read_text().splitlines()
+    colors = [json.loads(line)["prediction"] for line in ranked]
+    label_of = {"red": "entailment", "green": "neutral", "blue": "contradiction"}
+    submitted = (tmp_path / "submission" / "MNLI-m.tsv").read_text().splitlines()[1:]
+    assert submitted == [f"{index}\t{label_of[color]}" for index, color in enumerate(colors)]
 
 
 def test_mistakes_are_refused_before_anything_is_created(refused, tmp_path, arguments, distilled, data):

@@ -1,8 +1,12 @@
 """Fine-tuning: that it learns, keeps the best, ends early, goes on exactly, and refuses what cannot work."""
 
+import ast
 import dataclasses
 import importlib
 import json
+import pathlib
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ import seqio
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.errors import Stopped, UserError
 from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
+from endistill_jax.jobs.finetune import plan_runs
 from endistill_jax.jobs.models import open_model
 from endistill_jax.model.generation import Decoding
 from endistill_jax.train.best import Best
@@ -154,6 +159,39 @@ def test_a_run_ends_when_patience_does_and_keeps_its_best_checkpoint(tmp_path, d
     assert finetune(**arguments) == [row], "it is finished, though it has not made all its steps"
 
 
+def with_changes(finetuning: Finetuning, changed: dict) -> Finetuning:
+    """The settings with others under names such as "scored_by" and "data.eval_split"."""
+    for name, value in changed.items():
+        part, _, field = name.rpartition(".")
+        value = dataclasses.replace(getattr(finetuning, part), **{field: value}) if part else value
+        finetuning = dataclasses.replace(finetuning, **{part or field: value})
+    return finetuning
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"scored_by": "generation"}, r'evaluation\.scored_by is "rank" there and "generation" here'),
+        ({"decoding": Decoding(max_length=4)}, r"evaluation\.decoding\.max_length is 8 there and 4 here"),
+        ({"data.eval_split": "train"}, r'evaluation\.eval_split is "validation" there and "train" here'),
+        ({"data.eval_batches": 1}, r"evaluation\.eval_examples is 16 there and 8 here"),
+        ({"run.keep_best": "accuracy", "run.patience": 5}, r'evaluation\.keep_best is null there and "accuracy" here'),
+    ],
+)
+def test_figures_of_another_evaluation_are_not_told_as_if_they_were_of_this_one(
+    refused, finetuned, distilled, finetuning, changed, match
+):
+    again = with_changes(dataclasses.replace(finetuning, seeds=(0, 1)), changed)
+    refused(finetune, match, model_dir=str(finetuned[0]), model=str(distilled), finetuning=again)
+
+
+def test_the_same_examples_in_other_batches_are_the_same_evaluation(finetuned, distilled, finetuning):
+    folder, rows = finetuned
+    changed = {"seeds": (0, 1), "data.eval_batch_size": 16, "data.eval_batches": 1, "decoding": Decoding(max_length=8)}
+    again = with_changes(finetuning, changed | {"run.best_mode": "max"})
+    assert finetune(model_dir=str(folder), model=str(distilled), finetuning=again) == rows
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
@@ -169,17 +207,12 @@ def test_a_run_ends_when_patience_does_and_keeps_its_best_checkpoint(tmp_path, d
 )
 def test_what_cannot_work_is_refused_at_once(refused, tmp_path, distilled, finetuning, changed, match):
     def job(model_dir):
-        settings = finetuning
-        for name, value in changed.items():
-            part, _, field = name.rpartition(".")
-            value = dataclasses.replace(getattr(settings, part), **{field: value}) if part else value
-            settings = dataclasses.replace(settings, **{part or field: value})
-        finetune(model_dir=model_dir, model=str(distilled), finetuning=settings)
+        finetune(model_dir=model_dir, model=str(distilled), finetuning=with_changes(finetuning, changed))
 
     refused(job, match, model_dir=str(tmp_path / "run"))
 
 
-def test_tasks_without_metrics_or_examples_and_other_vocabularies_are_refused(
+def test_tasks_without_metrics_splits_or_examples_and_other_vocabularies_are_refused(
     refused, tmp_path, distilled, finetuning, data, color_source
 ):
     arguments = {"model_dir": str(tmp_path / "run"), "model": str(distilled), "finetuning": finetuning}
@@ -190,9 +223,27 @@ def test_tasks_without_metrics_or_examples_and_other_vocabularies_are_refused(
         }
 
     refused(finetune, "has no metrics to evaluate; choose a task with metric_fns", **on(data.task))
+    untrainable = color_source("jobs_tests_test_color_v1", splits=("test", "validation"))
+    refused(finetune, "_test_color_v1 has no split 'train'; it has test, validation", **on(untrainable))
     refused(finetune, "has no example in split 'validation'", **on(color_source("jobs_tests_no_color_v1", examples=0)))
     other = color_source("jobs_tests_other_color_v1", vocabulary=seqio.ByteVocabulary(extra_ids=50))
     refused(finetune, "the model .* was trained with another vocabulary", **on(other))
+
+
+@pytest.mark.parametrize("file", ["docs/downstream.md", "gin/runs"])
+def test_the_evaluation_in_the_documents_reads_what_the_fine_tuning_there_writes(file, finetuning, student):
+    root = pathlib.Path(__file__).parents[2]
+    texts = [path.read_text() for path in ([root / file] if file.endswith(".md") else sorted((root / file).iterdir()))]
+    flags = {}
+    for job in ("finetune", "evaluate"):
+        command = r"endistill_jax.main (--gin_file=gin/runs/" + job + r"\.gin (?:.*\\\n)*.*)"
+        words = shlex.split(re.sub(r"\\\n#?", " ", re.search(command, "\n".join(texts))[1]))
+        flags[job] = dict(word.removeprefix("--gin.").split("=", 1) for word in words)
+    ways = {name: ast.literal_eval(flags["finetune"][name.upper()]) for name in ("learning_rates", "seeds")}
+    runs = plan_runs(flags["finetune"]["MODEL_DIR"], student, dataclasses.replace(finetuning, **ways))
+    folder, _, step = flags["evaluate"]["MODEL"].rpartition("/checkpoints/")
+    assert folder in [run.model_dir for run in runs] and int(step) % 1000 == 0, "EVAL_EVERY"
+    assert flags["evaluate"]["TASK"] == flags["finetune"]["TASK"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from endistill_jax.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.jobs import Reading, infer
+from endistill_jax.jobs.models import TrainedModel
 from endistill_jax.model.generation import Decoding
 
 TEXTS = [f"{'text ' * (number % 4)}number {number}" for number in range(40)]
@@ -15,10 +16,10 @@ TEXTS = [f"{'text ' * (number % 4)}number {number}" for number in range(40)]
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory, distilled):
-    """Forty texts of several lengths, two of whose lines are bad; sixteen lines at a time."""
+    """Forty texts of several lengths, three of whose lines are bad; sixteen lines at a time."""
     file = tmp_path_factory.mktemp("inputs") / "texts.jsonl"
     lines = [json.dumps({"inputs": text}) for text in TEXTS]
-    lines[3], lines[20] = "no json", json.dumps({"text": "no inputs"})
+    lines[3], lines[20], lines[22] = "no json", json.dumps({"text": "no inputs"}), json.dumps({"inputs": "half \ud83d"})
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
         "model": str(distilled),
@@ -34,7 +35,7 @@ def arguments(tmp_path_factory, distilled):
 def whole(tmp_path_factory, arguments):
     """The output of a run that was not broken off."""
     file = tmp_path_factory.mktemp("whole") / "out.jsonl"
-    assert infer(output_file=str(file), **arguments) == 38
+    assert infer(output_file=str(file), **arguments) == 37
     return file
 
 
@@ -44,25 +45,26 @@ def records(file):
 
 def test_every_good_line_has_its_answer_in_order(whole, capsys, tmp_path, arguments):
     found = records(whole)
-    assert [record["line"] for record in found] == [number for number in range(1, 41) if number not in (4, 21)]
+    assert [record["line"] for record in found] == [number for number in range(1, 41) if number not in (4, 21, 23)]
     assert all(record["inputs"] == TEXTS[record["line"] - 1] for record in found)
     assert [record.get("cut", False) for record in found] == [len(record["inputs"]) > 19 for record in found]
     infer(output_file=str(tmp_path / "out.jsonl"), **arguments)
     told = capsys.readouterr()
     assert "line 4 is not JSON" in told.err and "line 21 has no string in field 'inputs'" in told.err
+    assert "line 23 has \\ud83d, half of a surrogate pair, which is no character" in told.err
     cut = sum("cut" in record for record in found)
-    assert cut and f"38 lines written, 2 bad lines skipped, {cut} inputs cut to 20 tokens" in told.out
+    assert cut and f"37 lines written, 3 bad lines skipped, {cut} inputs cut to 20 tokens" in told.out
 
 
-@pytest.mark.parametrize("kept", [0, 1, 10, 15, 30, 38])
+@pytest.mark.parametrize("kept", [0, 1, 10, 15, 29, 37])
 def test_a_broken_run_goes_on_and_writes_no_line_twice(tmp_path, whole, arguments, kept, capsys):
     file = tmp_path / "out.jsonl"
     lines = whole.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:kept]) + (lines[kept][:9] if kept < 38 else b""))
+    file.write_bytes(b"".join(lines[:kept]) + (lines[kept][:9] if kept < 37 else b""))
     (tmp_path / "out.jsonl.run.json").write_bytes(whole.with_name("out.jsonl.run.json").read_bytes())
-    assert infer(output_file=str(file), **arguments) == 38
+    assert infer(output_file=str(file), **arguments) == 37
     assert file.read_bytes() == whole.read_bytes()
-    assert "38 lines written, 2 bad lines skipped" in capsys.readouterr().out
+    assert "37 lines written, 3 bad lines skipped" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_midway_leaves_whole_lines_to_go_on_from(tmp_path, whole, arguments, monkeypatch):
@@ -77,7 +79,7 @@ def test_a_run_that_fails_midway_leaves_whole_lines_to_go_on_from(tmp_path, whol
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Predictor, "generate", fails_the_third_time)
         infer(output_file=str(file), **arguments)
-    assert len(records(file)) == 30
+    assert len(records(file)) == 29
     infer(output_file=str(file), **arguments)
     assert file.read_bytes() == whole.read_bytes()
 
@@ -96,10 +98,26 @@ def test_another_model_input_or_setting_is_refused(tmp_path, whole, arguments, t
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"inputs": "another text"}) + "\n")
     refused(r"input\.lines is 40 there and 1 here", input_file=str(other))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, whole, arguments, monkeypatch):
+    monkeypatch.setattr(TrainedModel, "load", None)
     stranger = tmp_path / "stranger.jsonl"
     stranger.write_text("notes\n")
-    with pytest.raises(UserError, match="is there already, and not from this job"):
-        infer(output_file=str(stranger), **arguments)
+    for match, output, changed in (
+        ("is there already, and not from this job", stranger, {}),
+        ("seed is 0 there and 1 here", whole, {"seed": 1}),
+        ("tmp.* is a folder; give a file in it", tmp_path, {}),
+        ("gs://bucket/out.jsonl is not a local file; give one", "gs://bucket/out.jsonl", {}),
+    ):
+        with pytest.raises(UserError, match=match):
+            infer(output_file=str(output), **arguments | changed)
+    assert list(tmp_path.iterdir()) == [stranger]
+
+
+def test_a_bucket_is_no_place_for_the_output_also_in_a_dry_run(arguments):
+    with pytest.raises(UserError, match="gs://bucket/out.jsonl is not a local file"):
+        infer(output_file="gs://bucket/out.jsonl", **arguments, dry_run=True)
 
 
 def test_text_and_gzip_are_read_alike(tmp_path, arguments, whole):

@@ -144,6 +144,78 @@ def test_a_mistake_on_one_host_ends_all_of_them_and_is_told(tmp_path, command):
     assert "process 1 failed: error: " in errors and "stepps" in errors
 
 
+DOWNSTREAM = """
+    import runpy, sys
+    from endistill_jax import distributed, ending
+    distributed.initialize()
+    ending.watch()
+    from endistill_jax.jobs import Data, Finetuning, Reading, Run, evaluate, finetune, infer
+    from endistill_jax.model.generation import Decoding
+    from endistill_jax.train.optimizer import OptimizerConfig
+
+    conftest, folder, model, texts, outputs = sys.argv[1:]
+    given, mesh = runpy.run_path(conftest), (2, 2, 1)
+    task = given["register_colors"]("several_processes_color_v1")
+    data = Data(task=task, inputs_length=11, targets_length=8, batch_size=8, pack=False, shards=2, eval_batch_size=8)
+    run = Run(steps=4, mesh=mesh, log_every=2, eval_every=2, checkpoint_every=2, tensorboard=False)
+    finetuning = Finetuning(data=data, optimizer=OptimizerConfig(learning_rate=1e-3), run=run, scored_by="rank")
+    finetune(model_dir=f"{folder}/tuned", model=given["small_model"](width=16), finetuning=finetuning)
+    common = {"model": model, "mesh": mesh}
+    evaluate(model_dir=f"{folder}/evaluated", data=data, scored_by="both", tensorboard=False, **common)
+    infer(
+        input_file=texts,
+        output_file=outputs.format(distributed.process_index()),
+        decoding=Decoding(max_length=8),
+        reading=Reading(inputs_length=11),
+        batch_size=8,
+        vocabulary_file="bytes",
+        **common,
+    )
+"""
+
+
+def records_of(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def assert_same_answers(got: pathlib.Path, wanted: pathlib.Path) -> None:
+    """The same records but for the last bits of scores."""
+    pairs = list(zip(records_of(got), records_of(wanted), strict=True))
+    assert pairs
+    for ours, theirs in pairs:
+        scores = [{**record.pop("scores", {}), "": record.pop("score")} for record in (ours, theirs)]
+        assert ours == theirs
+        np.testing.assert_allclose(list(scores[0].values()), list(scores[1].values()), rtol=1e-5)
+
+
+def test_downstream_jobs_of_two_processes_are_those_of_one(tmp_path):
+    """Fine-tuning by rank, evaluation in both ways, and inference that goes on from what only the first one has."""
+    alone, several, texts = tmp_path / "alone", tmp_path / "several", tmp_path / "texts.txt"
+    texts.write_text("".join(f"text {number}\n" for number in range(100)))
+    (tmp_path / "0").mkdir()
+
+    def words(folder: pathlib.Path, outputs: pathlib.Path) -> list[str]:
+        conftest = pathlib.Path(__file__).with_name("conftest.py")
+        script = [sys.executable, "-c", textwrap.dedent(DOWNSTREAM), conftest, folder, alone / "tuned", texts, outputs]
+        return list(map(str, script))
+
+    output = alone / "out.jsonl"
+    subprocess.run(words(alone, output), env=environment(4), check=True, capture_output=True)
+    (tmp_path / "0" / "out.jsonl.run.json").write_bytes((alone / "out.jsonl.run.json").read_bytes())
+    (tmp_path / "0" / "out.jsonl").write_text("".join(output.read_text().splitlines(keepends=True)[:70]))
+
+    results = ended(start([words(several, tmp_path / "{}" / "out.jsonl")] * 2, devices=2))
+    assert [code for code, _, _ in results] == [0, 0], results
+    first, second = (errors for _, _, errors in results)
+    assert "infer: goes on after line 70" in first and "infer:" not in second
+    assert not (tmp_path / "1").exists()
+    assert_same_answers(tmp_path / "0" / "out.jsonl", output)
+    for name in ("tuned", "evaluated"):
+        assert_close(read_metrics(several / name / "metrics.jsonl"), read_metrics(alone / name / "metrics.jsonl"))
+    for file in sorted((alone / "evaluated" / "predictions").iterdir()):
+        assert_same_answers(several / "evaluated" / "predictions" / file.name, file)
+
+
 HOSTS = """
     import json, sys
     import jax

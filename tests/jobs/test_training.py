@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -74,6 +75,29 @@ def test_what_changed_since_the_checkpoint_is_named(
     config = make_model(width=32)
     huggingface.save(other, jax.device_get(init_params(config, jax.random.key(2))), config)
     refused(distill, "teacher is .* there", **arguments | {"teacher": other})
+
+
+def test_a_run_is_judged_in_one_way_to_its_end(refused, distilled, teacher, student, path, settings):
+    arguments = {"model_dir": str(distilled), "teacher": teacher, "student": student, "path": path, **settings}
+
+    def judged_otherwise(match, part, **changed):
+        refused(distill, match, **arguments | {part: dataclasses.replace(settings[part], **changed)})
+
+    judged_otherwise(r"evaluation\.eval_examples is 8 there and 12 here", "data", eval_batches=3)
+    judged_otherwise(r'evaluation\.eval_split is "validation" there and "train" here', "data", eval_split="train")
+    judged_otherwise(r'evaluation\.keep_best is null there and "piece_loss" here', "run", keep_best="piece_loss")
+
+
+def test_a_checkpoint_that_does_not_tell_how_it_was_judged_is_gone_on_with(
+    tmp_path, distilled, teacher, student, path, settings
+):
+    folder = tmp_path / "run"
+    shutil.copytree(distilled, folder)
+    for file in folder.glob("checkpoints/*/facts/metadata"):
+        facts = json.loads(file.read_text())
+        del facts["run"]["evaluation"]
+        file.write_text(json.dumps(facts))
+    distill(model_dir=str(folder), teacher=teacher, student=student, path=path, **settings)
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_created(

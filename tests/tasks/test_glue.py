@@ -10,6 +10,7 @@ from endistill_jax.data.vocabulary import BUNDLED
 from endistill_jax.errors import UserError
 from endistill_jax.tasks import glue
 from endistill_jax.tasks.glue_submission import submitted_config, write_submission
+from endistill_jax.tasks.registration import proportional_mixture
 from endistill_jax.tasks.text_to_text import ranked_task, task_labels
 
 PAIR = {"sentence1": "Big news.", "sentence2": "No idea."}
@@ -137,11 +138,22 @@ def test_mixture_has_t5s_rates():
     assert capped.rate_per_task_name["test_capped_glue_rte_v1"] == 2490
 
 
-def test_mixture_trains_on_tasks_with_a_training_split(mock_glue):
-    mixture = resolve_task("test_glue")
-    dataset = mixture.get_dataset({"inputs": 32, "targets": 8}, split="train", shuffle=False, seed=0)
-    [example] = dataset.take(1).as_numpy_iterator()
-    assert set(example) == {"inputs", "targets"}
+def drawn(mixture, count):
+    """What the first examples of a mixture's training stream begin with: the names of their tasks."""
+    dataset = mixture.get_dataset({"inputs": 4, "targets": 8}, split="train", shuffle=False, seed=0)
+    vocabulary = mixture.output_features["inputs"].vocabulary
+    texts = (vocabulary.decode(example["inputs"].tolist()) for example in dataset.take(count).as_numpy_iterator())
+    return {text.split()[0] for text in texts}
+
+
+def test_mixture_trains_on_all_tasks_with_a_training_split(mock_glue):
+    even = glue.glue_mixture(benchmark="test_even_glue", vocabulary=BUNDLED, largest_rate=1)
+    assert drawn(even, 100) == {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"}
+
+
+def test_a_task_of_rate_0_is_never_drawn(mock_glue):
+    sizes = {"test_glue_cola_v1": 2, "test_glue_sst2_v1": 1, "test_glue_rte_v1": 0}
+    assert drawn(proportional_mixture("test_glue_some", sizes), 100) == {"cola", "sst2"}
 
 
 def test_a_task_of_another_vocabulary_has_a_name_of_its_own():
