@@ -112,7 +112,9 @@ def loss_and_sums(
     """
     taught = None
     if path.needs_teacher:
-        with nn.logical_axis_rules(logical_rules(teacher_placement)):
+        # Without a placement the mesh and its rules are another system's, such as T5X's.
+        rules = logical_rules(teacher_placement) if computation.placement else nn.get_logical_axis_rules()
+        with nn.logical_axis_rules(rules):
             taught = forward(teacher, teacher_params, batch, path, "teacher", computation=computation)
         taught = jax.lax.stop_gradient(taught)
     key = dropout_key if student.dropout_rate else None
