@@ -5,7 +5,7 @@ import dataclasses
 from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.checkpoints.reading import Facts, read_facts_of_step
 from endistill_jax.jobs.models import find_run
-from endistill_jax.jobs.training import CONTENTS, EVALUATION, Training
+from endistill_jax.jobs.training import CONTENTS, Training
 from endistill_jax.train.best import Best
 
 
@@ -67,8 +67,6 @@ def check_same_run(training: Training, step: int, facts: Facts, *, contents: boo
     current, saved = training.identity() if contents else training.settings(), facts["run"]
     if not contents:
         saved = {name: saved[name] for name in saved if name not in CONTENTS}
-    if EVALUATION not in saved:  # checkpoints of earlier versions do not tell
-        del current[EVALUATION]
     check_facts(saved, current, f"the checkpoint of step {step} in {training.model_dir}")
 
 

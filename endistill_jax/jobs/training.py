@@ -22,8 +22,6 @@ from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
 
 # What of an identity is a fingerprint of another model's parameters.
 CONTENTS = ("teacher", "initial")
-# What of it decides the figures, and by them which step is the best and when to end.
-EVALUATION = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +159,8 @@ class Training:
             "micro_batches": self.run.micro_batches,
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
             "student_init": self.student_init.facts(self.teacher_config, self.config),
-            EVALUATION: self.data.evaluated | self.scoring | self.run.chosen_by,
+            # What decides the figures, and by them which step is the best and when to end.
+            "evaluation": self.data.evaluated | self.scoring | self.run.chosen_by,
         }
 
 

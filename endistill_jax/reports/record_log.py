@@ -2,13 +2,13 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.storage import local_path
 
 NUMBER = "line"
 
@@ -41,9 +41,7 @@ class RecordLog:
         Raises:
             UserError: it is a folder, or in an object store, where no file can grow.
         """
-        if "://" in os.fspath(path):
-            raise UserError(f"{path} is not a local file; give one, since records are added to it as they are made")
-        self._path = pathlib.Path(path).expanduser()
+        self._path = local_path(path, "give a local file, since records are added to it as they are made")
         if self._path.is_dir():
             raise UserError(f"{path} is a folder; give a file in it")
         self._facts_path = self._path.with_name(f"{self._path.name}.run.json")

@@ -124,6 +124,21 @@ def loss_and_sums(
     return loss_from_outputs(path, learned, taught, batch, weights, computation)
 
 
+def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batch, count: int, key: jax.Array) -> Any:
+    """The sum of `gradient(micro_batch, key)` over the micro-batches of a batch, one after another, with a key each."""
+    if count == 1:
+        return gradient(batch, key)
+    parts = split_micro_batches(batch, count)
+
+    def accumulate(total: Any, xs: tuple) -> tuple[Any, None]:
+        micro_batch, index = xs
+        return jax.tree.map(jnp.add, total, gradient(micro_batch, jax.random.fold_in(key, index))), None
+
+    shapes = jax.eval_shape(gradient, {name: x[0] for name, x in parts.items()}, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))[0]
+
+
 def make_train_step(
     *,
     student: T5Config,
@@ -179,21 +194,9 @@ def make_train_step(
             gradient = jax.value_and_grad(functools.partial(micro_batch_loss, step=state.step), has_aux=True)
             key = jax.random.fold_in(base_key, state.step)
 
-            def accumulate(total, xs):
-                micro_batch, index = xs
-                keys = jax.random.fold_in(key, index)
-                result = gradient(state.params, teacher_params, micro_batch, weights, keys)
-                return jax.tree.map(jnp.add, total, result), None
-
-            if micro_batches == 1:
-                (loss, sums), grads = gradient(state.params, teacher_params, batch, weights, key)
-            else:
-                parts = split_micro_batches(batch, micro_batches)
-                first = {name: x[0] for name, x in parts.items()}
-                shapes = jax.eval_shape(gradient, state.params, teacher_params, first, weights, key)
-                zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-                ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(micro_batches)))
-
+            (loss, sums), grads = _over_micro_batches(
+                lambda part, key: gradient(state.params, teacher_params, part, weights, key), batch, micro_batches, key
+            )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             tokens = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32)

@@ -108,7 +108,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(tm
         ("is there already, and not from this job", stranger, {}),
         ("seed is 0 there and 1 here", whole, {"seed": 1}),
         ("tmp.* is a folder; give a file in it", tmp_path, {}),
-        ("gs://bucket/out.jsonl is not a local file; give one", "gs://bucket/out.jsonl", {}),
+        ("gs://bucket/out.jsonl is not local; give a local file", "gs://bucket/out.jsonl", {}),
     ):
         with pytest.raises(UserError, match=match):
             infer(output_file=str(output), **arguments | changed)
@@ -116,7 +116,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(tm
 
 
 def test_a_bucket_is_no_place_for_the_output_also_in_a_dry_run(arguments):
-    with pytest.raises(UserError, match="gs://bucket/out.jsonl is not a local file"):
+    with pytest.raises(UserError, match="gs://bucket/out.jsonl is not local"):
         infer(output_file="gs://bucket/out.jsonl", **arguments, dry_run=True)
 
 

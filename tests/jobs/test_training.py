@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -86,18 +85,6 @@ def test_a_run_is_judged_in_one_way_to_its_end(refused, distilled, teacher, stud
     judged_otherwise(r"evaluation\.eval_examples is 8 there and 12 here", "data", eval_batches=3)
     judged_otherwise(r'evaluation\.eval_split is "validation" there and "train" here', "data", eval_split="train")
     judged_otherwise(r'evaluation\.keep_best is null there and "piece_loss" here', "run", keep_best="piece_loss")
-
-
-def test_a_checkpoint_that_does_not_tell_how_it_was_judged_is_gone_on_with(
-    tmp_path, distilled, teacher, student, path, settings
-):
-    folder = tmp_path / "run"
-    shutil.copytree(distilled, folder)
-    for file in folder.glob("checkpoints/*/facts/metadata"):
-        facts = json.loads(file.read_text())
-        del facts["run"]["evaluation"]
-        file.write_text(json.dumps(facts))
-    distill(model_dir=str(folder), teacher=teacher, student=student, path=path, **settings)
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_created(
