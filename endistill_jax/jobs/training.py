@@ -72,11 +72,20 @@ class Training:
         check_split(self.task(), "train")
         make_schedule(self.optimizer, self.run.steps)
         self.path.validate(self.config, self.teacher_config)
+        self._check_targets()
         self.student_init.check(self.teacher_config, self.config)
         self.check_mesh()
         check_vocabularies(self.vocabulary(), self.config, self.teacher)
         if self.initial is not None:
             check_same_vocabulary(self.vocabulary(), self.initial, "the model")
+
+    def _check_targets(self) -> None:
+        targets = self.path.interpolated_targets
+        if targets is not None and targets.steps > self.run.steps:
+            raise UserError(
+                f"InterpolatedTargets.steps is {targets.steps}, but the run ends after {self.run.steps} steps "
+                "and would never see the teacher's own targets; make it at most that"
+            )
 
     def check_mesh(self) -> None:
         """Finds what the mesh does not divide, or its compiler does not take; reads nothing.

@@ -5,7 +5,8 @@
 
 The teacher runs forward only and computes what the path reads. The student's backward pass is two forward passes, also
 of the relations; those of the last two lines are all scores, masked or not. The divergence of the logits has no product
-of its own: the heads' are the models'.
+of its own: the heads' are the models'. The scores of interpolated targets are products of both models' vectors put
+together: a teacher of I_teacher + I_student, and the student's head once more.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,7 @@ class StepFlops(NamedTuple):
     """Operations of one training step.
 
     Attributes:
-        teacher: its forward pass; 0 without a teacher.
+        teacher: its forward pass, and what interpolated targets add to its head; 0 without a teacher.
         student: its forward and backward pass.
         relations: scores of both models and the gradient of the student's.
     """
@@ -59,8 +60,13 @@ def step_flops(student: T5Config, teacher: T5Config | None, path: Path, lengths:
     backward = 3 * path_flops(student, path, "student", lengths).total
     if not path.needs_teacher:
         return StepFlops(teacher=0, student=backward, relations=0)
+    forward, target_inner = path_flops(teacher, path, "teacher", lengths).total, teacher.inner_dim
+    if path.interpolated_targets is not None:
+        target_inner += student.inner_dim
+        if path.needs_logits("teacher"):
+            forward += path_flops(student, path, "student", lengths).head
     return StepFlops(
-        teacher=path_flops(teacher, path, "teacher", lengths).total,
+        teacher=forward,
         student=backward,
-        relations=relation_flops(path, lengths, teacher.inner_dim, student.inner_dim),
+        relations=relation_flops(path, lengths, target_inner, student.inner_dim),
     )

@@ -14,7 +14,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.jobs import demo, distill, export, pretrain, train_vocabulary
 from endistill_jax.jobs.models import open_model
 from endistill_jax.jobs.training import Training
-from endistill_jax.losses import Path
+from endistill_jax.losses import InterpolatedTargets, Path
 from endistill_jax.model.t5 import count_params, init_params
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params
@@ -98,6 +98,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(
     refused(distill, "vocab_size", **arguments | {"student": small, "path": dataclasses.replace(path, logits_weight=0)})
     short = dataclasses.replace(settings["data"], targets_length=4)
     refused(distill, "targets of 4 tokens are too short.*need", **arguments | {"data": short})
+    late = dataclasses.replace(path, interpolated_targets=InterpolatedTargets(steps=settings["run"].steps + 1))
+    refused(distill, "InterpolatedTargets.steps is .* at most that", **arguments | {"path": late})
     uneven = dataclasses.replace(settings["run"], micro_batches=3)
     refused(distill, "batch_size is 4; it must be a multiple of 3", **arguments | {"run": uneven})
     unknown = dataclasses.replace(settings["data"], task="jobs_tests_v7")

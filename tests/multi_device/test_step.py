@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.losses import Computation, Path, Site
+from endistill_jax.losses import Computation, InterpolatedTargets, Path, Site
 from endistill_jax.model.config import T5Config
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
@@ -114,8 +114,11 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def runs(compiler_log):
-    def run(axes, micro_batches, placement, computation):
+def run(compiler_log):
+    """One step by the settings of a name of RUNS."""
+
+    def run(name, path=PATH):
+        axes, micro_batches, placement, computation = RUNS[name]
         mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
         student = dataclasses.replace(STUDENT, attention_bytes=computation.attention_bytes)
         state = init_state(STUDENT, ADAM, mesh, jax.random.key(0), random_params(STUDENT, 0))
@@ -123,7 +126,7 @@ def runs(compiler_log):
         step = make_train_step(
             student=student,
             teacher=TEACHER,
-            path=PATH,
+            path=path,
             optimizer=ADAM,
             mesh=mesh,
             micro_batches=micro_batches,
@@ -136,12 +139,15 @@ def runs(compiler_log):
         state, metrics = compiled(state, teacher_params, batch)
         return Ran(mesh, state, teacher_params, jax.device_get(metrics), compiled.as_text(), log)
 
-    return {name: run(*settings) for name, settings in RUNS.items()}
+    return run
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_terms_and_loss_do_not_depend_on_the_mesh(runs, name):
-    expected, actual = runs["1x1x1"].metrics, runs[name].metrics
+@pytest.fixture(scope="module")
+def runs(run):
+    return {name: run(name) for name in RUNS}
+
+
+def check_metrics(actual, expected):
     assert actual.keys() == expected.keys() and len(actual) == 16
     for term, (total, weight) in expected.items():
         assert actual[term][1] == weight, term
@@ -149,9 +155,7 @@ def test_terms_and_loss_do_not_depend_on_the_mesh(runs, name):
         np.testing.assert_allclose(actual[term][0], total, rtol=2e-5, err_msg=term)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_gradients_moments_and_updated_parameters_do_not_depend_on_the_mesh(runs, name):
-    expected, actual = (jax.device_get(runs[key].state) for key in ("1x1x1", name))
+def check_state(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected) and int(actual.step) == 1
 
     def compare(moment, tolerance):
@@ -166,6 +170,25 @@ def test_gradients_moments_and_updated_parameters_do_not_depend_on_the_mesh(runs
     compare("nu", 4e-5)
     # An update is at most the learning rate, 0.1; in its slope, 1 / eps at worst, the gradient's rounding is amplified.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), actual.params, expected.params)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_terms_and_loss_do_not_depend_on_the_mesh(runs, name):
+    check_metrics(runs[name].metrics, runs["1x1x1"].metrics)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_moments_and_updated_parameters_do_not_depend_on_the_mesh(runs, name):
+    check_state(*(jax.device_get(runs[key].state) for key in (name, "1x1x1")))
+
+
+def test_a_step_with_interpolated_targets_does_not_depend_on_the_mesh(run, runs):
+    path = dataclasses.replace(PATH, interpolated_targets=InterpolatedTargets(start=0.4, steps=10))
+    one, several = run("1x1x1", path), run("2x4x1", path)
+    check_metrics(several.metrics, one.metrics)
+    check_state(*(jax.device_get(ran.state) for ran in (several, one)))
+    # Targets that are partly the student's own are nearer to it.
+    assert one.metrics["loss"][0] < 0.9 * runs["1x1x1"].metrics["loss"][0]
 
 
 def test_parameters_move_far_more_than_the_tolerance_of_their_comparison(runs):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from endistill_jax.losses import Computation, Path, Site
+from endistill_jax.losses import Computation, InterpolatedTargets, Path, Site
 from endistill_jax.model.counted_flops import count_matmul_flops
 from endistill_jax.model.flops import Lengths
 from endistill_jax.sharding import abstract_params
@@ -58,6 +58,13 @@ def test_formula_counts_every_product_of_a_step(name, models, mesh):
     student, teacher = models
     path = PATHS[name]
     assert counted(student, teacher, path, mesh) == step_flops(student, teacher, path, LENGTHS).total
+
+
+@pytest.mark.parametrize("name", ["minilm", "minend"])
+def test_formula_counts_what_interpolated_targets_add(name, models, mesh):
+    path = dataclasses.replace(PATHS[name], interpolated_targets=InterpolatedTargets(steps=3))
+    flops = step_flops(*models, path, LENGTHS).total
+    assert counted(*models, path, mesh) == flops > step_flops(*models, PATHS[name], LENGTHS).total
 
 
 def test_micro_batches_change_no_flops(models, mesh):

@@ -104,7 +104,7 @@ def test_microbatches_are_strided_and_keep_every_row_once(batch):
             np.testing.assert_array_equal(parts[name][index], x[index::4])
 
 
-def test_interpolated_targets_move_from_the_students_own_to_the_teachers(
+def test_interpolated_targets_move_from_near_the_students_own_to_the_teachers(
     make_step, path, gradient_descent, new_state, teacher_params, batch
 ):
     path = dataclasses.replace(path, lm_weight=0.0, z_loss=0.0)
@@ -115,9 +115,10 @@ def test_interpolated_targets_move_from_the_students_own_to_the_teachers(
         return float(run(state, teacher_params, batch)[1]["loss"][0])
 
     moving = {"interpolated_targets": InterpolatedTargets(steps=10)}
-    losses = [loss_at(step, **moving) for step in (0, 5, 10)]
+    losses = [loss_at(step, **moving) for step in (0, 4, 9)]
     taught = loss_at(0)
-    assert abs(losses[0]) < 1e-4 * taught
+    # Near the student's own, a divergence grows with the square of the share, here a tenth.
+    assert 0 < losses[0] < 0.03 * taught
     assert 0.05 * taught < losses[1] < 0.95 * taught
     np.testing.assert_allclose(losses[2], taught, rtol=1e-4)
 
