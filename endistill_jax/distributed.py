@@ -7,6 +7,7 @@ for the last, or finds them where JAX knows the cluster (Cloud TPU slices, GKE, 
     ENDISTILL_NUM_PROCESSES   how many there are; 1 alone means: by itself, whatever the cluster says
     ENDISTILL_PROCESS_ID      which one this is, from 0
 
+ENDISTILL_CONNECT_SECONDS is how long it waits for them, 300 if it is not set: more where slices come one by one.
 What they then agree on is in `agreement`, how they end in `ending`.
 """
 
@@ -24,35 +25,46 @@ from jax.experimental import multihost_utils
 from endistill_jax.errors import HostMissing, UserError
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "ENDISTILL_COORDINATOR", "ENDISTILL_NUM_PROCESSES", "ENDISTILL_PROCESS_ID"
-CONNECT_SECONDS = 300
+CONNECT_SECONDS = "ENDISTILL_CONNECT_SECONDS"
 
 
-def initialize(connect_seconds: int = CONNECT_SECONDS) -> None:
-    """Joins the other hosts of the run, if there are any; before JAX looks for devices. Does nothing a second time.
-
-    Args:
-        connect_seconds: how long to wait for the others.
+def connect_seconds() -> int:
+    """How long to wait for the other hosts.
 
     Raises:
-        UserError: variables that do not fit each other, or no cluster where they say there is one.
-        HostMissing: the service by which hosts meet cannot be started. Where hosts do not come, this process ends with
-            code 1 and says so: JAX does not return.
+        UserError: the variable is no number of seconds.
+    """
+    given = os.environ.get(CONNECT_SECONDS) or "300"
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"{CONNECT_SECONDS} is {given!r}; it must be a whole number of seconds, at least 1")
+    return int(given)
+
+
+def initialize() -> None:
+    """Joins the other hosts of the run, if there are any; before JAX looks for devices. Does nothing a second time.
+
+    Raises:
+        UserError: variables that do not fit each other.
+        HostMissing: the service by which hosts meet cannot be started, or the cluster does not tell who they are.
+            Where hosts do not come, this process ends with code 1 and says so: JAX does not return.
     """
     if jax.distributed.is_initialized():
         return
     settings = _from_environment(os.environ)
     if settings is None or settings.get("num_processes") == 1:
         return
+    seconds = connect_seconds()
     # Its handler of SIGTERM would take the place of ours: hosts agree to stop at a step that is logged.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX would abort with a stack trace.
-    alone = threading.Timer(connect_seconds, _give_up, (settings, connect_seconds))
+    alone = threading.Timer(seconds, _give_up, (settings, seconds))
     alone.daemon = True
     alone.start()
     try:
-        jax.distributed.initialize(**settings, initialization_timeout=connect_seconds + 60)
+        jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
     except ValueError as error:
-        raise UserError(f"could not find other hosts ({error}); {NUM_PROCESSES}=1 runs by itself") from error
+        # The variables were checked: it is the cluster, such as a metadata server that does not answer after a reboot.
+        raise HostMissing(f"could not find other hosts ({error}); {NUM_PROCESSES}=1 runs by itself") from error
     except RuntimeError as error:
         raise HostMissing(f"could not join other hosts: {' '.join(str(error).split())[:200]}") from error
     finally:

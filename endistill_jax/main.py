@@ -111,7 +111,7 @@ def _run(words: list[str]) -> None:
     from endistill_jax.reports.run_files import Launch, started_by
 
     job = load(options.gin_file, flags, options.gin_search_paths)
-    agree("code and configuration", code_facts() | {"configuration": bound_settings()}, distributed.CONNECT_SECONDS)
+    agree("code and configuration", code_facts() | {"configuration": bound_settings()}, distributed.connect_seconds())
     with started_by(Launch(command=(*COMMAND, *words), config=config_text)), distributed.first_process_prints():
         job(dry_run=options.dry_run)
 

@@ -3,8 +3,8 @@
 import pytest
 
 from endistill_jax import distributed
-from endistill_jax.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from endistill_jax.errors import UserError
+from endistill_jax.distributed import CONNECT_SECONDS, COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from endistill_jax.errors import HostMissing, UserError
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 
@@ -69,6 +69,34 @@ def test_incomplete_or_malformed_variables_are_told(values, message):
     with pytest.raises(UserError) as error:
         settings(*values)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cluster_that_does_not_tell_its_hosts_is_no_mistake(monkeypatch):
+    def silent(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setattr("jax.distributed.initialize", silent)
+    with pytest.raises(HostMissing, match="could not find other hosts"):
+        distributed.initialize()
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 300), ("", 300), ("3600", 3600)])
+def test_how_long_to_wait_for_others_is_a_variable(monkeypatch, given, seconds):
+    monkeypatch.delenv(CONNECT_SECONDS, raising=False)
+    if given is not None:
+        monkeypatch.setenv(CONNECT_SECONDS, given)
+    assert distributed.connect_seconds() == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "1.5"])
+def test_a_time_to_wait_that_is_none_is_told(monkeypatch, given):
+    monkeypatch.setenv(CONNECT_SECONDS, given)
+    with pytest.raises(UserError, match=f"{CONNECT_SECONDS} is '{given}'"):
+        distributed.connect_seconds()
 
 
 def test_a_process_alone_joins_nobody_and_gathers_its_own(monkeypatch):

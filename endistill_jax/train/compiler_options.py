@@ -28,8 +28,10 @@ def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str
             )
     platform = Computation(placement=Placement(mesh=mesh)).platform()
     chosen = dict(options.get(platform, {}))
+    # A host compiles for its own devices; a planned mesh may have none here.
+    device = next(iter(mesh.local_devices), mesh.devices.flat[0])
     for name, value in chosen.items():
-        _try_option(name, value, platform, mesh.devices.flat[0])
+        _try_option(name, value, platform, device)
     return chosen or None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.reading import finished_steps
+from endistill_jax.distributed import CONNECT_SECONDS
 from endistill_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -305,8 +306,9 @@ def test_a_failure_in_the_middle_ends_hosts_that_wait_in_a_collective(failing):
     assert f"process {failing} failed: UserError: the disk is full" in results[1 - failing][2]
 
 
-def test_a_host_whose_others_do_not_come_ends_with_one_line():
-    alone = [sys.executable, "-c", "from endistill_jax import distributed; distributed.initialize(connect_seconds=3)"]
+def test_a_host_whose_others_do_not_come_ends_with_one_line(monkeypatch):
+    monkeypatch.setenv(CONNECT_SECONDS, "3")
+    alone = [sys.executable, "-c", "from endistill_jax import distributed; distributed.initialize()"]
     processes = start([alone, [sys.executable, "-c", ""]])
     (code, _, errors), _ = ended(processes)
     assert code == 1, "not a mistake, with which launchers would not try again"

@@ -1,13 +1,17 @@
 """Options of the compiler reach it, those of other platforms do not, and a wrong one is named before anything runs."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from endistill_jax.batch import Batch
 from endistill_jax.errors import UserError
 from endistill_jax.losses import Path
 from endistill_jax.sharding import make_mesh
+from endistill_jax.train import compiler_options
 from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state
@@ -24,6 +28,17 @@ def test_options_are_those_of_the_platform_of_the_mesh(mesh):
     assert options_of_platform(options, mesh) == {"xla_cpu_enable_fast_math": True}
     assert options_of_platform({"tpu": options["tpu"]}, mesh) is None
     assert options_of_platform(None, mesh) is None
+
+
+def test_a_host_tries_options_on_a_device_of_its_own(monkeypatch):
+    """Not on the first of the mesh, which may be another host's: some compilers refuse to compile for those."""
+    tried = []
+    monkeypatch.setattr(compiler_options, "_try_option", lambda *arguments: tried.append(arguments[-1]))
+    ours = jax.devices("cpu")[0]
+    elsewhere = SimpleNamespace(platform="cpu")
+    of_two_hosts = SimpleNamespace(devices=np.array([[[elsewhere, ours]]]), local_devices=[ours])
+    options_of_platform({"cpu": {"xla_cpu_enable_fast_math": True}}, of_two_hosts)
+    assert tried == [ours]
 
 
 @pytest.mark.parametrize(
