@@ -5,6 +5,7 @@ Each stage is an ordinary run in a folder `stage_<n>` of the model directory; th
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 from jax.sharding import Mesh
@@ -18,7 +19,7 @@ from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.finished import check_same_run, last_facts, what_was_found
 from endistill_jax.jobs.interpolation import Interpolation
 from endistill_jax.jobs.models import TrainedModel, promise_model
-from endistill_jax.jobs.products import check_not_damaged, keep_product, product_fingerprint
+from endistill_jax.jobs.products import check_not_damaged, keep_product, product_fingerprint, remedy
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.stages import Stage, plan_stages, stages_table
 from endistill_jax.jobs.training import Training
@@ -89,7 +90,7 @@ class Chain:
         """
         found: list[tuple[int, Facts]] = []
         for number, training in enumerate(self.trainings, 1):
-            with _naming(number, f"; {self._advice(number)}"):
+            with _naming(number, functools.partial(self._advice_on_product, number)):
                 check_not_damaged(training.model_dir)
                 step, facts = last_facts(training.model_dir)
             if facts:
@@ -123,6 +124,9 @@ class Chain:
         folder = self.trainings[number - 1].model_dir
         return f"bring {folder} back as it was, or remove it{after} to run from there again"
 
+    def _advice_on_product(self, number: int) -> str:
+        return remedy(self.trainings[number - 1].model_dir) or self._advice(number)
+
     def load_teacher(self, number: int) -> None:
         """Reads the teacher of a stage to where its run wants it: the chain's, or the product of the stage before.
 
@@ -141,7 +145,7 @@ class Chain:
         except UserError as error:
             raise UserError(
                 f"the product of stage {number - 1}, which teaches stage {number}, cannot be used: {error}; "
-                f"{self._advice(number - 1)}"
+                f"{self._advice_on_product(number - 1)}"
             ) from error
 
 
@@ -241,11 +245,12 @@ def _is_finished(facts: Facts) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(number: int, advice: str = "") -> Iterator[None]:
-    """Says in which stage something went wrong."""
+def _naming(number: int, advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Says in which stage something went wrong, and what to do."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"stage {number}: {error}{advice}") from error
+        told = f"stage {number}: {error}"
+        raise UserError(f"{told}; {advice()}" if advice else told) from error
     except Stopped as stopped:
         raise Stopped(f"stage {number}: {stopped}", stopped.signal_number) from stopped

@@ -18,7 +18,7 @@ from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.errors import UserError
-from endistill_jax.jobs import Interpolation, StageSettings, chain, export, interpolate
+from endistill_jax.jobs import Interpolation, StageSettings, chain, export, interpolate, products
 from endistill_jax.jobs import plan as plan_job
 from endistill_jax.jobs.models import open_model
 from endistill_jax.model.t5 import init_params
@@ -195,6 +195,55 @@ def test_checkpoints_that_were_not_all_removed_are_removed_and_not_taken_for_the
     assert trained == [] and not (pruned / "stage_1" / "checkpoints").exists()
 
 
+def write_other_params(product: pathlib.Path) -> None:
+    """Leaves a product that can be read, with other parameters than its facts tell of."""
+    directory = product / "checkpoints"
+    params, facts = restore_params(str(directory))
+    shutil.rmtree(directory)
+    with Checkpointer(str(directory)) as checkpointer:
+        checkpointer.save(STEPS, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {}, facts, force=True)
+
+
+def cut_facts(product: pathlib.Path) -> None:
+    file = product / "checkpoints" / str(STEPS) / "facts" / "metadata"
+    file.write_text(file.read_text()[:-9])
+
+
+@pytest.mark.parametrize("spoil", [damage, write_other_params, cut_facts])
+def test_checkpoints_stay_while_the_product_beside_them_is_wrong(refused, pruned, whole, arguments, trained, spoil):
+    stage = pruned / "stage_1"
+    shutil.copytree(whole / "stage_1" / "checkpoints", stage / "checkpoints")
+    spoil(stage / "product")
+    for _ in range(2):
+        told = "stage 1: .* remove .*stage_1/product; the same command then goes on from the checkpoints"
+        refused(interpolate, told, model_dir=str(pruned), **arguments)
+    shutil.rmtree(stage / "product")
+    interpolate(model_dir=str(pruned), **arguments)
+    assert trained == [] and not (stage / "checkpoints").exists()
+    jax.tree.map(np.testing.assert_array_equal, params_of(stage / "product"), params_of(whole / "stage_1"))
+
+
+def test_a_product_that_was_written_and_not_compared_is_compared_at_the_next_start(
+    monkeypatch, copy, whole, arguments, trained
+):
+    stage = copy / "stage_1"
+
+    def killed(source: str, *more):
+        if source == str(stage / "product"):
+            raise KeyboardInterrupt
+        return open_model(source, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "open_model", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interpolate(model_dir=str(copy), **arguments)
+            assert finished_steps(str(stage / "product" / "checkpoints")) == [STEPS]
+            assert finished_steps(str(stage / "checkpoints")) == [2, STEPS]
+    interpolate(model_dir=str(copy), **arguments)
+    assert trained == [] and not (stage / "checkpoints").exists()
+
+
 def test_changed_settings_of_a_stage_are_named(refused, pruned, arguments):
     common = {"model_dir": str(pruned), **arguments}
     two = dataclasses.replace(INTERPOLATION, number=2)
@@ -227,11 +276,7 @@ def test_a_product_that_cannot_be_read_is_named_with_what_to_do(refused, pruned,
 
 def test_a_product_with_other_parameters_than_were_written_is_named(refused, pruned, arguments):
     shutil.rmtree(pruned / "stage_2")
-    directory = pruned / "stage_1" / "product" / "checkpoints"
-    params, facts = restore_params(str(directory))
-    shutil.rmtree(directory)
-    with Checkpointer(str(directory)) as checkpointer:
-        checkpointer.save(STEPS, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {}, facts, force=True)
+    write_other_params(pruned / "stage_1" / "product")
     told = "product of stage 1.*are not those that were written"
     refused(interpolate, told, model_dir=str(pruned), **arguments)
 
