@@ -1,10 +1,11 @@
 """Mistakes that show in gin files before anything is called: names, scopes, missing values, values of a wrong type."""
 
+import dataclasses
 import difflib
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from endistill_jax.configuration.reading import Binding, Macro, Reading, Reference
@@ -14,8 +15,12 @@ REQUIRED = Macro("gin.REQUIRED")
 SIMPLE_TYPES = (int, float, str, bool, type(None))
 
 
-def check(reading: Reading) -> None:
+def check(reading: Reading, *, whole: bool = True) -> None:
     """Refuses what gin would find late, or never.
+
+    Args:
+        reading: of all files and flags.
+        whole: nothing may be left open; False for a file that only some values are taken from.
 
     Raises:
         UserError: with its place: a function, class or parameter that does not exist; a macro that is used and not set,
@@ -41,12 +46,20 @@ def check(reading: Reading) -> None:
         for binding in reading.bindings
         if binding.parameter
     }
-    _check_macros(reading, macros)
+    used = {
+        macro.name: binding
+        for binding in reversed(reading.bindings)
+        for macro in _find(binding.value, Macro)
+        if macro != REQUIRED
+    }
+    _check_used(macros, used)
     _check_scopes(final.values(), references, macros)
-    _check_required(macros, final)
+    if whole:
+        _check_set(macros, used)
+        _check_required(macros, final)
+        _check_complete(references, final)
     for (_, target, _), binding in final.items():
         _check_type(target, binding, macros)
-    _check_complete(references, final)
 
 
 def closest(name: str, names: Iterable[str]) -> str:
@@ -91,6 +104,11 @@ def resolve(selector: str, symbols: Mapping[str, Any], place: str) -> Any:
     return target
 
 
+def has_parameter(target: Any, name: str) -> bool:
+    """Whether a function or class has a parameter of that name."""
+    return name in (_parameters(target) or ())
+
+
 def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
     """None for something that does not tell, as some built-in classes."""
     try:
@@ -112,13 +130,7 @@ def _check_parameter(binding: Binding, target: Any) -> None:
         )
 
 
-def _check_macros(reading: Reading, macros: dict[str, Binding]) -> None:
-    used = {
-        macro.name: binding
-        for binding in reversed(reading.bindings)
-        for macro in _find(binding.value, Macro)
-        if macro != REQUIRED
-    }
+def _check_used(macros: dict[str, Binding], used: dict[str, Binding]) -> None:
     for name, binding in macros.items():
         if name in used:
             continue
@@ -126,6 +138,9 @@ def _check_macros(reading: Reading, macros: dict[str, Binding]) -> None:
         near = difflib.get_close_matches(name, used, n=1, cutoff=0.8)
         if near or binding.place.startswith("--"):
             raise UserError(f"{binding.place}: nothing uses {name}; {closest(name, used)}")
+
+
+def _check_set(macros: dict[str, Binding], used: dict[str, Binding]) -> None:
     for name, binding in used.items():
         if name not in macros:
             raise UserError(
@@ -163,25 +178,50 @@ def _check_required(macros: dict[str, Binding], final: dict[Any, Binding]) -> No
 
 
 def _check_type(target: Any, binding: Binding, macros: dict[str, Binding]) -> None:
-    """Refuses a literal that its parameter's annotation, if it is one of plain types, does not allow."""
     value, place = binding.value, binding.place
     name = f"{binding.selector}.{binding.parameter}"
-    while isinstance(value, Macro) and value != REQUIRED:
+    while isinstance(value, Macro) and value.name in macros:
         name, place, value = f"{value.name} ({name})", macros[value.name].place, macros[value.name].value
-    if isinstance(value, (Reference, Macro)):
-        return
+    if not isinstance(value, (Reference, Macro)):
+        check_value(target, binding.parameter, value, f"{place}: {name}")
+
+
+def check_value(target: Any, parameter: str, value: Any, where: str) -> None:
+    """Refuses a value that its parameter's annotation, if it is one of plain types and settings, does not allow.
+
+    Args:
+        target: the function or class.
+        parameter: its parameter.
+        value: what it is to be, no reference.
+        where: what to call it in the message.
+
+    Raises:
+        UserError: naming the value and the types.
+    """
     try:
-        annotation = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)[binding.parameter]
+        annotation = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)[parameter]
     except (NameError, TypeError, KeyError):
         return  # an annotation that cannot be read, or none
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
     allowed = typing.get_args(annotation) if union else (annotation,)
-    if not all(kind in SIMPLE_TYPES for kind in allowed):
+    settings = tuple(kind for kind in allowed if dataclasses.is_dataclass(kind))
+    if not all(kind in SIMPLE_TYPES or kind in settings for kind in allowed):
         return
-    if type(value) in allowed or (type(value) is int and float in allowed):
+    if type(value) in allowed or isinstance(value, settings) or (type(value) is int and float in allowed):
         return
     expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-    raise UserError(f"{place}: {name} is {value!r}; it must be {expected}")
+    raise UserError(f"{where} is {value!r}; it must be {expected}")
+
+
+def missing_parameters(target: Any, bound: Container[str]) -> list[str]:
+    """The parameters of a function or class that have no default and are not bound."""
+    return [
+        name
+        for name, parameter in (_parameters(target) or {}).items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and name not in bound
+    ]
 
 
 def _check_complete(references: list[tuple[Reference, Any, Binding]], final: dict[Any, Binding]) -> None:
@@ -190,13 +230,7 @@ def _check_complete(references: list[tuple[Reference, Any, Binding]], final: dic
     for _, target, parameter in final:
         bound.setdefault(target, set()).add(parameter)
     for reference, target, binding in references:
-        missing = [
-            name
-            for name, parameter in (_parameters(target) or {}).items()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            and name not in bound.get(target, ())
-        ]
+        missing = missing_parameters(target, bound.get(target, ()))
         # A function that is passed on, not called, may get its arguments from whoever calls it.
         if missing and (reference.evaluate or binding.parameter == "job"):
             raise UserError(

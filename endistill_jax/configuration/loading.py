@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-from endistill_jax.configuration.checking import REQUIRED, check
+from endistill_jax.configuration.checking import REQUIRED, check, has_parameter, resolve
 from endistill_jax.configuration.files import find
 from endistill_jax.configuration.reading import Reading, read_file, read_flag
 from endistill_jax.errors import UserError
 
+SEARCH_PATHS = "search_paths"
 # A value that begins so is gin's; anything else that is no Python literal is a string.
 GIN_VALUE_BEGINS = tuple("@%([{'\"")
 
@@ -51,6 +52,7 @@ def load(
             f"{', '.join(gin_files)}: no job to run; "
             "a gin file must end with a line such as `jobs.run.job = @jobs.distill`"
         )
+    _hand_on(search_paths, reading)
     check(reading)
     gin.clear_config()
     for chunk in reading.chunks:
@@ -67,6 +69,15 @@ def _fill_places(reading: Reading) -> None:
             read_flag(reading, name, repr(f"<{name}>"))
     if any((binding.selector, binding.parameter) == ("jobs.Data", "task") for binding in reading.bindings):
         read_flag(reading, "jobs.Data.task", repr("<TASK>"))
+
+
+def _hand_on(search_paths: Sequence[str], reading: Reading) -> None:
+    """What reads a gin file of its own, for one value, looks it up in the same folders."""
+    own = {binding.selector for binding in reading.bindings if binding.parameter == SEARCH_PATHS}
+    others = {b.selector: b for b in reading.bindings if b.parameter and b.selector not in own}
+    for selector, binding in others.items() if search_paths else ():
+        if has_parameter(resolve(selector, binding.symbols, binding.place), SEARCH_PATHS):
+            read_flag(reading, f"{selector}.{SEARCH_PATHS}", repr(tuple(search_paths)))
 
 
 def flag_value(text: str) -> str:

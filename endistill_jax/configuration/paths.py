@@ -1,28 +1,34 @@
 """The path that a file of gin/paths/ gives, beside the configuration that is read: a study compares several."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from endistill_jax.configuration.checking import closest
+from endistill_jax.configuration.checking import check_value, closest
 from endistill_jax.configuration.values import FileValues
 from endistill_jax.errors import UserError
 from endistill_jax.losses import Path
 
 
-def from_file(file: str, relation_heads: int | None = None, changes: Mapping[str, Any] | None = None) -> Path:
+def from_file(
+    file: str,
+    relation_heads: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    search_paths: Sequence[str] = (),
+) -> Path:
     """Reads a path from a gin file that sets PATH; what a run binds of its own path has no part in it.
 
     Args:
         file: such as gin/paths/minend.gin.
         relation_heads: of every site, where the file leaves RELATION_HEADS open.
         changes: dotted names -> values that differ from the file's: {"cross.teacher_layer": -2, "lm_weight": 0.1}.
+        search_paths: folders in which the file is looked up too; those of the command, where gin calls this.
 
     Raises:
-        UserError: no such file, it sets no path, or has nothing of a name that is changed.
+        UserError: no such file, a mistake in it, it sets no path, or has nothing of a name that is changed.
     """
     given = {} if relation_heads is None else {"RELATION_HEADS": relation_heads}
-    path = FileValues(file, given=given).macro("PATH")
+    path = FileValues(file, search_paths, given).macro("PATH")
     if not isinstance(path, Path):
         raise UserError(f"{file}: PATH is {path!r}, which is no path; give a file such as those of gin/paths/")
     for name, value in (changes or {}).items():
@@ -38,4 +44,5 @@ def _changed(settings: Any, name: list[str], value: Any, where: str) -> Any:
         raise UserError(f"{where}: there is no {name[0]}; {closest(name[0], fields)}")
     if name[1:]:
         value = _changed(getattr(settings, name[0]), name[1:], value, where)
+    check_value(type(settings), name[0], value, f"{where}: {name[0]}")
     return dataclasses.replace(settings, **{name[0]: value})

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from endistill_jax.configuration.checking import resolve
+from endistill_jax.configuration.checking import check, missing_parameters, resolve
 from endistill_jax.configuration.reading import Binding, Macro, Reading, Reference, read_file
 from endistill_jax.errors import UserError
 
@@ -24,11 +24,11 @@ class FileValues:
         """
         reading = Reading()
         read_file(reading, file, search_paths)
+        reading.bindings += [_given(name, value, file) for name, value in (given or {}).items()]
+        check(reading, whole=False)
         self.file = file
         self.bindings: list[Binding] = [binding for binding in reading.bindings if binding.parameter]
-        macros = {binding.macro_name: binding for binding in reading.bindings if not binding.parameter}
-        self._symbols = {name: binding.symbols for name, binding in macros.items()}
-        self._macros = {name: binding.value for name, binding in macros.items()} | dict(given or {})
+        self._macros = {binding.macro_name: binding for binding in reading.bindings if not binding.parameter}
 
     def literal(self, value: Any, name: str) -> Any:
         """A value, or what the macro that it is stands for; `name` is what it is for, in messages.
@@ -39,18 +39,19 @@ class FileValues:
         while isinstance(value, Macro):
             if value.name not in self._macros:
                 raise UserError(f"{self.file}: {name} is %{value.name}, which the file does not set; set it there")
-            value = self._macros[value.name]
+            value = self._macros[value.name].value
         return value
 
     def macro(self, name: str) -> Any:
         """What a macro stands for; what it refers to is called, as gin would, but not within tuples and dictionaries.
 
         Raises:
-            UserError: the file does not set it, or uses a macro that it does not set.
+            UserError: the file does not set it, uses a macro that it does not set, or lacks a value that is needed.
         """
         if name not in self._macros:
             raise UserError(f"{self.file} does not set {name}; give a file that does")
-        return self._build(self._macros[name], name, "", self._symbols.get(name, {}))
+        binding = self._macros[name]
+        return self._build(binding.value, name, "", binding.symbols)
 
     def _build(self, value: Any, name: str, scope: str, symbols: Mapping[str, Any]) -> Any:
         value = self.literal(value, name)
@@ -66,4 +67,11 @@ class FileValues:
                 if binding.scope == wider and resolve(binding.selector, binding.symbols, binding.place) is target:
                     where = f"{binding.selector}.{binding.parameter}"
                     arguments[binding.parameter] = self._build(binding.value, where, scope, binding.symbols)
+        if missing := missing_parameters(target, arguments):
+            bound = f"{scope}/{value.selector}" if scope else value.selector
+            raise UserError(f"{self.file}: {bound} needs {', '.join(missing)}; set {bound}.{missing[0]} there")
         return target(**arguments)
+
+
+def _given(name: str, value: Any, file: str) -> Binding:
+    return Binding(scope="", selector=name, parameter="", value=value, symbols={}, place=file, comment="")

@@ -36,6 +36,8 @@ def test_changes_go_into_sites_and_leave_the_rest():
         (("gin/paths/minend.gin", 4, {"cros.weight": 1.0}), "there is no cros; did you mean cross"),
         (("gin/paths/minend.gin", 4, {"cross.layer": 1}), "there is no layer; "),
         (("gin/paths/minilm.gin", 4, {"cross.weight": 1.0}), "what holds weight is None in this path"),
+        (("gin/paths/minend.gin", 4, {"cross.weight": "2"}), r"minend.gin: .*cross\.weight: .* '2'; it must be float"),
+        (("gin/paths/minend.gin", 4, {"cross": 2.0}), "cross is 2.0; it must be Site or None"),
     ],
 )
 def test_what_a_file_does_not_have_is_named_in_one_line(arguments, match):
@@ -44,17 +46,59 @@ def test_what_a_file_does_not_have_is_named_in_one_line(arguments, match):
     assert "\n" not in str(error.value)
 
 
+OWN_PATH = """
+from __gin__ import dynamic_registration
+from endistill_jax.losses import path
+PATH = @path.Path()
+path.Path.cross = @cross/path.Site()
+cross/path.Site.relations = ('qk',)
+cross/path.Site.relation_heads = %RELATION_HEADS
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("", "path.Path.logit_weight = 1.0", "own.gin:8: .* no parameter logit_weight; did you mean logits_weight"),
+        ("", "path.Path.lm_weight = '1'", r"own.gin:8: path\.Path\.lm_weight is '1'; it must be float"),
+        ("", "crss/path.Site.weight = 2.0", "own.gin:8: nothing uses the scope crss .*; did you mean cross"),
+        ("", "RELATION_HAEDS = 2", "own.gin:8: nothing uses RELATION_HAEDS; did you mean RELATION_HEADS"),
+        ("cross/path.Site.relations", "#", "own.gin: cross/path.Site needs relations; set cross/path.Site.relations"),
+        ("", "path.Path.encoder_self = 3", r"own.gin:8: path\.Path\.encoder_self is 3; it must be Site or None"),
+    ],
+)
+def test_mistakes_in_a_file_of_ones_own_are_named_with_file_and_parameter(tmp_path, old, new, match):
+    file = tmp_path / "own.gin"
+    file.write_text(OWN_PATH.replace(old, new, 1) if old else OWN_PATH + new)
+    with pytest.raises(UserError, match=match) as error:
+        from_file(str(file), 4)
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def arm_of():
-    """Function (gin file, scope) -> the arm that a study's file makes in that scope."""
+    """Function (gin file, scope, search paths) -> the arm that a study's file makes in that scope."""
 
-    def make(file, scope):
-        load([file])
+    def make(file, scope, search_paths=()):
+        load([file], search_paths=search_paths)
         with gin.config_scope(scope):
             return gin.get_configurable(jobs.Arm)()
 
     yield make
     gin.clear_config()
+
+
+def test_a_file_is_looked_up_in_the_search_paths_of_the_command(arm_of, tmp_path):
+    (tmp_path / "own.gin").write_text(OWN_PATH)
+    study = """
+from __gin__ import dynamic_registration
+from endistill_jax.configuration import paths
+include 'gin/studies/paths.gin'
+minend/paths.from_file.file = 'own.gin'
+"""
+    (tmp_path / "study.gin").write_text(study)
+    own = Path(cross=Site(relations=("qk",), relation_heads=8))
+    assert arm_of("study.gin", "minend", [str(tmp_path)]).path == own
 
 
 @pytest.mark.parametrize("name", ["scratch", "logits", "minilm", "minilm_logits", "decoder", "minend"])
