@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from endistill_jax.errors import UserError
+from endistill_jax.listed import as_tuple, is_whole
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.layout import STACKS
 from endistill_jax.model.t5 import boxed_init
@@ -67,9 +68,8 @@ class StudentInit:
                 continue
             if self.kind == "random":
                 raise UserError(f"StudentInit.{name} is {listed}, but kind is 'random'; choose 'layers' or 'slice'")
-            if not isinstance(listed, (tuple, list)):  # (3) is no tuple
-                raise UserError(f"StudentInit.{name} is {listed!r}; give a tuple of layers, such as (0, 3) or (3,)")
-            object.__setattr__(self, name, tuple(listed))
+            layers = as_tuple(listed, f"StudentInit.{name}", "layers, such as (0, 3) or (3,)")
+            object.__setattr__(self, name, layers)
 
     def layers(self, stack: str, teacher: T5Config, student: T5Config) -> tuple[int, ...]:
         """The teacher's layers that become the student's, of "encoder" or "decoder".
@@ -91,7 +91,7 @@ class StudentInit:
         if len(listed) != ours:
             raise UserError(f"{name} lists {len(listed)} layers, but the student has {ours}; list one for each")
         for layer in listed:
-            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < theirs:
+            if not is_whole(layer) or layer >= theirs:
                 raise UserError(f"{name} has {layer!r}, but the teacher's {stack} has layers 0 to {theirs - 1}")
         return listed
 

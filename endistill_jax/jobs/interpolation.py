@@ -1,17 +1,25 @@
 """Settings of interpolated distillation: which assistants, and what each stage does in its own way."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from endistill_jax.assistants import LARGEST_RATIO
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.settings import Run
+from endistill_jax.listed import as_tuple, is_positive, is_whole
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.train.optimizer import OptimizerConfig
 
 KEEP = ("params", "all")
+# Of settings that list things: what, and which are right.
+LISTED = {
+    "assistants": ("shapes, such as (@first/config.T5Config(),)", lambda each: isinstance(each, T5Config)),
+    "steps": ("whole numbers above 0, such as (20000, 50000)", functools.partial(is_whole, least=1)),
+    "shares": ("numbers above 0, such as (1, 1.5)", is_positive),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +68,10 @@ class Interpolation:
     keep: str = "params"
 
     def __post_init__(self):
-        for name in ("assistants", "steps", "shares"):
+        for name, (wanted, fits) in LISTED.items():
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                given = as_tuple(getattr(self, name), f"Interpolation.{name}", wanted, fits)
+                object.__setattr__(self, name, given)
         if self.keep not in KEEP:
             raise UserError(f"Interpolation.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
         if self.number is not None and self.assistants is not None:

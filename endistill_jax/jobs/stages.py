@@ -146,8 +146,9 @@ def equal_compute_steps(
     Raises:
         UserError: shares that do not fit, or a total that is too small for a step of each.
     """
-    shares = shares or (1.0,) * len(step_costs)
-    if len(shares) != len(step_costs) or not all(share > 0 for share in shares):
+    if shares is None:
+        shares = (1.0,) * len(step_costs)
+    if len(shares) != len(step_costs):
         raise UserError(
             f"Interpolation.shares is {tuple(shares)}; give one number above 0 for each of {len(step_costs)} stages"
         )
