@@ -57,11 +57,13 @@ class Chain:
     Attributes:
         stages: their settings, in order.
         trainings: each as an ordinary run in its folder; the teacher of all but the first is read once it is there.
+        path: of all stages that have none of their own, and of the direct distillation that they are compared with.
         keep: see `Interpolation.keep`.
     """
 
     stages: tuple[Stage, ...]
     trainings: tuple[Training, ...]
+    path: Path
     keep: str = "params"
 
     def check(self) -> None:
@@ -80,7 +82,7 @@ class Chain:
         states = []
         for step, facts in self.standings():
             states.append("finished" if _is_finished(facts) else f"at step {step}" if facts else "")
-        return stages_table(self.stages, states)
+        return stages_table(self.stages, self.path, states)
 
     def standings(self) -> list[tuple[int, Facts]]:
         """Of every stage the last step that is saved, and its facts; 0 and nothing where there is none.
@@ -197,7 +199,7 @@ def plan_chain(
                 label=", ".join(filter(None, (label, f"stage {stage.number} of {len(stages)}"))),
             )
         )
-    return Chain(stages=stages, trainings=tuple(trainings), keep=interpolation.keep)
+    return Chain(stages=stages, trainings=tuple(trainings), path=path, keep=interpolation.keep)
 
 
 def run_chain(

@@ -76,7 +76,7 @@ def interpolate(
     if plan is not None:
         shape = teacher_config or open_model(teacher).config
         taught_by = as_teacher(shape, teacher_dtype, student.scan_layers)
-        plan_stage_by_stage(plan, plan_stages(taught_by, student, interpolation, **settings))
+        plan_stage_by_stage(plan, plan_stages(taught_by, student, interpolation, **settings), path)
         return None
     opened = open_model(teacher, teacher_dtype, student.scan_layers)
     tell_notes(opened)

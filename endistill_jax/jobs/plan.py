@@ -114,12 +114,13 @@ def _nothing_fits(options: PlanOptions) -> str:
     return f"nothing of what was planned fits; see {options.folder}/{_name(options)}.md"
 
 
-def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage]) -> list[list[PlannedStep]]:
+def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Path) -> list[list[PlannedStep]]:
     """Plans the training of every stage of a chain, each in a folder `stage_<n>` of the plan's, and tells the whole.
 
     Args:
         options: where, and what to vary.
         stages: in order, see `plan_stages`.
+        path: what they were planned with.
 
     Returns:
         What was planned, by stage.
@@ -132,7 +133,8 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage]) -> list[l
         stage.path.validate(stage.student, stage.teacher)
         make_schedule(stage.optimizer, stage.run.steps)
     check_compilers(options.topologies)
-    print(stages_table(stages), flush=True)
+    table = stages_table(stages, path)
+    print(table, flush=True)
     planned: list[list[PlannedStep]] = []
     failures = []
     for stage in stages:
@@ -143,7 +145,7 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage]) -> list[l
         if not any(plan.fits for plan in planned[-1]):
             failures.append(f"stage {stage.number}: {_nothing_fits(of_stage)}")
     text = chain_text(planned)
-    write_atomically(f"{options.folder}/stages.md", f"```\n{stages_table(stages)}```\n\n{text}")
+    write_atomically(f"{options.folder}/stages.md", f"```\n{table}```\n\n{text}")
     print(f"{text}written to {options.folder}/stages.md")
     if failures:
         raise UserError("; ".join(failures))

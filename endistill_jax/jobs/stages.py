@@ -163,11 +163,12 @@ def equal_compute_steps(
     return tuple(steps)
 
 
-def stages_table(stages: Sequence[Stage], states: Sequence[str] = ()) -> str:
+def stages_table(stages: Sequence[Stage], path: Path, states: Sequence[str] = ()) -> str:
     """The stages as plain text, the teacher first.
 
     Args:
         stages: in order.
+        path: of the direct distillation that all of them are compared with, as in `plan_stages`.
         states: where each stands; none where none has begun.
     """
     total = sum(stage.flops for stage in stages)
@@ -176,8 +177,7 @@ def stages_table(stages: Sequence[Stage], states: Sequence[str] = ()) -> str:
     for row, state in zip(rows[1:], states, strict=False):
         row["state"] = state
     columns = [column for column in COLUMNS if column.key != "state" or any(states)]
-    last = stages[-1]
-    direct = _step_flops(last.student, stages[0].teacher, last.path, last.data)
+    direct = _step_flops(stages[-1].student, stages[0].teacher, path, stages[0].data)
     return (
         f"{plain_table(rows, columns)}"
         f"In all {total:.3g} FLOPs, as many as {total / direct:,.0f} steps from the teacher straight to the student. "

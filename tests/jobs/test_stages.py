@@ -132,10 +132,17 @@ def test_a_run_too_short_to_share_is_refused():
 
 def test_the_table_tells_every_stage_and_the_whole():
     stages = plan(number=1)
-    table = stages_table(stages, ["finished", ""])
+    table = stages_table(stages, PATH, ["finished", ""])
     lines = table.splitlines()
     assert lines[2].startswith("teacher  24+24 x 2048, 32 x 64, 5120") and "2.8 B" in lines[2] and "2.7 B" in lines[2]
     assert f"{stages[0].flops:.3g}" in lines[3] and lines[3].endswith("finished")
     assert f"{stages[1].step_flops / (8 * 80):.3g}" in lines[4] and "1,000" in lines[4]
     assert f"In all {sum(stage.flops for stage in stages):.3g} FLOPs" in lines[5]
-    assert "state" not in stages_table(stages)
+    assert "state" not in stages_table(stages, PATH)
+
+
+def test_the_table_compares_with_the_direct_run_that_equal_compute_spends():
+    costly = dataclasses.replace(PATH, cross=Site(relations=("qk", "vv"), relation_heads=32))
+    for number in (1, -1):
+        stages = plan(number=2, equal_compute=True, stages={number: StageSettings(path=costly)})
+        assert "as many as 1,000 steps from the teacher" in stages_table(stages, PATH)
