@@ -9,7 +9,7 @@ from endistill_jax import jobs
 from endistill_jax.configuration.loading import load
 from endistill_jax.configuration.paths import from_file
 from endistill_jax.errors import UserError
-from endistill_jax.losses import Path, Site
+from endistill_jax.losses import InterpolatedTargets, Path, Site
 
 SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
 CROSS = Site(relations=("qk", "vv"), relation_heads=4)
@@ -114,3 +114,22 @@ def test_arms_of_the_study_of_layers_and_heads_differ_in_what_they_are_named_for
     assert arm_of(file, "cross_layer_3").path == dataclasses.replace(minend, cross=crossed)
     assert arm_of(file, "layer_2").path.tap_layers("teacher") == dict.fromkeys(minend.sites, -3)
     assert arm_of(file, "layer_2").path.tap_layers("student") == dict.fromkeys(minend.sites, -1)
+
+
+def test_arms_of_the_study_of_interpolation_differ_in_what_they_are_named_for(arm_of):
+    file, minend = "gin/studies/interpolation.gin", from_file("gin/paths/minend.gin", 8)
+    assert arm_of(file, "direct") == jobs.Arm(path=minend)
+    for name, number in (("one_assistant", 1), ("two_assistants", 2)):
+        chain = jobs.Interpolation(number=number, equal_compute=True)
+        assert arm_of(file, name) == jobs.Arm(path=minend, interpolation=chain)
+    moving = dataclasses.replace(minend, interpolated_targets=InterpolatedTargets(steps=150))
+    assert arm_of(file, "interpolated_targets").path == moving
+
+
+@pytest.mark.slow
+def test_the_study_of_interpolation_tells_its_arms_at_the_cost_of_the_direct_run(tmp_path, capsys):
+    load(["gin/studies/interpolation.gin"], [("MODEL_DIR", str(tmp_path / "study"))])(dry_run=True)
+    told = capsys.readouterr().out
+    assert told.count("as many as 300 steps from the teacher straight to the student") == 2
+    assert "12 runs (4 arms), 24 fine-tunings" in told and not (tmp_path / "study").exists()
+    gin.clear_config()
