@@ -74,6 +74,26 @@ jobs.distill:
 jobs.run.job = @jobs.distill
 """
 
+CHAIN_GIN = """
+include '{base}'
+from __gin__ import dynamic_registration
+from endistill_jax import jobs
+from endistill_jax.model import config
+from endistill_jax.train import optimizer
+jobs.Run.steps = 40
+jobs.Interpolation.number = 1
+jobs.interpolate:
+    model_dir = %MODEL_DIR
+    teacher = '{teacher}'
+    student = @config.T5Config()
+    interpolation = @jobs.Interpolation()
+    path = %PATH
+    data = @jobs.Data()
+    optimizer = @optimizer.OptimizerConfig()
+    run = @jobs.Run()
+jobs.run.job = @jobs.interpolate
+"""
+
 
 def small_model(*, width: int, vocab_size: int = 384) -> T5Config:
     return T5Config(
@@ -159,6 +179,14 @@ def distill_gin(tmp_path_factory, corpus, teacher) -> pathlib.Path:
     """A gin file for processes of their own: a distillation of 60 steps, logged every 5, evaluated every 20."""
     file = tmp_path_factory.mktemp("gin") / "distill.gin"
     file.write_text(DISTILL_GIN.format(corpus=corpus, teacher=teacher))
+    return file
+
+
+@pytest.fixture(scope="session")
+def chain_gin(distill_gin, teacher) -> pathlib.Path:
+    """A gin file for processes of their own: a chain over one assistant, each of its two stages of 40 steps."""
+    file = distill_gin.with_name("chain.gin")
+    file.write_text(CHAIN_GIN.format(base=distill_gin, teacher=teacher))
     return file
 
 

@@ -337,37 +337,14 @@ def test_a_plan_plans_every_stage_and_then_says_which_does_not_fit(monkeypatch, 
     assert "attempt 2" in (tmp_path / "stage_2" / "plan.md").read_text()
 
 
-CHAIN_GIN = """
-include '{base}'
-from __gin__ import dynamic_registration
-from endistill_jax import jobs
-from endistill_jax.model import config
-from endistill_jax.train import optimizer
-jobs.Run.steps = 40
-jobs.Interpolation.number = 1
-jobs.interpolate:
-    model_dir = %MODEL_DIR
-    teacher = '{teacher}'
-    student = @config.T5Config()
-    interpolation = @jobs.Interpolation()
-    path = %PATH
-    data = @jobs.Data()
-    optimizer = @optimizer.OptimizerConfig()
-    run = @jobs.Run()
-jobs.run.job = @jobs.interpolate
-"""
-
-
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, distill_gin, teacher):
-    """The words that start the chain in a given model directory: two stages of 40 steps."""
-    file = tmp_path_factory.mktemp("gin") / "chain.gin"
-    file.write_text(CHAIN_GIN.format(base=distill_gin, teacher=teacher))
+def command(chain_gin):
+    """The words that start the chain in a given model directory."""
     return lambda folder: [
         sys.executable,
         "-m",
         "endistill_jax.main",
-        f"--gin_file={file}",
+        f"--gin_file={chain_gin}",
         f"--gin.MODEL_DIR={folder}",
     ]
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -63,16 +63,20 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
-@pytest.fixture
-def command(distill_gin):
-    """The words that start the run in a given model directory, with every array split over all eight devices."""
+def words_of(file: pathlib.Path) -> Callable[..., list[str]]:
+    """The words that start a gin file in a given model directory, with every array split over all eight devices."""
     run = {"steps": STEPS, "mesh": "(1, 8, 1)", "micro_batches": 1, "log_every": 2, "eval_every": 4}
     run |= {"checkpoint_every": 4}
     data = {"batch_size": 8, "eval_batch_size": 8, "shards": 2}
-    main = [sys.executable, "-m", "endistill_jax.main", f"--gin_file={distill_gin}"]
+    main = [sys.executable, "-m", "endistill_jax.main", f"--gin_file={file}"]
     main += [f"--gin.jobs.Run.{name}={value}" for name, value in run.items()]
     main += [f"--gin.jobs.Data.{name}={value}" for name, value in data.items()]
     return lambda model_dir, *more: [*main, f"--gin.MODEL_DIR={model_dir}", *more]
+
+
+@pytest.fixture
+def command(distill_gin) -> Callable[..., list[str]]:
+    return words_of(distill_gin)
 
 
 def lines(folder: pathlib.Path) -> int:
@@ -88,6 +92,14 @@ def assert_close(got: list[dict], wanted: list[dict]) -> None:
         for name in ("step", "tokens", "held_out/tokens", "held_out/pieces"):
             assert ours.get(name) == theirs.get(name), (ours["step"], name)
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), **CLOSE, err_msg=str(ours["step"]))
+
+
+def assert_same_table(folder: pathlib.Path, wanted: list[dict]) -> None:
+    """The same models with the same figures, but for the time they took."""
+    for ours, theirs in zip(json.loads((folder / "results.json").read_text()), wanted, strict=True):
+        assert ours.keys() == theirs.keys() and ours["model"] == theirs["model"]
+        numbers = [name for name, value in theirs.items() if isinstance(value, float) and name != "seconds"]
+        np.testing.assert_allclose([ours[name] for name in numbers], [theirs[name] for name in numbers], **CLOSE)
 
 
 def test_a_run_of_two_processes_goes_on_in_one_and_is_the_run_of_one(tmp_path, command):
@@ -122,10 +134,21 @@ def test_a_run_of_two_processes_goes_on_in_one_and_is_the_run_of_one(tmp_path, c
     finished = ended(start([command(folder)] * 2))  # evaluates what one process has saved
     assert [code for code, _, _ in finished] == [0, 0], finished
     assert ["Held-out denoising" in output for _, output, _ in finished] == [True, False]
-    for ours, theirs in zip(json.loads((folder / "results.json").read_text()), table, strict=True):
-        assert ours.keys() == theirs.keys() and ours["model"] == theirs["model"]
-        numbers = [name for name, value in theirs.items() if isinstance(value, float)]
-        np.testing.assert_allclose([ours[name] for name in numbers], [theirs[name] for name in numbers], **CLOSE)
+    assert_same_table(folder, table)
+
+
+def test_a_chain_of_two_processes_is_that_of_one_and_keeps_its_product_alone(tmp_path, chain_gin):
+    alone, folder = tmp_path / "alone", tmp_path / "several"
+    command, own = words_of(chain_gin), ("--gin.jobs.Run.steps=4", "--gin.jobs.Run.mesh=(1, 2, 1)")
+    subprocess.run(command(alone, *own), env=environment(2), check=True, capture_output=True)
+    results = ended(start([command(folder, *own)] * 2, devices=1))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert ["Held-out denoising" in output for _, output, _ in results] == [True, False]
+    assert not (folder / "stage_1" / "checkpoints").exists()
+    assert finished_steps(str(folder / "stage_1" / "product" / "checkpoints")) == [4]
+    for stage in ("stage_1", "stage_2"):
+        assert_close(read_metrics(folder / stage / "metrics.jsonl"), read_metrics(alone / stage / "metrics.jsonl"))
+    assert_same_table(folder, json.loads((alone / "results.json").read_text()))
 
 
 def test_hosts_with_other_settings_stop_and_each_names_the_difference(tmp_path, command):
