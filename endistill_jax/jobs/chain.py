@@ -16,7 +16,7 @@ from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.errors import Stopped, UserError
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.jobs.execution import train
-from endistill_jax.jobs.finished import check_same_run, last_facts, what_was_found
+from endistill_jax.jobs.finished import check_same_run, is_finished, last_facts, what_was_found
 from endistill_jax.jobs.interpolation import Interpolation
 from endistill_jax.jobs.models import TrainedModel, promise_model
 from endistill_jax.jobs.products import check_not_damaged, keep_product, product_fingerprint, remedy
@@ -81,7 +81,7 @@ class Chain:
         """The table of the stages: shape, parameters, ratio, operations, steps, and where each stands."""
         states = []
         for step, facts in self.standings():
-            states.append("finished" if _is_finished(facts) else f"at step {step}" if facts else "")
+            states.append("finished" if is_finished(facts) else f"at step {step}" if facts else "")
         return stages_table(self.stages, self.path, states)
 
     def standings(self) -> list[tuple[int, Facts]]:
@@ -96,14 +96,14 @@ class Chain:
                 check_not_damaged(training.model_dir)
                 step, facts = last_facts(training.model_dir)
             if facts:
-                if found and not _is_finished(found[-1][1]):
+                if found and not is_finished(found[-1][1]):
                     raise UserError(
                         f"stage {number} was begun in {training.model_dir}, but stage {number - 1}, its teacher, is "
                         f"not there as a whole; {self._advice(number - 1)}"
                     )
                 with _naming(number):
                     check_same_run(training, step, facts, contents=False)
-                if _is_finished(facts):
+                if is_finished(facts):
                     self._check_teacher(number, facts)
             found.append((step, facts))
         agree("stages", {str(number): step for number, (step, _) in enumerate(found, 1)})
@@ -218,7 +218,7 @@ def run_chain(
     """
     results = []
     for number, ((_, facts), training) in enumerate(zip(chain.standings(), chain.trainings, strict=True), 1):
-        if not _is_finished(facts):
+        if not is_finished(facts):
             chain.load_teacher(number)
             with _naming(number):
                 train(training, evaluation(training.mesh()))
@@ -240,10 +240,6 @@ def run_chain(
             )
         )
     return tuple(results)
-
-
-def _is_finished(facts: Facts) -> bool:
-    return bool(facts.get("progress", {}).get("finished"))
 
 
 @contextlib.contextmanager

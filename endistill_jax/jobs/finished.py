@@ -26,7 +26,12 @@ class Finished:
 
 def has_ended(model_dir: str) -> bool:
     """Whether the run in a folder, whichever it was, came to its end."""
-    return bool(last_facts(model_dir)[1].get("progress", {}).get("finished"))
+    return is_finished(last_facts(model_dir)[1])
+
+
+def is_finished(facts: Facts) -> bool:
+    """Whether the facts of a run's last checkpoint, if there are any, tell that it came to its end."""
+    return bool(facts.get("progress", {}).get("finished"))
 
 
 def finished(training: Training) -> Finished | None:
@@ -36,7 +41,7 @@ def finished(training: Training) -> Finished | None:
         UserError: if it was another run.
     """
     step, facts = last_facts(training.model_dir)
-    if not facts.get("progress", {}).get("finished"):
+    if not is_finished(facts):
         return None
     check_same_run(training, step, facts)
     return what_was_found(facts)

@@ -12,6 +12,7 @@ from endistill_jax.evaluation.denoising import DenoisingReport
 from endistill_jax.jobs.chain import Chain, StageResult, plan_chain, run_chain
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.distill import as_teacher, check_shape
+from endistill_jax.jobs.finished import is_finished
 from endistill_jax.jobs.held_out import HeldOut, judged_on, prepare_held_out
 from endistill_jax.jobs.interpolation import FEWEST, Interpolation
 from endistill_jax.jobs.models import open_model, tell_notes
@@ -119,7 +120,7 @@ def _teacher_report(model_dir: str, chain: Chain, evaluation: Callable[[Mesh], H
     file = stored_path(model_dir) / TEACHER_FILE
     first = chain.standings()[0][1]
     of = judged_on(training.data)
-    finished = first.get("progress", {}).get("finished")
+    finished = is_finished(first)
     if finished and file.exists():
         known = json.loads(file.read_text())
         if known["of"] == of | {"teacher": first["run"]["teacher"]}:
