@@ -1,7 +1,7 @@
 """The plots of a study, from what `study.json` holds."""
 
 import io
-import statistics
+import math
 from typing import Any
 
 from endistill_jax.reports.study_figures import (
@@ -14,7 +14,9 @@ from endistill_jax.reports.study_figures import (
     sites,
     task_metrics,
     trains_on,
+    value_of,
 )
+from endistill_jax.reports.table import spread
 
 # Okabe and Ito's colours, which people tell apart who see few of them; then their next shades.
 _COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8A8A8A", "#B8A800", "#7B4FA3")
@@ -39,11 +41,10 @@ def _held_out_loss(raw: Raw) -> Any:
         _draw_curve(axes, raw, arm, curve(raw, arm, "piece_loss"))
     figures = raw["teacher_figures"]
     for name, key in (("teacher", "piece_loss"), ("bigram", "bigram_piece_loss")):
-        if key in figures:
-            axes.axhline(figures[key], color="0.5", linestyle=":", linewidth=1)
-            axes.annotate(
-                name, (1, figures[key]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
-            )
+        loss = value_of(figures, key) if key in figures else math.nan
+        if math.isfinite(loss):
+            axes.axhline(loss, color="0.5", linestyle=":", linewidth=1)
+            axes.annotate(name, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
     axes.set(xlabel="step", ylabel="held-out loss on pieces, nats a token")
     _legend(figure, axes)
     return figure
@@ -58,10 +59,11 @@ def _downstream(raw: Raw) -> Any:
     for panel, (task, metric) in zip(panels, metrics, strict=False):
         for place, arm in enumerate(_arms(raw)):
             values = list(downstream(raw, arm, task, metric).values())
+            mean, deviation = spread(values)
             panel.barh(
                 place,
-                statistics.fmean(values),
-                xerr=statistics.stdev(values) if len(values) > 1 else None,
+                mean,
+                xerr=deviation,
                 color=_style(raw, arm)["color"],
                 alpha=0.65,
                 capsize=3,
@@ -86,9 +88,12 @@ def _divergence(raw: Raw) -> Any:
             trained = trains_on(raw, arm, site)
             _draw_curve(panel, raw, arm, curve(raw, arm, PROBE + site), linestyle="-" if trained else "--")
         panel.set_title(site, fontsize=10)
-        panel.set(xlabel="step", ylabel="nats a token" if site == "logits" else "nats a row", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter(_sparse)
+        panel.set(xlabel="step", ylabel="nats a token" if site == "logits" else "nats a row")
+        # Of no positive number there is no logarithm to scale an axis by.
+        if any(mean > 0 for line in panel.get_lines() for mean in line.get_ydata()):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(_sparse)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     figure.suptitle("divergence from the teacher on held-out text (dashed: not trained on)", fontsize=11)
@@ -98,11 +103,10 @@ def _divergence(raw: Raw) -> Any:
 
 def _draw_curve(axes: Any, raw: Raw, arm: str, points: dict[int, BySeed], linestyle: str = "-") -> None:
     steps = list(points)
-    means = [statistics.fmean(values.values()) for values in points.values()]
-    spreads = [statistics.stdev(values.values()) if len(values) > 1 else 0.0 for values in points.values()]
+    means, deviations = zip(*(spread(list(values.values())) for values in points.values()), strict=True)
     style = _style(raw, arm)
     axes.plot(steps, means, label=arm, linestyle=linestyle, markersize=4, linewidth=1.5, **style)
-    low, high = ([mean + sign * spread for mean, spread in zip(means, spreads, strict=True)] for sign in (-1, 1))
+    low, high = ([x + sign * y for x, y in zip(means, deviations, strict=True)] for sign in (-1, 1))
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 

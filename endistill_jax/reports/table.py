@@ -67,6 +67,13 @@ def _format_number(value: float, kind: str) -> str:
     return str(value)
 
 
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; both NaN unless all values are finite, the deviation of one value too."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
 def format_cell(value: Any, kind: str) -> str:
     """The text of one cell; a list becomes "mean ± spread", the spread being the sample standard deviation."""
     if value is None:
@@ -76,9 +83,10 @@ def format_cell(value: Any, kind: str) -> str:
     if isinstance(value, Sequence):
         if not value:
             return _MISSING
-        mean = _format_number(statistics.fmean(value), kind)
-        spread_kind = "loss" if kind == "difference" else kind  # it has no sign
-        return mean if len(value) == 1 else f"{mean} ± {_format_number(statistics.stdev(value), spread_kind)}"
+        mean, deviation = spread(value)
+        told = _format_number(mean, kind)
+        deviation_kind = "loss" if kind == "difference" else kind  # it has no sign
+        return told if len(value) == 1 else f"{told} ± {_format_number(deviation, deviation_kind)}"
     return _format_number(value, kind)
 
 

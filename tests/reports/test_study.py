@@ -111,4 +111,18 @@ def test_a_loss_that_is_no_number_is_read_back(raw):
     raw["runs"][0]["evaluations"][-1]["piece_loss"] = float("nan")
     again = json.loads(json_text(raw))
     assert str(final(again, "scratch", "piece_loss")[2]) == "nan"
-    assert study_tables(again)
+    text = study.study_markdown(again)
+    assert "| scratch | nan ± nan | - |" in text and "| taught | 5.933 ± 0.451 | nan ± nan |" in text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["one", "all"])
+def test_figures_that_are_no_numbers_prevent_no_table_and_no_plot(raw, number, place):
+    for run in raw["runs"][: 1 if place == "one" else None]:
+        for evaluation in run["evaluations"]:
+            evaluation |= {name: number for name in evaluation if name != "step"}
+        run["downstream"]["summary"]["metrics"]["rouge1"] = number
+    raw["teacher_figures"]["piece_loss"] = number
+    again = json.loads(json_text(raw))
+    assert len(study_tables(again)) == 3 and "nan ± nan" in study.study_markdown(again)
+    assert set(study_plots(again)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
