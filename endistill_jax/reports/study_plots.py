@@ -105,7 +105,8 @@ def _draw_curve(axes: Any, raw: Raw, arm: str, points: dict[int, BySeed], linest
     steps = list(points)
     means, deviations = zip(*(spread(list(values.values())) for values in points.values()), strict=True)
     style = _style(raw, arm)
-    axes.plot(steps, means, label=arm, linestyle=linestyle, markersize=4, linewidth=1.5, **style)
+    label = f"{arm} (last stage)" if len(raw["arms"][arm]["steps"]) > 1 else arm
+    axes.plot(steps, means, label=label, linestyle=linestyle, markersize=4, linewidth=1.5, **style)
     low, high = ([x + sign * y for x, y in zip(means, deviations, strict=True)] for sign in (-1, 1))
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 

@@ -59,6 +59,8 @@ def study_markdown(raw: Raw) -> str:
         f"Seeds {seeds}. Figures are means over them ± sample standard deviation. Each difference is that to the arm "
         f"`{raw['baseline']}` of the same seed, then mean and deviation.\n\n"
     )
+    if len(raw["runs"]) < (planned := len(raw["arms"]) * len(raw["seeds"])):
+        head += f"{len(raw['runs'])} of {planned} runs have ended: arms may have figures of fewer seeds.\n\n"
     return head + "\n".join(
         f"## {table.title}\n\n{markdown_table(table.rows, table.columns)}" for table in study_tables(raw)
     )
@@ -115,7 +117,8 @@ def _probe(raw: Raw) -> Table:
             row[f"{site}/trained"] = trains_on(raw, row["arm"], site)
     if start := curve(raw, raw["baseline"], PROBE + sites(raw)[0]).get(0):
         untrained = {site: list(curve(raw, raw["baseline"], PROBE + site)[0].values()) for site in sites(raw)}
-        rows.insert(0, {"arm": f"before training ({len(start)} seeds)"} | untrained)
+        # Other arms may begin elsewhere: with layers of the teacher, or with another shape.
+        rows.insert(0, {"arm": f"{raw['baseline']} before training ({len(start)} seeds)"} | untrained)
     return Table("Divergence from the teacher on held-out text, mean of a site's relations, nats", tuple(columns), rows)
 
 

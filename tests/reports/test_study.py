@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+from matplotlib.figure import Figure
 
 from endistill_jax.reports import study
 from endistill_jax.reports.files import json_text
@@ -68,11 +69,12 @@ def test_table_tells_mean_spread_and_paired_differences(raw):
     assert (teacher["piece_loss"], bigram["piece_loss"]) == (4.0, 5.8)
     assert statistics.fmean(tuned.rows[1]["summary/rouge1/difference"]) == pytest.approx(1.0)
     assert probe.rows[0] == {
-        "arm": "before training (3 seeds)",
+        "arm": "scratch before training (3 seeds)",
         "cross": pytest.approx([1.35] * 3),
         "logits": [9.0] * 3,
     }
     text = study.study_markdown(raw)
+    assert "have ended" not in text
     # The spread of the differences is that of the pairs: far smaller than that of either arm.
     assert "| taught | 5.933 ± 0.451 | -0.467 ± 0.058 |" in text
     assert "| taught | 12.0 ± 1.00 | +1.000 ± 1.000 |" in text
@@ -82,7 +84,25 @@ def test_a_study_in_progress_has_tables_and_plots_of_what_is_there(raw):
     raw["runs"] = [run for run in raw["runs"] if run["seed"] == 2 and run["arm"] == "scratch"]
     held_out, *_ = study_tables(raw)
     assert [row["arm"] for row in held_out.rows] == ["scratch", "teacher", "bigram"]
+    assert "1 of 6 runs have ended" in study.study_markdown(raw)
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
+    raw["runs"][0]["arm"] = "taught"
+    held_out, *_ = study_tables(raw)
+    assert held_out.rows[0]["piece_loss/difference"] == [], "the baseline has not ended yet"
+    assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
+
+
+def test_the_legend_says_that_a_chains_line_is_of_its_last_stage(raw, monkeypatch):
+    raw["arms"]["taught"]["steps"] = [50, 100]
+    labels, legend = [], Figure.legend
+
+    def noting(figure, handles, named, **settings):
+        labels.append(named)
+        return legend(figure, handles, named, **settings)
+
+    monkeypatch.setattr(Figure, "legend", noting)
+    study_plots(raw)
+    assert labels == [["scratch", "taught (last stage)"]] * 2
 
 
 def test_a_study_without_tasks_and_probe_has_neither_tables_nor_plots_of_them(raw):
