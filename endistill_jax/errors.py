@@ -1,5 +1,8 @@
 """What ends a program with one line: a mistake of the user, and what is none."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class UserError(ValueError):
     """A mistake in a setting, a file or a command, told in one line.
@@ -27,3 +30,19 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Says in which of several parts something went wrong, or was stopped.
+
+    Args:
+        where: the part, before the message.
+        advice: says what would help, after the message of a mistake; asked only then.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}" + (f"; {advice()}" if advice else "")) from error
+    except Stopped as stopped:
+        raise Stopped(f"{where}: {stopped}", stopped.signal_number) from stopped

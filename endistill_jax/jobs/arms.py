@@ -6,7 +6,7 @@ from typing import Any
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
-from endistill_jax.errors import UserError
+from endistill_jax.errors import UserError, naming
 from endistill_jax.jobs.chain import Chain, plan_chain
 from endistill_jax.jobs.finetune import Finetuning, check_runs, plan_runs
 from endistill_jax.jobs.interpolation import Interpolation
@@ -78,20 +78,17 @@ class StudyRun:
         Raises:
             UserError: naming the arm, the setting and what would be right.
         """
-        where = f"arm {self.arm}"
-        try:
+        with naming(f"arm {self.arm}"):
             (self.chain or self.training).check()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
-                where = f"arm {self.arm}, task {task}"
-                finetuning = self.finetuning_of(task, self.training.config)
-                check_runs([finetuning], how)
-                if fingerprint_vocabulary(finetuning.vocabulary()) != own:
-                    raise UserError(
-                        f"its vocabulary is not that of {self.training.task().name}; choose one that has it"
-                    )
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+                with naming(f"task {task}"):
+                    finetuning = self.finetuning_of(task, self.training.config)
+                    check_runs([finetuning], how)
+                    if fingerprint_vocabulary(finetuning.vocabulary()) != own:
+                        raise UserError(
+                            f"its vocabulary is not that of {self.training.task().name}; choose one that has it"
+                        )
 
     def finetuning_of(self, task: str, model: TrainedModel | T5Config) -> Training:
         """The fine-tuning of a model, or of a shape, on one of the tasks, with the run's seed."""
@@ -149,10 +146,8 @@ def plan_study(
             "label": f"{name}, seed {seed}",
         }
         if arm.interpolation is not None:
-            try:
+            with naming(f"arm {name}"):
                 chain = plan_chain(folder, teacher, config, arm.interpolation, **common)
-            except UserError as error:
-                raise UserError(f"arm {name}: {error}") from None
             return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
         taught = arm.path.needs_teacher or arm.student_init.kind != "random"
         training = Training(model_dir=folder, config=config, teacher=teacher if taught else None, **common)

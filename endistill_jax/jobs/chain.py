@@ -3,17 +3,16 @@
 Each stage is an ordinary run in a folder `stage_<n>` of the model directory; the last one's product is the chain's.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from jax.sharding import Mesh
 
 from endistill_jax.agreement import agree
 from endistill_jax.checkpoints.reading import Facts
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
-from endistill_jax.errors import Stopped, UserError
+from endistill_jax.errors import UserError, naming
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.jobs.execution import train
 from endistill_jax.jobs.finished import check_same_run, is_finished, last_facts, what_was_found
@@ -73,7 +72,7 @@ class Chain:
             UserError: naming the stage, the setting or the damage, and what would be right.
         """
         for number, training in enumerate(self.trainings, 1):
-            with _naming(number):
+            with naming(f"stage {number}"):
                 training.check()
         self.standings()
 
@@ -92,7 +91,7 @@ class Chain:
         """
         found: list[tuple[int, Facts]] = []
         for number, training in enumerate(self.trainings, 1):
-            with _naming(number, functools.partial(self._advice_on_product, number)):
+            with naming(f"stage {number}", functools.partial(self._advice_on_product, number)):
                 check_not_damaged(training.model_dir)
                 step, facts = last_facts(training.model_dir)
             if facts:
@@ -101,7 +100,7 @@ class Chain:
                         f"stage {number} was begun in {training.model_dir}, but stage {number - 1}, its teacher, is "
                         f"not there as a whole; {self._advice(number - 1)}"
                     )
-                with _naming(number):
+                with naming(f"stage {number}"):
                     check_same_run(training, step, facts, contents=False)
                 if is_finished(facts):
                     self._check_teacher(number, facts)
@@ -220,11 +219,11 @@ def run_chain(
     for number, ((_, facts), training) in enumerate(zip(chain.standings(), chain.trainings, strict=True), 1):
         if not is_finished(facts):
             chain.load_teacher(number)
-            with _naming(number):
+            with naming(f"stage {number}"):
                 train(training, evaluation(training.mesh()))
             if number > 1 or release_teacher:
                 training.teacher.release()
-        with _naming(number):
+        with naming(f"stage {number}"):
             if chain.keep == "params" and number < len(chain.trainings):
                 keep_product(training)
             _, facts = last_facts(training.model_dir)
@@ -240,15 +239,3 @@ def run_chain(
             )
         )
     return tuple(results)
-
-
-@contextlib.contextmanager
-def _naming(number: int, advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Says in which stage something went wrong, and what to do."""
-    try:
-        yield
-    except UserError as error:
-        told = f"stage {number}: {error}"
-        raise UserError(f"{told}; {advice()}" if advice else told) from error
-    except Stopped as stopped:
-        raise Stopped(f"stage {number}: {stopped}", stopped.signal_number) from stopped

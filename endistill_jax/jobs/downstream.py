@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from endistill_jax.errors import UserError
+from endistill_jax.errors import UserError, naming
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.finetune import (
     Finetuning,
@@ -89,10 +89,8 @@ def _check(models: Mapping[str, Any], tasks: Mapping[str, Finetuning]) -> None:
 
 
 def _open(name: str, model: str | T5Config) -> Any:
-    try:
+    with naming(f"model {name!r}"):
         return open_initial(model)
-    except UserError as error:
-        raise UserError(f"model {name!r}: {error}") from None
 
 
 def _best(rows: Rows, how: Finetuning) -> dict[str, Any]:

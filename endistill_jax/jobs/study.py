@@ -7,18 +7,18 @@ from typing import Any
 import jax
 
 from endistill_jax.agreement import code_facts
-from endistill_jax.errors import UserError
+from endistill_jax.errors import UserError, naming
 from endistill_jax.jobs.arms import Arm, StudyRun, plan_study
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.finetune import Finetuning
 from endistill_jax.jobs.models import TrainedModel, open_model, tell_notes
 from endistill_jax.jobs.settings import Data, Run, check_folder_names
 from endistill_jax.jobs.study_runs import (
-    all_ended,
     earlier_record,
     judged_by,
     prepare_evaluations,
     run_to_end,
+    split_by_end,
     teacher_figures,
 )
 from endistill_jax.losses import Path
@@ -51,7 +51,7 @@ def study(
     again.
 
     Args:
-        model_dir: receives the runs, `study.json` with every figure (after each run), `study.md` and the plots.
+        model_dir: receives the runs and, after each of them, `study.json` with every figure, `study.md` and the plots.
         teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         arms: name -> how the student is trained.
@@ -92,7 +92,9 @@ def study(
     judged = judged_by(runs[0], taught_by, probe, probe_batches)
     earlier, evaluations = earlier_record(model_dir, judged), None
     figures = earlier and earlier["teacher_figures"]
-    if earlier is None or not all_ended(runs):
+    ended, left = split_by_end(runs)
+    told = [run_to_end(each, None) for each in ended]
+    if earlier is None or left:
         evaluations = prepare_evaluations(runs, taught_by, probe, probe_batches)
         figures = figures or teacher_figures(taught_by, evaluations.held_out, run.teacher_placement)
     raw: dict[str, Any] = {
@@ -105,16 +107,22 @@ def study(
         "versions": code_facts(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "teacher_figures": figures,
-        "runs": [],
+        "runs": told,  # what has ended comes first, so that none of it is missing while the rest is run
     }
-    for each in runs:
+    _write(model_dir, raw)
+    for each in left:
         raw["runs"].append(run_to_end(each, evaluations))
-        if jax.process_index() == 0:
-            write_raw(model_dir, raw)
+        _write(model_dir, raw)
     if jax.process_index() == 0:
-        write_report(model_dir, raw)
         print_study(raw)
     return raw
+
+
+def _write(model_dir: str, raw: dict[str, Any]) -> None:
+    """Writes what is known so far, if anything is."""
+    if jax.process_index() == 0 and raw["runs"]:
+        write_raw(model_dir, raw)
+        write_report(model_dir, raw)
 
 
 def _check(
@@ -153,10 +161,8 @@ def _check_probe(probe: Path | None, run: StudyRun, teacher: TrainedModel) -> No
     if not probe.needs_teacher:
         raise UserError("study.probe compares nothing with the teacher; give it a site or a logits_weight, or None")
     for training in run.trainings:
-        try:
+        with naming(f"study.probe with the student of {training.label}"):
             probe.validate(training.config, teacher.config)
-        except UserError as error:
-            raise UserError(f"study.probe with the student of {training.label}: {error}") from None
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.errors import UserError
+from endistill_jax.errors import UserError, naming
 from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.jobs.arms import StudyRun
 from endistill_jax.jobs.chain import StageResult, run_chain
@@ -45,9 +45,12 @@ class Evaluations:
     tasks: Mapping[str, Evaluation]
 
 
-def all_ended(runs: Sequence[StudyRun]) -> bool:
-    """Whether nothing is left to be run."""
-    return all(has_ended(folder) for run in runs for folder in run.folders)
+def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
+    """The runs of which all has ended, and those of which something is left."""
+    ended, left = [], []
+    for run in runs:
+        (ended if all(map(has_ended, run.folders)) else left).append(run)
+    return ended, left
 
 
 def prepare_evaluations(
@@ -78,7 +81,16 @@ def run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
     Args:
         run: checked.
         evaluations: None where all of the run has ended.
+
+    Raises:
+        UserError: naming arm and seed, for a loss that is no number and for what was run with other settings.
+        Stopped: when a signal asked the run to stop.
     """
+    with naming(f"arm {run.arm}, seed {run.seed}"):
+        return _run_to_end(run, evaluations)
+
+
+def _run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
     stages = [
         {"tokens": stage.tokens, "seconds": stage.seconds, "evaluations": _evaluations(training.model_dir)}
         for stage, training in zip(_trained(run, evaluations), run.trainings, strict=True)
@@ -93,7 +105,8 @@ def run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
         "downstream": {},
     }
     for task, training in run.finetunings():
-        (row,) = run_all([training], evaluations and evaluations.tasks[task])
+        with naming(f"task {task}"):
+            (row,) = run_all([training], evaluations and evaluations.tasks[task])
         record["downstream"][task] = {
             "metrics": {name: row[name] for name in metric_names(row)},
             "step": round(row["best_step"]),

@@ -3,11 +3,12 @@
 import dataclasses
 import importlib
 import json
+import shutil
 
 import pytest
 
 from endistill_jax.checkpoints.reading import finished_steps
-from endistill_jax.errors import Stopped
+from endistill_jax.errors import Stopped, UserError
 from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StudentInit, study
 from endistill_jax.losses import Path
 from endistill_jax.reports.study_figures import final, paired
@@ -94,6 +95,35 @@ def studied(tmp_path_factory, arguments):
             patched.setattr(module, "train", noting(module.train))
         raw = study(model_dir=str(folder), **arguments)
     return folder, raw, trained
+
+
+@pytest.mark.slow
+def test_what_has_ended_is_told_before_anything_more_is_run(studied, arguments, tmp_path, monkeypatch):
+    def stops(training, evaluation):
+        raise Stopped("stopped at step 1", 15)
+
+    folder, raw, _ = studied
+    shutil.copytree(folder, tmp_path / "study")
+    monkeypatch.setattr(study_runs, "train", stops)
+    arms = {"scratch": arguments["arms"]["scratch"], "more": Arm(path=SCRATCH), "taught": arguments["arms"]["taught"]}
+    with pytest.raises(Stopped, match="^arm more, seed 0: stopped at step 1"):
+        study(model_dir=str(tmp_path / "study"), **arguments | {"arms": arms})
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["runs"] == raw["runs"]
+    assert "4 of 6 runs have ended" in (tmp_path / "study" / "study.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_names_arm_and_seed_and_leaves_a_report_of_what_has_ended(tmp_path, arguments):
+    """The second arm's learning rate is beyond every number; the first arm has ended by then."""
+    wild = OptimizerConfig(learning_rate=1e30, schedule="constant")
+    arms = arguments["arms"] | {"taught": dataclasses.replace(arguments["arms"]["taught"], optimizer=wild)}
+    folder = tmp_path / "study"
+    with pytest.raises(UserError, match="^arm taught, seed 0: the loss became nan by step"):
+        study(model_dir=str(folder), **arguments | {"arms": arms, "seeds": (0,), "tasks": {}, "probe": None})
+    assert "| scratch |" in (folder / "study.md").read_text()
+    assert "1 of 2 runs have ended" in (folder / "study.md").read_text()
+    assert (folder / "held_out_loss.png").exists()
+    assert [run["arm"] for run in json.loads((folder / "study.json").read_text())["runs"]] == ["scratch"]
 
 
 def run_of(raw, arm, seed):
