@@ -14,16 +14,19 @@ from endistill_jax.jobs.finetune import Finetuning
 from endistill_jax.jobs.models import TrainedModel, open_model, tell_notes
 from endistill_jax.jobs.settings import Data, Run, check_folder_names
 from endistill_jax.jobs.study_runs import (
+    check_judged_alike,
     earlier_record,
     judged_by,
     prepare_evaluations,
     run_to_end,
+    settle_shards,
     split_by_end,
     teacher_figures,
 )
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.reports.study import print_study, write_raw, write_report
+from endistill_jax.sharding import host_part, make_mesh
 from endistill_jax.train.optimizer import OptimizerConfig
 
 
@@ -55,7 +58,7 @@ def study(
         teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
         arms: name -> how the student is trained.
-        data: what all of them read.
+        data: what all of them read. Without `shards` these are as many as hosts when the study first starts.
         optimizer: how students are updated, where an arm does not say.
         run: length and seed-independent settings of each run. `eval_every` gives the points of the curves.
         seeds: one run of every arm for each.
@@ -77,6 +80,8 @@ def study(
     _check(arms, run, seeds, baseline, tasks, probe_batches)
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
     tell_notes(taught_by)
+    earlier, mesh = earlier_record(model_dir), make_mesh(*run.mesh, slices=run.slices)
+    data, tasks = settle_shards(data, tasks, earlier, host_part(mesh).count)
     common = {"data": data, "optimizer": optimizer, "run": run, "seeds": tuple(seeds), "tasks": tasks}
     runs = plan_study(model_dir, taught_by, student, arms, **common)
     # Those of one seed: the others differ in nothing that can be wrong.
@@ -88,12 +93,12 @@ def study(
         _print_plan(list(first.values()), len(runs), tasks)
         return None
 
-    taught_by.load_on(runs[0].training.mesh(), run.teacher_placement)  # what is wrong with it shows before the rest
+    taught_by.load_on(mesh, run.teacher_placement)  # what is wrong with it shows before the rest
     judged = judged_by(runs[0], taught_by, probe, probe_batches)
-    earlier, evaluations = earlier_record(model_dir, judged), None
-    figures = earlier and earlier["teacher_figures"]
+    check_judged_alike(model_dir, earlier, judged)
     ended, left = split_by_end(runs)
     told = [run_to_end(each, None) for each in ended]
+    figures, evaluations = earlier and earlier["teacher_figures"], None
     if earlier is None or left:
         evaluations = prepare_evaluations(runs, taught_by, probe, probe_batches)
         figures = figures or teacher_figures(taught_by, evaluations.held_out, run.teacher_placement)
@@ -119,10 +124,11 @@ def study(
 
 
 def _write(model_dir: str, raw: dict[str, Any]) -> None:
-    """Writes what is known so far, if anything is."""
-    if jax.process_index() == 0 and raw["runs"]:
+    """Writes what is known so far: before any run has ended how runs are judged, and nothing to report."""
+    if jax.process_index() == 0:
         write_raw(model_dir, raw)
-        write_report(model_dir, raw)
+        if raw["runs"]:
+            write_report(model_dir, raw)
 
 
 def _check(

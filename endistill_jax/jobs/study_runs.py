@@ -13,11 +13,12 @@ from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.jobs.arms import StudyRun
 from endistill_jax.jobs.chain import StageResult, run_chain
 from endistill_jax.jobs.execution import TrainingResult, train
-from endistill_jax.jobs.finetune import metric_names, prepare_evaluation, run_all
+from endistill_jax.jobs.finetune import Finetuning, metric_names, prepare_evaluation, run_all
 from endistill_jax.jobs.finished import Finished, finished, has_ended
 from endistill_jax.jobs.held_out import HeldOut, judged_on, prepare_held_out
 from endistill_jax.jobs.models import TrainedModel
 from endistill_jax.jobs.probe import Probe
+from endistill_jax.jobs.settings import Data
 from endistill_jax.losses import Path
 from endistill_jax.model.t5 import count_params
 from endistill_jax.reports.files import json_text
@@ -130,30 +131,65 @@ def teacher_figures(teacher: TrainedModel, held_out: HeldOut, placement: str) ->
     return {"parameters": count_params(abstract_params(teacher.config))} | report.scalars()
 
 
+def settle_shards(
+    data: Data, tasks: Mapping[str, Finetuning], earlier: Record | None, hosts: int
+) -> tuple[Data, dict[str, Finetuning]]:
+    """The data of a study and its tasks with as many shards as at the study's first start: arms then read alike.
+
+    Args:
+        data: of the training.
+        tasks: name -> fine-tuning, which takes as many shards as the training where it does not say.
+        earlier: what an earlier start wrote.
+        hosts: how many shards there are where neither the settings nor an earlier start tell.
+
+    Raises:
+        UserError: for batches of a task that do not divide over the shards.
+    """
+    shards = data.shards or (earlier["judged_by"]["shards"] if earlier else hosts)
+    settled = {}
+    for task, how in tasks.items():
+        with naming(f"task {task}"):
+            own = dataclasses.replace(how.data, shards=how.data.shards or shards)
+        settled[task] = dataclasses.replace(how, data=own)
+    return dataclasses.replace(data, shards=shards), settled
+
+
 def judged_by(run: StudyRun, teacher: TrainedModel, probe: Path | None, probe_batches: int) -> Record:
     """What the figures of all runs are of, but for the tasks: plain values."""
     return judged_on(run.training.data) | {
+        "shards": run.training.data.shards,
         "teacher": teacher.fingerprint,
         "probe": probe and {"path": dataclasses.asdict(probe), "batches": probe_batches},
     }
 
 
-def earlier_record(model_dir: str, judged: Record) -> Record | None:
+def earlier_record(model_dir: str) -> Record | None:
     """What an earlier start of the study wrote, if there was one.
 
     Raises:
-        UserError: its runs were judged by something else (each difference is named), or the file is no study's.
+        UserError: the file is no study's.
     """
     file = epath.Path(model_dir).expanduser() / RAW_FILE
     if not file.exists():
         return None
     try:
         record = json.loads(file.read_text())
-        saved = record["judged_by"]
-    except (ValueError, KeyError, TypeError):
+        # A record without the number is of one host, unless its settings tell.
+        record["judged_by"].setdefault("shards", record["data"]["shards"] or 1)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is no record of a study; move it away") from None
-    check_facts(saved, json.loads(json_text(judged)), str(file))
     return record
+
+
+def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -> None:
+    """Runs of an earlier start must have been judged by the same.
+
+    Raises:
+        UserError: naming each difference.
+    """
+    if earlier is not None:
+        file = epath.Path(model_dir).expanduser() / RAW_FILE
+        check_facts(earlier["judged_by"], json.loads(json_text(judged)), str(file))
 
 
 def _evaluations(model_dir: str) -> list[Record]:

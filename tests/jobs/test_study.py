@@ -11,12 +11,15 @@ from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.errors import Stopped, UserError
 from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StudentInit, study
 from endistill_jax.losses import Path
+from endistill_jax.reports.files import json_text
 from endistill_jax.reports.study_figures import final, paired
+from endistill_jax.sharding import HostPart
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 
+study_job = importlib.import_module("endistill_jax.jobs.study")  # the package has functions of these names
 study_runs = importlib.import_module("endistill_jax.jobs.study_runs")
-finetune = importlib.import_module("endistill_jax.jobs.finetune")  # the package has a function of the same name
+finetune = importlib.import_module("endistill_jax.jobs.finetune")
 
 SCRATCH = Path(lm_weight=1.0)
 
@@ -163,6 +166,39 @@ def test_a_finished_study_is_told_again_without_reading_examples(studied, argume
     for module, name in ((study_runs, "train"), (finetune, "train"), (study_runs, "prepare_held_out")):
         monkeypatch.setattr(module, name, None)
     assert without_versions(study(model_dir=str(folder), **arguments)) == without_versions(raw)
+
+
+@pytest.mark.slow
+def test_a_study_keeps_its_shards_on_more_hosts(studied, arguments, tmp_path, monkeypatch, refused):
+    """Also one whose file does not tell them, as those of one host did not."""
+    folder, raw, _ = studied
+    shutil.copytree(folder, tmp_path / "study")
+    assert raw["judged_by"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
+    told = raw | {
+        "judged_by": {name: value for name, value in raw["judged_by"].items() if name != "shards"},
+        "data": raw["data"] | {"shards": None},
+    }
+    (tmp_path / "study" / "study.json").write_text(json_text(told))
+    monkeypatch.setattr(study_job, "host_part", lambda mesh: HostPart(0, 2, True))
+    assert without_versions(study(model_dir=str(tmp_path / "study"), **arguments)) == without_versions(raw)
+    other = arguments | {"data": dataclasses.replace(arguments["data"], shards=2)}
+    refused(study, r"study\.json was .* shards is 1 there and 2 here", model_dir=str(tmp_path / "study"), **other)
+
+
+def test_shards_are_those_of_the_first_start_for_training_and_tasks(data, task):
+    def settled(data=data, task=task, **others):
+        given, tasks = study_runs.settle_shards(data, {"color": task}, hosts=2, **others)
+        return given.shards, tasks["color"].data.shards
+
+    started = {"judged_by": {"shards": 4}}
+    assert settled(earlier=None) == (2, 2) and settled(earlier=started) == (4, 4)
+    given = dataclasses.replace(data, shards=1)
+    assert settled(given, earlier=started) == (1, 1), "what is given is compared, not replaced"
+    own = dataclasses.replace(task, data=dataclasses.replace(task.data, shards=1))
+    assert settled(task=own, earlier=started) == (4, 1)
+    odd = dataclasses.replace(task, data=dataclasses.replace(task.data, batch_size=3))
+    with pytest.raises(UserError, match=r"^task color: Data\.shards is 2; it must be a divisor of batch_size \(3\)"):
+        settled(task=odd, earlier=None)
 
 
 @pytest.mark.slow

@@ -86,10 +86,12 @@ def test_a_study_in_progress_has_tables_and_plots_of_what_is_there(raw):
     assert [row["arm"] for row in held_out.rows] == ["scratch", "teacher", "bigram"]
     assert "1 of 6 runs have ended" in study.study_markdown(raw)
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
-    raw["runs"][0]["arm"] = "taught"
+    raw["runs"][0]["arm"] = "taught"  # the baseline has not ended yet
     held_out, *_ = study_tables(raw)
-    assert held_out.rows[0]["piece_loss/difference"] == [], "the baseline has not ended yet"
+    assert held_out.rows[0]["piece_loss/difference"] == []
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
+    raw["runs"] = []
+    assert "0 of 6 runs have ended" in study.study_markdown(raw) and set(study_plots(raw)) == {"held_out_loss.png"}
 
 
 def test_the_legend_says_that_a_chains_line_is_of_its_last_stage(raw, monkeypatch):
