@@ -54,6 +54,7 @@ class TrainedModel:
     pieces: str | None = None
     _read: Callable[[Any], tuple[Params, str]]
     _loaded: Params | None = None
+    _shardings: Any = None  # of what is loaded
     _fingerprint: str | None = None
 
     def load(self, shardings: Any = None) -> Params:
@@ -61,13 +62,17 @@ class TrainedModel:
 
         Args:
             shardings: tree of `NamedSharding` like the parameters: every array goes straight onto the devices that keep
-                a part of it. None gives NumPy arrays.
+                a part of it, and there too where it lay elsewhere so far. None gives NumPy arrays, or those that are
+                there already.
 
         Raises:
             UserError: naming what cannot be read.
         """
         if self._loaded is None:
             self._loaded, self._fingerprint = self._read(shardings)
+            self._shardings = shardings
+        elif shardings is not None and shardings != self._shardings:
+            self._loaded, self._shardings = jax.device_put(self._loaded, shardings), shardings
         return self._loaded
 
     def load_on(self, mesh: Mesh, placement: str = "sharded") -> Params:

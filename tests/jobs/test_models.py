@@ -1,5 +1,7 @@
 """Finding trained models: the bundled teacher is what its documentation says."""
 
+import jax
+import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
@@ -7,6 +9,7 @@ from endistill_jax.data.vocabulary import bundled_vocabulary, padded_vocab_size
 from endistill_jax.errors import UserError
 from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
 from endistill_jax.model.t5 import count_params
+from endistill_jax.sharding import make_mesh, param_shardings
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,20 @@ def test_a_models_type_is_what_was_asked_for_and_its_fingerprint_is_not_of_the_t
     assert bundled.params["token_embedder"]["embedding"].dtype == "bfloat16"
     assert bundled.fingerprint == fingerprint_params(open_model("bundled").params)
     assert not bundled.config.scan_layers and bundled.config.dtype == "bfloat16"
+
+
+def test_what_is_loaded_moves_to_where_it_is_asked_for_next():
+    model, mesh = open_model("bundled"), make_mesh()
+    on_host = model.load()
+    assert isinstance(on_host["token_embedder"]["embedding"], np.ndarray)
+    for placement in ("sharded", "replicated"):
+        wanted = param_shardings(model.config, mesh, placement)
+        placed = model.load_on(mesh, placement)
+        assert jax.tree.map(lambda leaf: leaf.sharding, placed) == wanted
+        assert model.load_on(mesh, placement) is placed and model.params is placed
+    np.testing.assert_array_equal(
+        placed["token_embedder"]["embedding"], on_host["token_embedder"]["embedding"], strict=True
+    )
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
