@@ -1,8 +1,11 @@
 """The arms of a study: what each trains with, as ordinary runs for every seed, and the fine-tuning that judges it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
@@ -72,13 +75,19 @@ class StudyRun:
         tuned = (self._folder_of(task) for task in self.tasks)
         return (*(training.model_dir for training in self.trainings), *tuned)
 
-    def check(self) -> None:
+    def check(self, mesh: Mesh) -> None:
         """Finds what would go wrong later, in the training or the fine-tuning of what it will give; reads no example.
+
+        Args:
+            mesh: where students are judged.
 
         Raises:
             UserError: naming the arm, the setting and what would be right.
         """
         with naming(f"arm {self.arm}"):
+            for number, training in enumerate(self.trainings, 1):
+                with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
+                    _check_comparable(training, mesh)
             (self.chain or self.training).check()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
@@ -154,6 +163,16 @@ def plan_study(
         return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
 
     return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]
+
+
+def _check_comparable(training: Training, mesh: Mesh) -> None:
+    if training.run.patience is not None:
+        raise UserError("its run has a patience, but arms are compared after equal steps; leave Run.patience None")
+    if training.mesh() != mesh:
+        raise UserError(
+            f"its run has the mesh {training.run.mesh}, but students are judged on another, that of study.run; "
+            "make Run.mesh and slices equal"
+        )
 
 
 def _settings_of(training: Training) -> dict[str, Any]:

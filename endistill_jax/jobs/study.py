@@ -77,7 +77,7 @@ def study(
         Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
     """
     tasks = tasks or {}
-    _check(arms, run, seeds, baseline, tasks, probe_batches)
+    _check(arms, seeds, baseline, tasks, probe_batches)
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
     tell_notes(taught_by)
     earlier, mesh = earlier_record(model_dir), make_mesh(*run.mesh, slices=run.slices)
@@ -87,7 +87,7 @@ def study(
     # Those of one seed: the others differ in nothing that can be wrong.
     first = {each.arm: each for each in runs[: len(arms)]}
     for each in first.values():
-        each.check()
+        each.check(mesh)
         _check_probe(probe, each, taught_by)
     if dry_run:
         _print_plan(list(first.values()), len(runs), tasks)
@@ -133,7 +133,6 @@ def _write(model_dir: str, raw: dict[str, Any]) -> None:
 
 def _check(
     arms: Mapping[str, Arm],
-    run: Run,
     seeds: Sequence[int],
     baseline: str,
     tasks: Mapping[str, Finetuning],
@@ -148,11 +147,14 @@ def _check(
         raise UserError(f"study.seeds is {tuple(seeds)}; give each seed once")
     if baseline not in arms:
         raise UserError(f"study.baseline is {baseline!r}, which is no arm; choose one of {', '.join(arms)}")
-    if run.patience is not None:
-        raise UserError("study.run has a patience, but arms are compared after equal steps; leave Run.patience None")
     if probe_batches < 1:
         raise UserError(f"study.probe_batches is {probe_batches}; it must be at least 1")
     for task, how in tasks.items():
+        if how.run.keep_best is not None:
+            raise UserError(
+                f"task {task} has Run.keep_best = {how.run.keep_best!r}, but the figures of a study's fine-tunings are "
+                "those of their last step; leave keep_best and patience None"
+            )
         for name in ("learning_rates", "seeds"):
             if len(getattr(how, name)) > (name == "learning_rates"):
                 raise UserError(

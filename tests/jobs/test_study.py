@@ -6,14 +6,17 @@ import json
 import shutil
 
 import pytest
+from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.errors import Stopped, UserError
-from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StudentInit, study
+from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StageSettings, StudentInit, study
+from endistill_jax.jobs.arms import plan_study
+from endistill_jax.jobs.models import open_model
 from endistill_jax.losses import Path
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.study_figures import final, paired
-from endistill_jax.sharding import HostPart
+from endistill_jax.sharding import HostPart, make_mesh
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 
@@ -290,12 +293,33 @@ def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, ar
     refused(study, r"Finetuning\.learning_rates = \(0\.1, 0\.2\)", model_dir=folder, **on(learning_rates=(0.1, 0.2)))
     refused(study, r"Finetuning\.seeds = \(3,\)", model_dir=folder, **on(seeds=(3,)))
     patient = dataclasses.replace(arguments["run"], keep_best="piece_loss", patience=2)
-    refused(study, "study.run has a patience", model_dir=folder, **arguments | {"run": patient})
+    refused(study, "arm scratch: its run has a patience", model_dir=folder, **arguments | {"run": patient})
+    best = dataclasses.replace(task.run, keep_best="accuracy", best_mode="max")
+    refused(study, r"task color has Run\.keep_best = 'accuracy'", model_dir=folder, **on(run=best))
     cross = dataclasses.replace(path.cross, relation_heads=3)
     arms = {"scratch": Arm(path=SCRATCH), "odd": Arm(path=dataclasses.replace(path, cross=cross))}
     refused(study, r"arm odd: path\.cross\.relation_heads is 3", model_dir=folder, **arguments | {"arms": arms})
     probe = dataclasses.replace(path, cross=cross)
     refused(study, "study.probe with the student of scratch, seed 0", model_dir=folder, **arguments | {"probe": probe})
+
+
+def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, arguments, path, make_model):
+    def chained(**changes):
+        stages = {2: StageSettings(run=dataclasses.replace(arguments["run"], **changes))}
+        return Arm(path=path, interpolation=Interpolation(assistants=(make_model(width=24),), stages=stages))
+
+    arms = {"scratch": Arm(path=SCRATCH), "chained": chained(keep_best="piece_loss", patience=2)}
+    match = "^arm chained: stage 2: its run has a patience"
+    refused(study, match, model_dir=str(tmp_path / "study"), **arguments | {"arms": arms})
+    common = {name: arguments[name] for name in ("data", "optimizer", "run", "seeds", "tasks")}
+    (run, _) = plan_study(
+        str(tmp_path), open_model(arguments["teacher"]), arguments["student"], {"chained": chained()}, **common
+    )
+    run.check(make_mesh())
+    # One device has one mesh, but for the names of its axes.
+    other = Mesh(make_mesh().devices, ("tensor", "fsdp", "data"))
+    with pytest.raises(UserError, match=r"^arm chained: stage 1: its run has the mesh \(-1, 1, 1\), but students are"):
+        run.check(other)
 
 
 def test_a_dry_run_tells_all_arms_and_creates_nothing(tmp_path, arguments, capsys):
