@@ -24,6 +24,15 @@ def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = 
     return tuple(value)
 
 
+def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
+    """A setting that lists whole numbers from 0, such as seeds; on a command line `0,1` is a text.
+
+    Raises:
+        UserError: anything else.
+    """
+    return as_tuple(value, where, "whole numbers, such as '(0, 1)' or '(3,)'", is_whole)
+
+
 def is_whole(value: Any, least: int = 0) -> bool:
     """Whether a value is an integer, no bool and no float, and not less than `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -12,6 +12,7 @@ from endistill_jax.jobs.models import open_model, tell_notes
 from endistill_jax.jobs.results import merge_seeds, model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
+from endistill_jax.listed import whole_numbers
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -55,6 +56,7 @@ def demo(
         UserError: for settings that do not fit, before anything is created.
         Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
     """
+    seeds = whole_numbers(seeds, "demo.seeds")
     if not seeds:
         raise UserError("demo.seeds is empty; give at least one seed, such as (0,)")
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)

@@ -14,6 +14,7 @@ from endistill_jax.jobs.results import merge_seeds, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
 from endistill_jax.jobs.training import Training
+from endistill_jax.listed import whole_numbers
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.generation import Decoding
@@ -57,8 +58,8 @@ class Finetuning:
     decoding: Decoding | None = None
 
     def __post_init__(self):
-        for name in ("learning_rates", "seeds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+        object.__setattr__(self, "seeds", whole_numbers(self.seeds, "Finetuning.seeds"))
         if self.dtype not in DTYPES:
             raise UserError(f"Finetuning.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
 

@@ -23,6 +23,7 @@ from endistill_jax.jobs.study_runs import (
     split_by_end,
     teacher_figures,
 )
+from endistill_jax.listed import whole_numbers
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.reports.study import print_study, write_raw, write_report
@@ -77,12 +78,13 @@ def study(
         Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
     """
     tasks = tasks or {}
+    seeds = whole_numbers(seeds, "study.seeds")
     _check(arms, seeds, baseline, tasks, probe_batches)
     taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
     tell_notes(taught_by)
     earlier, mesh = earlier_record(model_dir), make_mesh(*run.mesh, slices=run.slices)
     data, tasks = settle_shards(data, tasks, earlier, host_part(mesh).count)
-    common = {"data": data, "optimizer": optimizer, "run": run, "seeds": tuple(seeds), "tasks": tasks}
+    common = {"data": data, "optimizer": optimizer, "run": run, "seeds": seeds, "tasks": tasks}
     runs = plan_study(model_dir, taught_by, student, arms, **common)
     # Those of one seed: the others differ in nothing that can be wrong.
     first = {each.arm: each for each in runs[: len(arms)]}
@@ -144,7 +146,7 @@ def _check(
     check_folder_names(arms, "study.arms")
     check_folder_names(tasks, "study.tasks")
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"study.seeds is {tuple(seeds)}; give each seed once")
+        raise UserError(f"study.seeds is {seeds}; give each seed once")
     if baseline not in arms:
         raise UserError(f"study.baseline is {baseline!r}, which is no arm; choose one of {', '.join(arms)}")
     if probe_batches < 1:
