@@ -11,7 +11,7 @@
 #   --image=IMAGE        a container image that has endistill-jax[tpu,gcs]
 #   --project=PROJECT    default: $CLOUDSDK_CORE_PROJECT
 #   --zone=ZONE          default: $CLOUDSDK_COMPUTE_ZONE
-#   --max_restarts=100   how often the workload is started again after slices were taken away
+#   --max_restarts=100   how often the workload is started again; a mistake (exit code 2) ends it at once
 #   --xpk_flag=FLAG      repeatable; handed to `xpk workload create`, such as --xpk_flag=--priority=high
 #   --dry_run            print the command and submit nothing
 #
@@ -56,7 +56,8 @@ needs_bucket
 needs_known_gin_files image
 needs_program xpk 'pip install xpk'
 
+# XPK fails a workload for good on exit codes below 127 but for 42. Here 1 means that it should start again.
 run xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" "--tpu-type=$TYPE" \
     "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" \
-    --termination-grace-period-seconds=300 "${XPK_FLAGS[@]}" \
+    --termination-grace-period-seconds=300 --restart-on-exit-codes=1 "${XPK_FLAGS[@]}" \
     "--command=python -m endistill_jax.main $(quoted "${ARGUMENTS[@]}")"

@@ -12,9 +12,16 @@ gpus="${SLURM_GPUS_ON_NODE:?slurm_job.sh is run by SLURM; submit it with launch/
 JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((gpus - 1)))"
 export JAX_LOCAL_DEVICE_IDS JAX_PLATFORMS=cuda
 
+# Asks the processes to save and end, until SLURM has taken it on. Through scancel, whose signals go to the tasks alone:
+# srun does not hand SIGTERM on but kills them at once.
+# shellcheck disable=SC2329  # the trap calls it
+ask_to_save() {
+    time_is_over=yes
+    until scancel --signal=TERM "$SLURM_JOB_ID" || ! kill -0 "$processes" 2>/dev/null; do sleep 5; done
+}
+
 time_is_over=''
-# srun hands the signal on to the processes, which save and end.
-trap 'time_is_over=yes; kill -TERM "$processes"' USR1
+trap ask_to_save USR1
 
 # srun does not take the cores of a task over from sbatch.
 srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "${PYTHON:-python}" -m endistill_jax.main "$@" &

@@ -41,7 +41,7 @@ class Fakes:
         self.folder = folder
         self.commands = folder / "bin"
         self.commands.mkdir()
-        for name in ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "nvidia-smi"):
+        for name in ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scancel", "scontrol", "nvidia-smi"):
             self.write(name, FAKE_COMMAND)
         self.environment = {
             **os.environ,

@@ -85,7 +85,7 @@ def test_xpk_gets_the_training_command_in_one_flag(fakes):
     assert call[:-1] == [
         *["xpk", "workload", "create", "--workload=run", "--cluster=cluster", "--project=project", "--zone=zone"],
         *["--tpu-type=v5litepod-32", "--num-slices=2", "--docker-image=registry/image:1", "--max-restarts=100"],
-        *["--termination-grace-period-seconds=300", "--priority=high"],
+        *["--termination-grace-period-seconds=300", "--restart-on-exit-codes=1", "--priority=high"],
     ]
     command = shlex.split(call[-1].removeprefix("--command="))
     assert command == ["python", "-m", "endistill_jax.main", *TRAINING[1:]]

@@ -44,12 +44,19 @@ def test_dry_run_prints_the_sbatch_command_and_submits_nothing(fakes):
     assert shlex.split(printed.stdout.splitlines()[-1]) == fakes.calls[0]
 
 
+# As the real one it does not hand SIGTERM on to its tasks, but kills them. What scancel sends to a job reaches the tasks.
 SRUN = """#!/usr/bin/env bash
 echo "srun $JAX_LOCAL_DEVICE_IDS $JAX_PLATFORMS $*" >>"$FAKES/calls"
-trap 'exit "$ON_TERM"' TERM
+trap 'exit 137' TERM
 touch "$FAKES/started"
-if [[ $SRUN == wait ]]; then while :; do sleep 0.02; done; fi
+if [[ $SRUN == wait ]]; then
+    until [[ -e $FAKES/told ]]; do sleep 0.02; done
+    exit "$ON_TERM"
+fi
 exit "$SRUN"
+"""
+SCANCEL = """#!/usr/bin/env bash
+if [[ $* == "--signal=TERM 17" ]]; then touch "$FAKES/told"; fi
 """
 JOB = {"SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "16"}
 
@@ -67,6 +74,7 @@ def test_a_job_that_ends_by_itself_or_is_cancelled_stays_out_of_the_queue(fakes,
 @pytest.mark.parametrize(("code", "requeued"), [("143", True), ("0", False)])
 def test_at_the_end_of_its_time_a_run_saves_and_is_requeued_unless_it_finished(fakes, code, requeued):
     fakes.write("srun", SRUN)
+    fakes.write("scancel", SCANCEL)
     environment = {**fakes.environment, **JOB, "SRUN": "wait", "ON_TERM": code}
     job = subprocess.Popen([fakes.launch / "slurm_job.sh", *TRAINING[1:]], env=environment)
     deadline = time.monotonic() + 30
