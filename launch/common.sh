@@ -34,6 +34,11 @@ run() {
 # pause [FACTOR]: sleeps that many polling intervals.
 pause() { sleep "$(awk -v seconds="$POLL_SECONDS" -v factor="${1:-1}" 'BEGIN { print seconds * factor }')"; }
 
+now() { date +%s; }
+
+# steady SINCE: whether a run that began then has got over earlier crashes, which then no longer count.
+steady() { (($(now) - $1 >= 1800)); }
+
 # patiently ATTEMPTS COMMAND...: until it succeeds, with a pause that doubles up to sixteen intervals.
 patiently() {
     local attempts="$1" attempt factor=1

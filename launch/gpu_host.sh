@@ -5,7 +5,8 @@
 #
 #   --gpus=0,1        which ones, as nvidia-smi numbers them; default: all
 #   --log=FILE        the output goes to this file too, after what it has already
-#   --max_crashes=3   how often to start again after a crash; a mistake (exit code 2) or a signal is the end
+#   --max_crashes=3   how often to start again after a crash; a mistake (exit code 2) or a signal is the end;
+#                     crashes before a run of half an hour no longer count
 #   --dry_run         print the command and run nothing
 #
 # PYTHON names the interpreter (default: python).
@@ -46,8 +47,10 @@ fi
 crashes=0
 while :; do
     code=0
+    started="$(now)"
     run "${command[@]}" || code=$?
     case "$code" in 0 | 2 | 130 | 143) exit "$code" ;; esac
+    if steady "$started"; then crashes=0; fi
     crashes=$((crashes + 1))
     if ((crashes > MAX_CRASHES)); then exit "$code"; fi
     say "ended with $code; starting again ($crashes of $MAX_CRASHES)"

@@ -39,7 +39,8 @@
 # setup, submit, resume:
 #   --ssh_attempts=10   how often a connection is tried before giving up
 # resume:
-#   --max_crashes=3     how often the command may end by itself, neither finished nor told to stop, before giving up
+#   --max_crashes=3     how often the command may end by itself, neither finished nor told to stop, before giving up;
+#                       half an hour of running makes up for it. As often in a row may a start fail
 #   --delete_when_done  give the slices back once the run has finished or failed for good
 #
 # Exit codes: 0 done; 2 a mistake of yours, here or in the training command; 1 the cloud said no; for resume after too

@@ -29,18 +29,23 @@ request_slices() {
     fi
 }
 
+# kind_of_refusal MESSAGE: capacity, quota, permission, exists, or other, which may pass by itself.
+kind_of_refusal() {
+    shopt -s nocasematch
+    case "$1" in
+        *'per minute'* | *rate_limit* | *ratelimit*) echo other ;; # a quota of requests
+        *capacity* | *stockout* | *'not enough'* | *'insufficient resources'*) echo capacity ;;
+        *quota*) echo quota ;;
+        *already_exists* | *'already exists'*) echo exists ;;
+        *permission_denied* | *unauthenticated* | *'active account'* | *reauthenticat* | *'auth tokens'*) echo permission ;;
+        *) echo other ;;
+    esac
+}
+
 # refusal MESSAGE: what the cloud said in one line, what to do about it, and REFUSAL for whoever decides on it.
 refusal() {
     local message="${1//$'\n'/ }"
-    shopt -s nocasematch
-    case "$message" in
-        *'no more capacity'* | *stockout* | *'not enough'*) REFUSAL=capacity ;;
-        *quota*) REFUSAL=quota ;;
-        *already_exists* | *'already exists'*) REFUSAL=exists ;;
-        *permission_denied* | *unauthenticated* | *'active account'*) REFUSAL=permission ;;
-        *) REFUSAL=other ;;
-    esac
-    shopt -u nocasematch
+    REFUSAL="$(kind_of_refusal "$message")"
     case "$REFUSAL" in
         capacity) say "no $TYPE is free in $ZONE now; wait, or try another zone, type or --spot: $message" ;;
         quota)
@@ -54,7 +59,7 @@ refusal() {
     esac
 }
 
-# Prints the state of the request: NONE if there is none, UNKNOWN if it could not be asked for.
+# Prints the state of the request: NONE if there is none, UNKNOWN if it could not be asked for, DENIED if you may not ask.
 request_state() {
     local answer errors
     errors="$(mktemp)"
@@ -64,9 +69,16 @@ request_state() {
         echo NONE
     else
         say "the state of $NAME could not be read: $(tr '\n' ' ' <"$errors")"
-        echo UNKNOWN
+        if [[ $(kind_of_refusal "$(<"$errors")") == permission ]]; then echo DENIED; else echo UNKNOWN; fi
     fi
     rm -f "$errors"
+}
+
+# allowed STATE: ends the script where twenty looks in a row were denied, as after a login has expired.
+allowed() {
+    if [[ $1 == DENIED ]]; then DENIED_LOOKS=$((${DENIED_LOOKS:-0} + 1)); else DENIED_LOOKS=0; fi
+    ((DENIED_LOOKS < 20)) ||
+        fail "project $PROJECT no longer lets you see $NAME, which stays as it is: gcloud auth login, and start again" 1
 }
 
 failure_reason() { "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.failedData.error.message)' 2>&1; }
@@ -97,7 +109,8 @@ lost_slices() {
 # worker_count LISTING
 worker_count() { awk '{ workers += $3 } END { print workers + 0 }' <<<"$1"; }
 
-delete_request() { run "${QUEUE[@]}" delete "$NAME" "${PLACE[@]}" --force; }
+# Succeeds, too, where there is nothing left to delete.
+delete_request() { run "${QUEUE[@]}" delete "$NAME" "${PLACE[@]}" --force || [[ $(request_state) == NONE ]]; }
 
 create() {
     request_slices || exit "$([[ $REFUSAL == exists ]] && echo 2 || echo 1)"
@@ -106,9 +119,11 @@ create() {
         return
     fi
     trap 'say "the request stays in the queue; launch/tpu.sh delete $NAME takes it back"; exit 130' INT
+    pause # what was just asked for is not always found at once
     local state before=''
     while :; do
         state="$(request_state)"
+        allowed "$state"
         if [[ $state != "$before" ]]; then say "$NAME is $state"; fi
         before="$state"
         case "$state" in

@@ -65,6 +65,12 @@ class Fakes:
         pairs = [(0, answer) if isinstance(answer, str) else answer for answer in answers]
         (self.folder / kind).write_text("".join(f"{code}\t{text}\n" for code, text in pairs))
 
+    def clock(self, step: int) -> None:
+        """A clock that goes on by so many seconds each time it is looked at."""
+        self.write(
+            "date", f'#!/usr/bin/env bash\necho {step} >>"$FAKES/clock"\necho $(({step} * $(wc -l <"$FAKES/clock")))\n'
+        )
+
     def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [LAUNCH / script, *words],

@@ -44,7 +44,7 @@ def test_dry_run_prints_the_sbatch_command_and_submits_nothing(fakes):
     assert shlex.split(printed.stdout.splitlines()[-1]) == fakes.calls[0]
 
 
-# As the real one it does not hand SIGTERM on to its tasks, but kills them. What scancel sends to a job reaches the tasks.
+# As the real one it does not hand SIGTERM on to its tasks, but kills them; what scancel sends to a job reaches them.
 SRUN = """#!/usr/bin/env bash
 echo "srun $JAX_LOCAL_DEVICE_IDS $JAX_PLATFORMS $*" >>"$FAKES/calls"
 trap 'exit 137' TERM
@@ -117,6 +117,11 @@ def test_a_crash_starts_it_again_as_often_as_allowed(fakes):
     assert gpu_host(fakes, [1, 139, 0]).returncode == 0
     assert len(fakes.calls) == 3
     assert gpu_host(fakes, [1, 139, 0], "--max_crashes=1").returncode == 139
+
+
+def test_crashes_far_apart_are_no_reason_to_give_up(fakes):
+    fakes.clock(2000)
+    assert gpu_host(fakes, [1, 1, 1, 1, 0], "--max_crashes=1").returncode == 0
 
 
 @pytest.mark.parametrize(

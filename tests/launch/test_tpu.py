@@ -12,6 +12,13 @@ QUEUE = ["gcloud", "compute", "tpus", "queued-resources"]
 EVERYWHERE = ["--node=all", "--worker=all"]
 NOT_FOUND = (1, "ERROR: (gcloud) NOT_FOUND: Resource 'run' was not found")
 QUOTA = (1, "ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded. Limit: 0 in zone.")
+UNAVAILABLE = (1, "ERROR: (gcloud) HTTPError 503: The service is currently unavailable.")
+PER_MINUTE = (
+    1,
+    "ERROR: RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
+)
+EXISTS = (1, "ERROR: (gcloud) ALREADY_EXISTS: Resource 'run' already exists")
+DENIED = (1, "ERROR: PERMISSION_DENIED: The caller does not have permission")
 STOCKOUT = (1, 'ERROR: There is no more capacity in the zone "zone"; you can try in another zone')
 
 
@@ -209,13 +216,37 @@ def test_resume_goes_from_nothing_to_the_end_of_the_run(cloud):
     ended = resume(cloud)
     assert ended.returncode == 0, ended.stderr
     assert kinds(cloud) == ["create", "ssh", "scp", "install", "start"]
-    assert "run still costs money: launch/tpu.sh delete run" in ended.stderr
+    assert "run costs money as long as it is there: launch/tpu.sh delete run" in ended.stderr
 
 
 def test_resume_gives_the_slices_back_where_asked_to(cloud):
     cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
     assert resume(cloud, "--delete_when_done").returncode == 0
     assert kinds(cloud) == ["delete"]
+
+
+def test_resume_gives_slices_back_patiently(cloud):
+    cloud.answer("describe", "ACTIVE", "DELETING")
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    cloud.answer("delete", UNAVAILABLE, UNAVAILABLE, "")
+    assert resume(cloud, "--delete_when_done").returncode == 0
+    assert kinds(cloud) == ["delete"] * 3
+
+
+def test_slices_that_are_gone_already_are_given_back(cloud):
+    cloud.answer("describe", "ACTIVE", NOT_FOUND)
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    cloud.answer("delete", NOT_FOUND)
+    assert resume(cloud, "--delete_when_done").returncode == 0
+
+
+@pytest.mark.parametrize(("state", "code"), [("exit 0", 1), ("exit 2", 2)])
+def test_slices_that_could_not_be_given_back_are_a_failure(cloud, state, code):
+    cloud.answer("state", workers(cloud, state, state))
+    cloud.answer("delete", UNAVAILABLE)
+    ended = resume(cloud, "--delete_when_done")
+    assert ended.returncode == code
+    assert "its chips are still billed" in ended.stderr.splitlines()[-1]
 
 
 def test_resume_takes_a_running_command_over_without_touching_it(cloud):
@@ -256,12 +287,67 @@ def test_resume_waits_where_there_is_no_capacity(cloud):
     assert kinds(cloud) == ["create", "create", "delete", "create"]
 
 
-def test_resume_ends_where_the_quota_is_too_small(cloud):
+@pytest.mark.parametrize("refusal", [QUOTA, DENIED])
+def test_resume_ends_where_quota_or_permission_is_missing(cloud, refusal):
     cloud.answer("describe", NOT_FOUND)
-    cloud.answer("create", QUOTA)
+    cloud.answer("create", refusal)
     ended = resume(cloud)
     assert ended.returncode == 1
     assert kinds(cloud) == ["create"]
+
+
+def test_the_quota_may_lag_behind_slices_that_were_deleted(cloud):
+    cloud.answer("describe", "ACTIVE", "SUSPENDED", NOT_FOUND, NOT_FOUND, "ACTIVE")
+    cloud.answer("create", QUOTA, "")
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == ["delete", "create", "create"]
+
+
+@pytest.mark.parametrize("refusal", [UNAVAILABLE, PER_MINUTE, EXISTS])
+def test_resume_asks_again_after_a_refusal_that_may_pass(cloud, refusal):
+    cloud.answer("describe", NOT_FOUND, NOT_FOUND, "ACTIVE")
+    cloud.answer("create", refusal, "")
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud)
+    assert ended.returncode == 0, ended.stderr
+    assert kinds(cloud) == ["create", "create"]
+
+
+def test_resume_finds_the_request_whose_answer_was_lost(cloud):
+    cloud.answer("describe", NOT_FOUND, NOT_FOUND, "ACTIVE")
+    cloud.answer("create", (1, "ERROR: The read operation timed out"), EXISTS)
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == ["create", "create"]
+
+
+def test_resume_asks_no_more_often_than_allowed(cloud):
+    cloud.answer("describe", NOT_FOUND)
+    cloud.answer("create", UNAVAILABLE)
+    assert resume(cloud, "--max_crashes=2").returncode == 1
+    assert kinds(cloud) == ["create"] * 3
+
+
+@pytest.mark.parametrize("command", ["create", "resume"])
+@pytest.mark.parametrize("message", [DENIED[1], "ERROR: There was a problem refreshing your current auth tokens"])
+def test_a_login_that_expired_is_told_and_the_end(cloud, command, message):
+    cloud.answer("describe", (1, message))
+    ended = resume(cloud) if command == "resume" else run(cloud, "create", "--type=v4-8")
+    assert ended.returncode == 1
+    assert "gcloud auth login" in ended.stderr.splitlines()[-1]
+    assert kinds(cloud) == ["create"] * (command == "create")
+
+
+def test_resume_tells_again_that_workers_do_not_answer(cloud):
+    cloud.clock(250)
+    silent = (255, "timed out")
+    cloud.answer("state", *[silent] * 9, workers(cloud, "exit 0", "exit 0"))
+    ended = resume(cloud)
+    assert ended.returncode == 0
+    assert [line for line in ended.stderr.splitlines() if "not answered" in line] == [
+        f"tpu.sh: workers of run have not answered for {minutes} minutes" for minutes in (16, 33)
+    ]
 
 
 def test_resume_ends_at_a_mistake_in_the_training_command(cloud):
@@ -303,6 +389,21 @@ def test_resume_gives_up_after_too_many_crashes_with_their_exit_code(cloud):
     ended = resume(cloud, "--max_crashes=2")
     assert ended.returncode == 134
     assert kinds(cloud) == ["stop", "start", "stop", "start", "log"]
+
+
+def test_a_crash_counts_once_however_often_the_next_start_fails(cloud):
+    crashed = workers(cloud, "exit 134", "running")
+    cloud.answer("state", crashed, crashed, crashed, workers(cloud, "exit 0", "exit 0"))
+    cloud.answer("start", (255, "no connection"), (255, "no connection"), "")
+    assert resume(cloud, "--max_crashes=2").returncode == 0
+    assert kinds(cloud) == ["stop", "start"] * 3
+
+
+def test_crashes_before_half_an_hour_of_running_no_longer_count(cloud):
+    crashed, running = workers(cloud, "exit 134", "running"), workers(cloud, "running", "running")
+    cloud.answer("state", *[crashed, running, running] * 4, workers(cloud, "exit 0", "exit 0"))
+    cloud.clock(1000)
+    assert resume(cloud, "--max_crashes=1").returncode == 0
 
 
 def test_resume_gives_up_where_the_package_cannot_be_installed(cloud):
