@@ -54,6 +54,8 @@ source "$LAUNCH/common.sh"
 source "$LAUNCH/tpu/slices.sh"
 # shellcheck source=launch/tpu/workers.sh
 source "$LAUNCH/tpu/workers.sh"
+# shellcheck source=launch/tpu/budgets.sh
+source "$LAUNCH/tpu/budgets.sh"
 # shellcheck source=launch/tpu/resume.sh
 source "$LAUNCH/tpu/resume.sh"
 

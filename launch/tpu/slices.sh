@@ -59,11 +59,18 @@ refusal() {
     esac
 }
 
+# What is asked of the cloud; with --dry_run the commands.
+ask_state() { run "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)'; }
+ask_names() { run "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(tpu.nodeSpec[].nodeId)'; }
+ask_slices() {
+    run gcloud compute tpus tpu-vm list "${PLACE[@]}" '--format=value(name.basename(),state,networkEndpoints.len())'
+}
+
 # Prints the state of the request: NONE if there is none, UNKNOWN if it could not be asked for, DENIED if you may not ask.
 request_state() {
     local answer errors
     errors="$(mktemp)"
-    if answer="$("${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)' 2>"$errors")"; then
+    if answer="$(ask_state 2>"$errors")"; then
         echo "$answer"
     elif grep --quiet --ignore-case 'not_found\|not found' "$errors"; then
         echo NONE
@@ -83,27 +90,20 @@ allowed() {
 
 failure_reason() { "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.failedData.error.message)' 2>&1; }
 
-# Prints a line a slice: its name, its state, how many workers it has. Fails if the slices could not be listed.
+# Prints a line for each slice of the request, whose names it knows itself: name, state, how many workers it has; the
+# state MISSING where there is none of that name. Fails if it could not be told.
 slices() {
-    local name state workers
-    gcloud compute tpus tpu-vm list "${PLACE[@]}" '--format=value(name.basename(),state,networkEndpoints.len())' |
-        while read -r name state workers; do
-            if [[ $name == "$NAME" || $name =~ ^"$NAME"-[0-9]+$ ]]; then echo "$name $state $workers"; fi
-        done
+    local names listing name
+    names="$(ask_names)" && listing="$(ask_slices)" || return 1
+    [[ $names ]] || { say "$NAME does not tell the names of its slices" && return 1; }
+    for name in ${names//;/ }; do
+        awk -v name="$name" '$1 == name { print $1, $2, $3; found = 1 } END { if (!found) print name, "MISSING", 0 }' <<<"$listing"
+    done
 }
 
-# lost_slices LISTING: those of the listing that will not come back by themselves, and how many are missing. Fails if
-# the listing is not one of --slices slices: a mistake in that flag must not cost what another run has.
+# lost_slices LISTING: those of the listing that will not come back by themselves.
 lost_slices() {
-    local name state workers here=0
-    while read -r name state workers; do
-        [[ $name ]] || continue
-        if ((SLICES == 1)); then [[ $name == "$NAME" ]] || return 1; else [[ $name != "$NAME" ]] || return 1; fi
-        here=$((here + 1))
-        case "$state" in PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING | UNKNOWN) echo "$name $state" ;; esac
-    done <<<"$1"
-    if ((here < SLICES)); then echo "$((SLICES - here)) of $SLICES missing"; fi
-    ((here <= SLICES))
+    awk '$2 ~ /^(PREEMPTED|TERMINATED|STOPPED|STOPPING|DELETING|UNKNOWN|MISSING)$/ { print $1, $2 }' <<<"$1"
 }
 
 # worker_count LISTING
@@ -115,7 +115,7 @@ delete_request() { run "${QUEUE[@]}" delete "$NAME" "${PLACE[@]}" --force || [[ 
 create() {
     request_slices || exit "$([[ $REFUSAL == exists ]] && echo 2 || echo 1)"
     if [[ $DRY_RUN ]]; then
-        quoted "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)'
+        ask_state
         return
     fi
     trap 'say "the request stays in the queue; launch/tpu.sh delete $NAME takes it back"; exit 130' INT

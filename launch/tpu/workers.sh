@@ -3,31 +3,66 @@
 
 ON_WORKER='bash endistill/on_worker.sh'
 
-# on_workers COMMAND: runs a shell command on every worker of every slice at once.
-on_workers() { run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" --node=all --worker=all "${SSH_FLAGS[@]}" "--command=$1"; }
+DONE=endistill-done
 
-# The folder of everything on a worker; the first connection to fresh machines, which take minutes to answer.
-reach_workers() { patiently "$SSH_ATTEMPTS" on_workers 'mkdir -p endistill'; }
+# A machine that is gone shall not be waited for as long as ssh does, ten times over as gcloud does.
+IMPATIENT=(-oConnectTimeout=20 -oServerAliveInterval=30)
 
-# pack_checkout ARCHIVE: what the package is built from, uncommitted changes included.
-pack_checkout() {
-    run tar --create --gzip "--file=$1" "--directory=$(dirname "$LAUNCH")" --exclude=__pycache__ \
-        pyproject.toml README.md LICENSE endistill_jax gin tasks
+# on_workers COMMAND [NODE WORKER]: runs a shell command on every worker of every slice at once, or on one.
+on_workers() {
+    run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" "--node=${2:-all}" "--worker=${3:-all}" "${IMPATIENT[@]/#/--ssh-flag=}" \
+        "${SSH_FLAGS[@]}" "--command=$1"
 }
 
-# Sends the package to all workers and installs it; may be repeated.
+# on_every_worker COMMAND: fails unless every worker has done it. Where gcloud cannot reach a slice at all it warns and
+# succeeds; so each worker says that it is done, and they are counted.
+on_every_worker() {
+    local listing answers code=0
+    if [[ $DRY_RUN ]]; then
+        ask_names
+        ask_slices
+        on_workers "$1 && echo $DONE"
+        return
+    fi
+    listing="$(slices)" && [[ $listing != *' MISSING '* ]] || return 1
+    answers="$(on_workers "$1 && echo $DONE")" || code=$?
+    grep --invert-match --line-regexp "$DONE" <<<"$answers" >&2 || true
+    ((code == 0 && $(grep --only-matching "$DONE" <<<"$answers" | wc -l) == $(worker_count "$listing")))
+}
+
+# The folder of everything on a worker; the first connection to fresh machines, which take minutes to answer. An earlier
+# archive goes: a worker that is not sent the new one must not install that.
+reach_workers() { patiently "$SSH_ATTEMPTS" on_every_worker 'mkdir -p endistill && rm -f endistill/*.tgz'; }
+
+# What workers are sent, into the folder PACKED. Of this checkout what the package is built from, uncommitted changes
+# included.
+pack() {
+    run mkdir -p "$PACKED"
+    run cp "$LAUNCH/tpu/on_worker.sh" "$PACKED/"
+    [[ $SOURCE ]] || run tar --create --gzip "--file=$PACKED/checkout.tgz" "--directory=$(dirname "$LAUNCH")" \
+        --exclude=__pycache__ pyproject.toml README.md LICENSE endistill_jax gin tasks ||
+        fail "$(dirname "$LAUNCH") could not be packed" 1
+}
+
 setup() {
-    local archive="${TMPDIR:-/tmp}/endistill_$NAME.tgz" files=("$LAUNCH/tpu/on_worker.sh") package=("$SOURCE")
+    PACKED="${TMPDIR:-/tmp}/endistill_$NAME"
+    pack
+    install
+}
+
+# Sends what was packed to all workers and installs it; may be repeated.
+install() {
+    local files=("$PACKED/on_worker.sh") package=("$SOURCE")
     if [[ ! $SOURCE ]]; then
-        pack_checkout "$archive" || fail "$(dirname "$LAUNCH") could not be packed" 1
-        files+=("$archive")
-        package=("endistill_$NAME.tgz" "tpu,gcs${EXTRAS:+,$EXTRAS}")
+        files+=("$PACKED/checkout.tgz")
+        package=(checkout.tgz "tpu,gcs${EXTRAS:+,$EXTRAS}")
     fi
     reach_workers ||
         fail "no connection to all workers of $NAME after $SSH_ATTEMPTS attempts; see launch/tpu.sh status $NAME" 1
     patiently "$SSH_ATTEMPTS" run "${QUEUE[@]}" scp "${files[@]}" "$NAME:endistill/" "${PLACE[@]}" \
-        --node=all --worker=all "${SSH_FLAGS[@]}" || fail "the package could not be copied to all workers of $NAME" 1
-    patiently 3 on_workers "$ON_WORKER install $(quoted "${package[@]}")" ||
+        --node=all --worker=all "${IMPATIENT[@]/#/--scp-flag=}" "${SSH_FLAGS[@]}" ||
+        fail "the package could not be copied to all workers of $NAME" 1
+    patiently 3 on_every_worker "$ON_WORKER install $(quoted "${package[@]}")" ||
         fail "the package could not be installed on all workers of $NAME" 1
 }
 
@@ -35,17 +70,16 @@ setup() {
 job_id() { quoted "${ARGUMENTS[@]}" | sha256sum | cut -c 1-12; }
 
 submit() {
-    on_workers "$ON_WORKER start $(job_id) $(quoted "${ARGUMENTS[@]}")" ||
+    on_every_worker "$ON_WORKER start $(job_id) $(quoted "${ARGUMENTS[@]}")" ||
         fail "not started on all workers of $NAME: set up first, or stop what runs there: launch/tpu.sh stop $NAME" 1
 }
 
 # A machine that was set up anew under the run has no script, and nothing to stop.
-stop() { on_workers "$ON_WORKER stop || test ! -e endistill/on_worker.sh" || fail "not stopped on all workers of $NAME" 1; }
-
-logs() {
-    run "${QUEUE[@]}" ssh "$NAME" "${PLACE[@]}" "--node=$SLICE" "--worker=$WORKER" "${SSH_FLAGS[@]}" \
-        "--command=$ON_WORKER log $LINES_SHOWN $FOLLOW"
+stop() {
+    on_every_worker "$ON_WORKER stop || test ! -e endistill/on_worker.sh" || fail "not stopped on all workers of $NAME" 1
 }
+
+logs() { on_workers "$ON_WORKER log $LINES_SHOWN $FOLLOW" "$SLICE" "$WORKER"; }
 
 # Prints a line a worker: its host, the job it knows of, and what became of that (see tpu/on_worker.sh).
 worker_states() {
@@ -112,7 +146,8 @@ status() {
 
 # What --dry_run shows of looking.
 observing_commands() {
-    quoted "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.state)'
-    quoted gcloud compute tpus tpu-vm list "${PLACE[@]}" '--format=value(name.basename(),state,networkEndpoints.len())'
+    ask_state
+    ask_names
+    ask_slices
     worker_states
 }

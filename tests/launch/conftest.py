@@ -18,16 +18,23 @@ for word in "$@"; do
     case "$kind:$word" in
         gcloud:create | gcloud:describe | gcloud:delete | gcloud:list | gcloud:ssh | gcloud:scp) kind="$word" ;;
         describe:*failedData*) kind=reason ;;
+        describe:*nodeSpec*) kind=names ;;
         ssh:--command=mkdir*) kind=connect ;;
         ssh:--command=*) words=($word); kind="${words[2]}" ;;
     esac
 done
 if [[ $kind == kubectl ]]; then cat >"$FAKES/manifest"; fi
 answers="$FAKES/$kind"
-if [[ ! -e $answers ]]; then exit 0; fi
+if [[ ! -e $answers ]]; then printf '0\t\n' >"$answers"; fi
 IFS=$'\t' read -r code text <"$answers"
 if (($(wc -l <"$answers") > 1)); then sed -i 1d "$answers"; fi
-if ((code)); then printf '%b\n' "$text" >&2; else printf '%b\n' "$text"; fi
+if ((code)); then printf '%b\n' "$text" >&2; elif [[ $text ]]; then printf '%b\n' "$text"; fi
+# Each of two workers, or of as many as are reached, says what it was told to say when it is done.
+if ((code == 0)) && [[ $word == *'&& echo '* ]]; then
+    for ((reached = $(cat "$FAKES/reached_$kind" 2>/dev/null || echo 2); reached > 0; reached--)); do
+        echo "${word##*&& echo }"
+    done
+fi
 exit "$code"
 """
 
@@ -64,6 +71,10 @@ class Fakes:
         """What calls of a kind are answered, in order; a string is a success, (exit code, message) a failure."""
         pairs = [(0, answer) if isinstance(answer, str) else answer for answer in answers]
         (self.folder / kind).write_text("".join(f"{code}\t{text}\n" for code, text in pairs))
+
+    def reach(self, kind: str, workers: int) -> None:
+        """How many workers calls of a kind get to, where they succeed."""
+        (self.folder / f"reached_{kind}").write_text(str(workers))
 
     def clock(self, step: int) -> None:
         """A clock that goes on by so many seconds each time it is looked at."""

@@ -10,6 +10,9 @@ TRAINING = ["--", "--gin_file=gin/miniend_3b.gin", "--gin.MODEL_DIR=gs://bucket/
 PLACE = ["--project=project", "--zone=zone", "--quiet"]
 QUEUE = ["gcloud", "compute", "tpus", "queued-resources"]
 EVERYWHERE = ["--node=all", "--worker=all"]
+SSH = ["--ssh-flag=-oConnectTimeout=20", "--ssh-flag=-oServerAliveInterval=30"]
+SCP = [flag.replace("ssh", "scp") for flag in SSH]
+DONE = " && echo endistill-done"
 NOT_FOUND = (1, "ERROR: (gcloud) NOT_FOUND: Resource 'run' was not found")
 QUOTA = (1, "ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded. Limit: 0 in zone.")
 UNAVAILABLE = (1, "ERROR: (gcloud) HTTPError 503: The service is currently unavailable.")
@@ -64,6 +67,7 @@ def packed_at_once(fakes):
 def cloud(fakes):
     """A cloud with one slice of two workers that is there."""
     fakes.answer("describe", "ACTIVE")
+    fakes.answer("names", "run")
     fakes.answer("list", "run\\tREADY\\t2")
     return fakes
 
@@ -149,7 +153,9 @@ def test_dry_run_of_resume_prints_every_step_and_calls_nothing(fakes):
     assert ended.returncode == 0 and fakes.calls == []
     steps = [shlex.split(line) for line in ended.stdout.splitlines()]
     assert [step[4] for step in steps if step[0] == "gcloud"] == [
-        *["create", "describe", "list", "ssh", "ssh", "scp", "ssh", "ssh", "delete"],
+        *["create", "describe", "describe", "list", "ssh"],
+        *["describe", "list", "ssh", "scp", "describe", "list", "ssh"],
+        *["describe", "list", "ssh", "delete"],
     ]
 
 
@@ -157,26 +163,28 @@ def test_setup_tries_again_until_ssh_is_ready(cloud):
     cloud.answer("connect", (255, "not yet"), (255, "not yet"), "")
     ended = run(cloud, "setup")
     assert ended.returncode == 0, ended.stderr
-    assert [call[4] for call in cloud.calls] == ["ssh", "ssh", "ssh", "scp", "ssh"]
-    archive = cloud.folder / "endistill_run.tgz"
-    assert archive.exists()
-    script, *sent = cloud.calls[3][5:8]
-    assert script.endswith("launch/tpu/on_worker.sh") and sent == [str(archive), "run:endistill/"]
-    assert cloud.calls[4][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz tpu,gcs"
+    assert kinds(cloud) == ["ssh", "ssh", "ssh", "scp", "install"]
+    packed = cloud.folder / "endistill_run"
+    files = [packed / "on_worker.sh", packed / "checkout.tgz"]
+    assert all(file.exists() for file in files)
+    [scp] = [call for call in cloud.calls if call[4] == "scp"]
+    assert scp[5:] == [*map(str, files), "run:endistill/", *PLACE, *EVERYWHERE, *SCP]
+    install = "--command=bash endistill/on_worker.sh install checkout.tgz tpu,gcs" + DONE
+    assert cloud.calls[-1] == [*QUEUE, "ssh", "run", *PLACE, *EVERYWHERE, *SSH, install]
 
 
 def test_setup_installs_further_extras_on_request(cloud):
     assert run(cloud, "setup", "--extras=hf").returncode == 0
-    assert cloud.calls[-1][-1] == "--command=bash endistill/on_worker.sh install endistill_run.tgz tpu,gcs,hf"
+    assert cloud.calls[-1][-1] == "--command=bash endistill/on_worker.sh install checkout.tgz tpu,gcs,hf" + DONE
     assert run(cloud, "setup", "--source=endistill-jax[tpu,gcs]==1").returncode == 0
     [*_, command] = cloud.calls[-1]
-    assert shlex.split(command.removeprefix("--command="))[2:] == ["install", "endistill-jax[tpu,gcs]==1"]
+    assert shlex.split(command.removeprefix("--command="))[2:4] == ["install", "endistill-jax[tpu,gcs]==1"]
 
 
 def test_setup_sends_what_the_package_is_built_from(cloud):
     (cloud.commands / "tar").unlink()
     assert run(cloud, "setup").returncode == 0
-    with tarfile.open(cloud.folder / "endistill_run.tgz") as archive:
+    with tarfile.open(cloud.folder / "endistill_run/checkout.tgz") as archive:
         names = set(archive.getnames())
     assert {"pyproject.toml", "README.md", "LICENSE", "endistill_jax/main.py", "gin/miniend_demo.gin"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".git", "tests", "runs"))]
@@ -187,16 +195,56 @@ def test_setup_gives_up_on_ssh_after_the_attempts_it_was_given(cloud):
     ended = run(cloud, "setup", "--ssh_attempts=4")
     assert ended.returncode == 1
     assert "no connection to all workers of run after 4 attempts" in ended.stderr.splitlines()[-1]
-    assert len(cloud.calls) == 4
+    assert kinds(cloud) == ["ssh"] * 4
 
 
-def test_submit_hands_the_training_command_over_unchanged(fakes):
-    assert run(fakes, "submit", "--", "python", "-m", "endistill_jax.main", *TRAINING[1:]).returncode == 0
-    [call] = fakes.calls
-    assert call[:-1] == [*QUEUE, "ssh", "run", *PLACE, *EVERYWHERE]
-    remote = shlex.split(call[-1].removeprefix("--command="))
+def test_submit_hands_the_training_command_over_unchanged(cloud):
+    assert run(cloud, "submit", "--", "python", "-m", "endistill_jax.main", *TRAINING[1:]).returncode == 0
+    [*_, call] = cloud.calls
+    assert call[:-1] == [*QUEUE, "ssh", "run", *PLACE, *EVERYWHERE, *SSH]
+    remote = shlex.split(call[-1].removeprefix("--command=").removesuffix(DONE))
     assert remote[:3] == ["bash", "endistill/on_worker.sh", "start"]
     assert remote[4:] == TRAINING[1:]
+
+
+@pytest.mark.parametrize("command", ["setup", "submit", "stop"])
+@pytest.mark.parametrize("reached", [0, 1])
+def test_success_is_that_of_every_worker(cloud, command, reached):
+    """gcloud ends with 0 where it could not reach one of several slices at all."""
+    for kind in ("connect", "start", "stop"):
+        cloud.reach(kind, reached)
+    ended = run(cloud, command, *(TRAINING if command == "submit" else ["--ssh_attempts=1"][: command == "setup"]))
+    assert ended.returncode == 1
+    assert "all workers of run" in ended.stderr
+
+
+def test_nothing_is_done_on_a_part_of_the_slices(cloud):
+    cloud.answer("names", "run-0;run-1")
+    cloud.answer("list", "run-0\\tREADY\\t2")
+    assert run(cloud, "submit", *TRAINING).returncode == 1
+    assert kinds(cloud) == []
+
+
+def test_a_worker_that_was_not_sent_the_archive_cannot_install_an_earlier_one(cloud):
+    assert run(cloud, "setup").returncode == 0
+    [command, *_] = [call[-1].removeprefix("--command=") for call in cloud.calls if call[4] == "ssh"]
+    (cloud.folder / "endistill").mkdir()
+    (cloud.folder / "endistill/checkout.tgz").touch()
+    said = subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, text=True, check=True).stdout
+    assert said == "endistill-done\n"
+    assert not (cloud.folder / "endistill/checkout.tgz").exists()
+
+
+def test_resume_installs_the_checkout_as_it_was_when_it_began(cloud):
+    cloud.write("tar", '#!/usr/bin/env bash\necho packed >>"$FAKES/packings"\ntouch "${3#--file=}"\n')
+    cloud.answer("describe", "ACTIVE", "SUSPENDED", "ACTIVE")
+    cloud.answer("state", ABSENT, ABSENT, workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud).count("scp") == 2
+    sent = {word for call in cloud.calls if call[4] == "scp" for word in call if word.endswith((".tgz", ".sh"))}
+    assert len(sent) == 2 and not any("launch/tpu" in word for word in sent)
+    assert (cloud.folder / "packings").read_text() == "packed\n"
+    assert list((cloud.folder / ".cache/endistill").iterdir()) == []
 
 
 def test_status_tells_of_request_slices_and_workers(cloud):
@@ -265,15 +313,17 @@ def test_resume_recreates_preempted_slices_and_goes_on(cloud):
     assert "--spot" in create
 
 
-@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED"])
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED", None])
 def test_resume_recreates_all_slices_when_one_is_gone(cloud, state):
-    cloud.answer("describe", "ACTIVE", NOT_FOUND, "ACTIVE")
+    cloud.answer("describe", "ACTIVE", "ACTIVE", NOT_FOUND, "ACTIVE")
     good = "run-0\\tREADY\\t1\\nrun-1\\tREADY\\t1"
-    cloud.answer("list", f"run-0\\tREADY\\t1\\nrun-1\\t{state}\\t1", good)
+    bad = f"run-0\\tREADY\\t1\\nrun-1\\t{state}\\t1" if state else "run-0\\tREADY\\t1"
+    cloud.answer("names", "run-0;run-1")
+    cloud.answer("list", bad, bad, good)
     cloud.answer("state", ABSENT, workers(cloud, "exit 0", "exit 0"))
     ended = resume(cloud, "--slices=2")
     assert ended.returncode == 0, ended.stderr
-    assert f"run-1 {state}" in ended.stderr
+    assert f"taken away: run-1 {state or 'MISSING'}" in ended.stderr
     assert kinds(cloud) == ["delete", "create", "ssh", "scp", "install", "start"]
 
 
@@ -377,7 +427,7 @@ def test_resume_sets_a_machine_that_came_back_empty_up_again(cloud, state):
 
 def test_stopping_finds_nothing_to_stop_on_a_machine_without_the_script(cloud):
     assert run(cloud, "stop").returncode == 0
-    [command] = [call[-1].removeprefix("--command=") for call in cloud.calls]
+    [command] = [call[-1].removeprefix("--command=") for call in cloud.calls if call[4] == "ssh"]
     assert subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, check=False).returncode == 0
     (cloud.folder / "endistill").mkdir()
     (cloud.folder / "endistill/on_worker.sh").write_text("exit 3")
@@ -453,12 +503,26 @@ def test_resume_takes_the_end_of_another_command_for_none(cloud):
     assert kinds(cloud) == ["ssh", "scp", "install", "start"]
 
 
-@pytest.mark.parametrize(
-    ("slices", "listed"),
-    [("2", ["run"]), ("1", ["run-0", "run-1"]), ("1", ["run-0"]), ("2", ["run-0", "run-1", "run-2"])],
-)
-def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, listed):
-    cloud.answer("list", "\\n".join(f"{name}\\tREADY\\t2" for name in listed))
+def test_one_listing_without_a_slice_is_no_loss(cloud):
+    cloud.answer("list", "", "run\\tREADY\\t2", "", "run\\tREADY\\t2")
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud).returncode == 0
+    assert kinds(cloud) == []
+
+
+def test_slices_of_another_run_do_not_count(cloud):
+    """Those of run are run-a and run-b; run-1 is the only slice of somebody's run-1."""
+    cloud.answer("names", "run-a;run-b")
+    cloud.answer("list", "run-1\\tPREEMPTED\\t4\\nrun-a\\tREADY\\t1\\nrun-b\\tREADY\\t1\\nrun-ab\\tPREEMPTED\\t4")
+    cloud.answer("state", workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud, "--slices=2").returncode == 0
+    assert kinds(cloud) == []
+
+
+@pytest.mark.parametrize(("slices", "names"), [("2", "run"), ("1", "run-0;run-1"), ("2", "run-0;run-1;run-2")])
+def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, names):
+    cloud.answer("names", names)
+    cloud.answer("list", "")
     ended = resume(cloud, f"--slices={slices}")
     assert ended.returncode == 2
     assert kinds(cloud) == []
