@@ -67,6 +67,9 @@ valid_name() {
 # given FLAG VALUE WHAT: a flag that has no default.
 given() { [[ $2 ]] || fail "--$1 is missing: give $3; see --help"; }
 
+# environment_variable NAME=VALUE: of a flag --env.
+environment_variable() { [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env=$1: give NAME=VALUE"; }
+
 # training_arguments WORDS...: what follows `--`, with or without `python -m endistill_jax.main`, into ARGUMENTS.
 training_arguments() {
     if [[ ${1:-} == endistill ]]; then

@@ -10,13 +10,15 @@
 #   --slices=1             how many slices work on the one run; a node pool each
 #   --chips_per_host=4     chips of one machine; 4 in all slices of several hosts
 #   --image=IMAGE          a container image that has endistill-jax[tpu,gcs]
-#   --service_account=default   a Kubernetes service account that may write to the bucket of MODEL_DIR
+#   --service_account=default   the pods' Kubernetes service account. It does not open the bucket: with host networking
+#                          the pods have the rights of their nodes, whose account and scopes must allow writing to it
+#   --env=NAME=VALUE       repeatable; an environment variable of the training command, such as LIBTPU_INIT_ARGS
 #   --spot                 node pools of Spot machines
 #   --max_restarts=100     how often the run is started again; a mistake (exit code 2) ends it at once
 #   --dry_run              print the manifest and submit nothing
 #
 # kubectl's own context says which cluster and namespace. The cluster needs JobSet 0.6 or newer. See it with
-# `kubectl get jobset NAME`, end it with `kubectl delete jobset NAME`.
+# `kubectl get jobset NAME`, end it with `kubectl delete jobset NAME`, which must come before it is submitted again.
 
 set -euo pipefail
 LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -24,6 +26,7 @@ LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$LAUNCH/common.sh"
 
 NAME='' TOPOLOGY='' SLICES=1 CHIPS_PER_HOST=4 IMAGE='' SERVICE_ACCOUNT=default SPOT='' MAX_RESTARTS=100
+ENVIRONMENT=()
 
 read_command_line() {
     while (($#)); do
@@ -35,6 +38,7 @@ read_command_line() {
             --chips_per_host=*) CHIPS_PER_HOST="${1#*=}" && positive_number chips_per_host "$CHIPS_PER_HOST" ;;
             --image=?*) IMAGE="${1#*=}" ;;
             --service_account=?*) SERVICE_ACCOUNT="${1#*=}" ;;
+            --env=*) environment_variable "${1#*=}" && ENVIRONMENT+=("${1#*=}") ;;
             --spot) SPOT=yes ;;
             --max_restarts=*) MAX_RESTARTS="${1#*=}" && positive_number max_restarts "$MAX_RESTARTS" ;;
             --dry_run) DRY_RUN=yes ;;
@@ -70,15 +74,30 @@ hosts() {
     chips=$((${shape//x/*}))
     ((chips % CHIPS_PER_HOST == 0)) ||
         fail "--topology=$TOPOLOGY has $chips chips, not a multiple of --chips_per_host=$CHIPS_PER_HOST"
+    ((chips > CHIPS_PER_HOST || SLICES == 1)) ||
+        fail "--slices=$SLICES: GKE joins slices of several hosts only, and one of $TOPOLOGY is a single host"
     echo $((chips / CHIPS_PER_HOST))
 }
 
-# A list of strings as JSON, which is YAML too.
+# A string as JSON, which is YAML too.
+json() {
+    local word="${1//\\/\\\\}"
+    echo "\"${word//\"/\\\"}\""
+}
+
 json_list() {
     local word list=''
-    for word in "$@"; do
-        word="${word//\\/\\\\}"
-        list+=", \"${word//\"/\\\"}\""
+    for word in "$@"; do list+=", $(json "$word")"; done
+    echo "[${list#, }]"
+}
+
+# variables NAME=VALUE...: as a container has them. Slices that are taken away come back minutes apart: their hosts wait
+# for each other for an hour.
+variables() {
+    local variable list=''
+    if ((SLICES > 1)); then set -- ENDISTILL_CONNECT_SECONDS=3600 "$@"; fi
+    for variable in "$@"; do
+        list+=", {name: $(json "${variable%%=*}"), value: $(json "${variable#*=}")}"
     done
     echo "[${list#, }]"
 }
@@ -101,11 +120,14 @@ declare -A VALUES=(
     [NAME]="$NAME" [SLICES]="$SLICES" [HOSTS]="$HOSTS" [ACCELERATOR]="$ACCELERATOR" [SHAPE]="${TOPOLOGY#*:}"
     [CHIPS_PER_HOST]="$CHIPS_PER_HOST" [IMAGE]="$IMAGE" [SERVICE_ACCOUNT]="$SERVICE_ACCOUNT"
     [MAX_RESTARTS]="$MAX_RESTARTS" [COMMAND]="$(json_list python -m endistill_jax.main "${ARGUMENTS[@]}")"
+    [VARIABLES]="$(variables "${ENVIRONMENT[@]}")"
 )
 needs_program kubectl 'see https://kubernetes.io/docs/tasks/tools'
 filled_in="$(manifest)"
 if [[ $DRY_RUN ]]; then
-    printf '%s\n' '# kubectl apply --filename=-' "$filled_in"
+    printf '%s\n' '# kubectl create --filename=-' "$filled_in"
 else
-    kubectl apply --filename=- <<<"$filled_in"
+    # Not apply, which succeeds and does nothing where the same JobSet is there already, finished or failed.
+    kubectl create --filename=- <<<"$filled_in" ||
+        fail "not submitted; where $NAME exists already, delete it first: kubectl delete jobset $NAME" 1
 fi

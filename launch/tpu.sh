@@ -34,6 +34,8 @@
 # setup, resume:
 #   --extras=hf         extras of the package beside tpu and gcs; hf for a TEACHER by its name on the Hugging Face hub
 #   --source=PACKAGE    what pip installs instead of this checkout: 'endistill-jax[tpu,gcs] @ git+https://...'
+# submit, resume:
+#   --env=NAME=VALUE    repeatable; an environment variable of the training command, such as LIBTPU_INIT_ARGS
 # setup, submit, status, logs, stop, resume:
 #   --ssh_flag=FLAG     repeatable; handed to `... ssh` and `... scp`, such as --ssh_flag=--tunnel-through-iap
 # setup, submit, resume:
@@ -65,16 +67,17 @@ TYPE='' RUNTIME_VERSION='' SPOT='' SLICES=1
 SOURCE='' EXTRAS='' SSH_ATTEMPTS=10
 SLICE=0 WORKER=0 LINES_SHOWN=100 FOLLOW=''
 MAX_CRASHES=3 DELETE_WHEN_DONE=''
-CREATE_FLAGS=() SSH_FLAGS=() ARGUMENTS=()
+CREATE_FLAGS=() SSH_FLAGS=() ENVIRONMENT=() ARGUMENTS=()
 
 declare -A TAKES=(
     [create]='type runtime_version slices spot create_flag'
     [setup]='source extras ssh_flag ssh_attempts'
-    [submit]='ssh_flag ssh_attempts'
+    [submit]='env ssh_flag ssh_attempts'
     [status]='ssh_flag'
     [logs]='slice worker lines follow ssh_flag'
     [stop]='ssh_flag'
-    [resume]='type runtime_version slices spot create_flag source extras ssh_flag ssh_attempts max_crashes delete_when_done'
+    [resume]='type runtime_version slices spot create_flag source extras env ssh_flag ssh_attempts max_crashes
+        delete_when_done'
     [delete]=''
 )
 
@@ -82,7 +85,7 @@ declare -A TAKES=(
 flag() {
     local name="${1#--}" value="${1#*=}"
     name="${name%%=*}"
-    [[ " ${TAKES[$COMMAND]} project zone dry_run poll_seconds " == *" $name "* ]] ||
+    [[ " ${TAKES[$COMMAND]//$'\n'/ } project zone dry_run poll_seconds " == *" $name "* ]] ||
         fail "$COMMAND does not take $1; see --help"
     case "$1" in
         --project=?*) PROJECT="$value" ;;
@@ -94,6 +97,7 @@ flag() {
         --create_flag=--?*) CREATE_FLAGS+=("$value") ;;
         --source=?*) SOURCE="$value" ;;
         --extras=[a-z]*) EXTRAS="$value" ;;
+        --env=*) environment_variable "$value" && ENVIRONMENT+=("$value") ;;
         --ssh_flag=--?*) SSH_FLAGS+=("$value") ;;
         --ssh_attempts=*) positive_number ssh_attempts "$value" && SSH_ATTEMPTS="$value" ;;
         --slice=[0-9]*) SLICE="$value" ;;

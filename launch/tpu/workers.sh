@@ -70,7 +70,8 @@ install() {
 job_id() { quoted "${ARGUMENTS[@]}" | sha256sum | cut -c 1-12; }
 
 submit() {
-    on_every_worker "$ON_WORKER start $(job_id) $(quoted "${ARGUMENTS[@]}")" ||
+    local environment="${ENVIRONMENT[*]:+$(quoted env "${ENVIRONMENT[@]}") }"
+    on_every_worker "$environment$ON_WORKER start $(job_id) $(quoted "${ARGUMENTS[@]}")" ||
         fail "not started on all workers of $NAME: set up first, or stop what runs there: launch/tpu.sh stop $NAME" 1
 }
 

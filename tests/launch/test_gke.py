@@ -75,7 +75,32 @@ def test_dry_run_prints_the_manifest_and_submits_nothing(fakes):
     printed = fakes.run("gke_jobset.sh", *JOBSET, "--spot", "--dry_run", *TRAINING)
     assert fakes.calls == []
     assert yaml.safe_load(printed.stdout) == manifest(fakes, "--spot")
-    assert fakes.calls == [["kubectl", "apply", "--filename=-"]]
+    assert fakes.calls == [["kubectl", "create", "--filename=-"]]
+
+
+def test_a_jobset_that_exists_is_not_submitted_again(fakes):
+    fakes.answer("kubectl", (1, 'Error from server (AlreadyExists): jobsets "run" already exists'))
+    ended = fakes.run("gke_jobset.sh", *JOBSET, *TRAINING)
+    assert ended.returncode == 1
+    assert "kubectl delete jobset run" in ended.stderr.splitlines()[-1]
+
+
+def test_variables_reach_the_container_unchanged(fakes):
+    words = ['--env=LIBTPU_INIT_ARGS=--a=1 --b="c\\d"', "--env=EMPTY="]
+    [container] = pod(manifest(fakes, *words))["containers"]
+    assert container["env"] == [
+        {"name": "LIBTPU_INIT_ARGS", "value": '--a=1 --b="c\\d"'},
+        {"name": "EMPTY", "value": ""},
+    ]
+
+
+def test_hosts_of_several_slices_wait_longer_for_each_other(fakes):
+    def variables(*words):
+        [container] = pod(manifest(fakes, *words))["containers"]
+        return {variable["name"]: variable["value"] for variable in container["env"]}
+
+    assert variables("--slices=2", "--env=A=b") == {"ENDISTILL_CONNECT_SECONDS": "3600", "A": "b"}
+    assert variables() == {}
 
 
 def test_xpk_gets_the_training_command_in_one_flag(fakes):
@@ -106,6 +131,12 @@ def test_dry_run_prints_the_xpk_command_and_submits_nothing(fakes):
         ("gke_jobset.sh", ["run", "--topology=v9:4x4", "--image=i", *TRAINING], "v4, v5e, v5p or v6e"),
         ("gke_jobset.sh", ["run", "--topology=v5e:16", "--image=i", *TRAINING], "chips by chips"),
         ("gke_jobset.sh", ["run", "--topology=v5e:1x1", "--image=i", *TRAINING], "not a multiple"),
+        (
+            "gke_jobset.sh",
+            ["run", "--topology=v5e:2x2", "--slices=2", "--image=i", *TRAINING],
+            "slices of several hosts",
+        ),
+        ("gke_jobset.sh", [*JOBSET, "--env=A", *TRAINING], "--env=A: give NAME=VALUE"),
         ("gke_jobset.sh", [*JOBSET, "--slice=2", *TRAINING], "unknown flag --slice=2"),
         ("gke_jobset.sh", [*JOBSET, "--", "--gin_file=x"], "--gin.MODEL_DIR=gs://"),
         ("gke_jobset.sh", [*JOBSET, *TRAINING, "--gin_file=my.gin"], "--gin_file=my.gin: the image has the files"),

@@ -207,6 +207,12 @@ def test_submit_hands_the_training_command_over_unchanged(cloud):
     assert remote[4:] == TRAINING[1:]
 
 
+def test_submit_gives_the_training_command_its_variables(cloud):
+    assert run(cloud, "submit", "--env=A=b c", "--env=EMPTY=", *TRAINING).returncode == 0
+    remote = shlex.split(cloud.calls[-1][-1].removeprefix("--command="))
+    assert remote[:6] == ["env", "A=b c", "EMPTY=", "bash", "endistill/on_worker.sh", "start"]
+
+
 @pytest.mark.parametrize("command", ["setup", "submit", "stop"])
 @pytest.mark.parametrize("reached", [0, 1])
 def test_success_is_that_of_every_worker(cloud, command, reached):
@@ -546,6 +552,8 @@ def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, n
         (["submit", "run", "--", "--gin.STEPS=3"], "give the training command after --"),
         (["submit", "run", "--", "--gin_file=x", "--gin.MODEL_DIR=/tmp/x"], "--gin.MODEL_DIR=gs://"),
         (["delete", "run", "--zone="], "--zone=: a value is missing"),
+        (["setup", "run", "--env=A=b"], "setup does not take --env=A=b"),
+        (["submit", "run", "--env=2A=b", *TRAINING], "--env=2A=b: give NAME=VALUE"),
         (["setup", "run", "--source=x", "--extras=hf"], "--extras=hf: name them in --source"),
         (["submit", "run", *TRAINING, "--gin_file=my.gin"], "--gin_file=my.gin: the package has the files in gin/"),
         (["submit", "run", *TRAINING, "--gin_file", "/tmp/my.gin"], "--gin_file=/tmp/my.gin: the package has"),
