@@ -56,6 +56,7 @@ start_processes() {
     local index
     for ((index = 0; index < PROCESSES; index++)); do
         process "$index"
+        : >"$LOG_DIR/process_$index.log" # there before tail looks for it
         "${PROCESS[@]}" >"$LOG_DIR/process_$index.log" 2>&1 &
         PIDS+=("$!")
     done
