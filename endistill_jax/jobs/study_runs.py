@@ -174,9 +174,8 @@ def earlier_record(model_dir: str) -> Record | None:
         return None
     try:
         record = json.loads(file.read_text())
-        # A record without the number is of one host, unless its settings tell.
-        record["judged_by"].setdefault("shards", record["data"]["shards"] or 1)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        record["judged_by"]["shards"]
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is no record of a study; move it away") from None
     return record
 

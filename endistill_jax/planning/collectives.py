@@ -13,7 +13,8 @@ from endistill_jax.planning.instructions import Instruction
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^{}]*)\]\s*\{([^}]*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^{}]*)\))?\s*\{([^}]*)\}")
+_DEVICE_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH_AXIS = re.compile(r"'([^']+)'(?:=|:)?(?:\((\d+)\))?(\d+)?")
 _STARTS = "AsyncCollectiveStart"
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
@@ -93,14 +94,15 @@ def replica_groups(instruction: Instruction, partitions: int) -> list[list[int]]
     if pairs := _PAIRS.search(attributes):
         return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if a != b]
     if mesh := _MESH_GROUPS.search(attributes):
-        return _mesh_groups(*mesh.groups())
+        return _mesh_groups(*mesh.groups(""))
     if counted := _COUNTED_GROUPS.search(attributes):
         shape, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
         return _counted(sizes, order).reshape(shape[0], -1).tolist()
     if listed := _LISTED_GROUPS.search(attributes):
         groups = [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", listed[1])]
-        if groups:
-            return groups
+        return groups or [list(range(partitions))]
+    if "replica_groups=" in attributes:
+        raise ValueError(f"{instruction.opcode} has groups that are written in an unknown way: {attributes[:200]}")
     return [list(range(partitions))]
 
 
@@ -110,12 +112,17 @@ def _counted(sizes: list[int], order: list[int] | None) -> np.ndarray:
     return members.transpose(order or range(len(sizes)))
 
 
-def _mesh_groups(mesh: str, axes: str) -> list[list[int]]:
-    """Groups over some axes of a mesh: `'a'=4,'b'=2` and `'a'`, or `'a':(2)2`, the inner 2 of the 4."""
-    sizes = {name: int(size) for name, _, size in _MESH_AXIS.findall(mesh.partition("device_ids")[0])}
-    order = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh)  # of the devices, where it is not 0, 1, 2, ...
-    given = [[int(n) for n in part.split(",")] if part else None for part in order.groups()] if order else None
-    members = _counted(*given) if given else np.arange(math.prod(sizes.values()))
+def _mesh_groups(mesh: str, device_ids: str, axes: str) -> list[list[int]]:
+    """Groups over some axes of a mesh: `'a'=4,'b'=2` and `'a'`, or `'a':(2)2`, the inner 2 of the 4.
+
+    Its devices are 0, 1, 2, ..., or those of `device_ids`: `[2,4]T(1,0)`, or one by one.
+    """
+    sizes = {name: int(size) for name, _, size in _MESH_AXIS.findall(mesh)}
+    members = np.arange(math.prod(sizes.values()))
+    if order := _DEVICE_ORDER.search(device_ids):
+        members = _counted(*([int(n) for n in part.split(",")] if part else None for part in order.groups()))
+    elif device_ids:
+        members = np.array([int(n) for n in device_ids.split(",")])
     shape, grouped = [], []
     cut = {name: (int(before or 1), int(size)) if size else None for name, before, size in _MESH_AXIS.findall(axes)}
     for name, size in sizes.items():

@@ -121,7 +121,9 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2, device_ids=([2,2]<=[2,2]T(1,0))] {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", [[3, 1], [2, 0]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
     ],
 )
 def test_groups_are_read_in_every_form(written, groups):
