@@ -50,8 +50,9 @@ class Fakes:
         self.commands.mkdir()
         for name in ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scancel", "scontrol", "nvidia-smi"):
             self.write(name, FAKE_COMMAND)
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}  # the scripts' own setting
         self.environment = {
-            **os.environ,
+            **inherited,
             "PATH": f"{self.commands}{os.pathsep}{os.environ['PATH']}",
             "FAKES": str(folder),
             "TMPDIR": str(folder),
