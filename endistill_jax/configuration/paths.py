@@ -25,8 +25,11 @@ def from_file(
         search_paths: folders in which the file is looked up too; those of the command, where gin calls this.
 
     Raises:
-        UserError: no such file, a mistake in it, it sets no path, or has nothing of a name that is changed.
+        UserError: no such file, a mistake in it, it sets no path, or has nothing of a name that is changed, or
+            changes are no mapping.
     """
+    if not isinstance(changes, Mapping | None):
+        raise UserError(f"{file}: changes is {changes!r}; give names and values, such as {{'cross.teacher_layer': -2}}")
     given = {} if relation_heads is None else {"RELATION_HEADS": relation_heads}
     path = FileValues(file, search_paths, given).macro("PATH")
     if not isinstance(path, Path):

@@ -38,6 +38,7 @@ def test_changes_go_into_sites_and_leave_the_rest():
         (("gin/paths/minilm.gin", 4, {"cross.weight": 1.0}), "what holds weight is None in this path"),
         (("gin/paths/minend.gin", 4, {"cross.weight": "2"}), r"minend.gin: .*cross\.weight: .* '2'; it must be float"),
         (("gin/paths/minend.gin", 4, {"cross": 2.0}), "cross is 2.0; it must be Site or None"),
+        (("gin/paths/minend.gin", 4, ["cross"]), r"minend.gin: changes is \['cross'\]; give names and values"),
     ],
 )
 def test_what_a_file_does_not_have_is_named_in_one_line(arguments, match):

@@ -14,7 +14,6 @@ from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StageS
 from endistill_jax.jobs.arms import plan_study
 from endistill_jax.jobs.models import open_model
 from endistill_jax.losses import Path
-from endistill_jax.reports.files import json_text
 from endistill_jax.reports.study_figures import final, paired
 from endistill_jax.sharding import HostPart, make_mesh
 from endistill_jax.train.metrics import read_metrics
@@ -173,15 +172,9 @@ def test_a_finished_study_is_told_again_without_reading_examples(studied, argume
 
 @pytest.mark.slow
 def test_a_study_keeps_its_shards_on_more_hosts(studied, arguments, tmp_path, monkeypatch, refused):
-    """Also one whose file does not tell them, as those of one host did not."""
     folder, raw, _ = studied
     shutil.copytree(folder, tmp_path / "study")
     assert raw["judged_by"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
-    told = raw | {
-        "judged_by": {name: value for name, value in raw["judged_by"].items() if name != "shards"},
-        "data": raw["data"] | {"shards": None},
-    }
-    (tmp_path / "study" / "study.json").write_text(json_text(told))
     monkeypatch.setattr(study_job, "host_part", lambda mesh: HostPart(0, 2, True))
     assert without_versions(study(model_dir=str(tmp_path / "study"), **arguments)) == without_versions(raw)
     other = arguments | {"data": dataclasses.replace(arguments["data"], shards=2)}
