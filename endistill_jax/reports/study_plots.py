@@ -136,15 +136,15 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[An
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    legend = figure.legend(handles, labels, loc="outside right center", frameon=False)
     for line in legend.get_lines():
         line.set_linestyle("-")  # an arm's line may be solid in one panel and dashed in another
 
 
 def _sparse(value: float, _: int) -> str:
-    """The text of a minor tick of a logarithmic axis: of 2 and 5 times a power of ten alone."""
+    """The text of a minor tick of a logarithmic axis: of 2, 3 and 5 times a power of ten alone."""
     text = f"{value:g}"
-    return text if text.strip("0.") in ("2", "5") else ""
+    return text if text.strip("0.") in ("2", "3", "5") else ""
 
 
 def _png(figure: Any) -> bytes:
