@@ -120,6 +120,7 @@ def test_arms_of_the_study_of_layers_and_heads_differ_in_what_they_are_named_for
 def test_arms_of_the_study_of_interpolation_differ_in_what_they_are_named_for(arm_of):
     file, minend = "gin/studies/interpolation.gin", from_file("gin/paths/minend.gin", 8)
     assert arm_of(file, "direct") == jobs.Arm(path=minend)
+    assert arm_of(file, "direct_long") == jobs.Arm(path=minend, steps=616)
     chains = {
         "one_assistant": jobs.Interpolation(number=1, equal_compute=True),
         "two_assistants": jobs.Interpolation(number=2, equal_compute=True),
@@ -136,5 +137,6 @@ def test_the_study_of_interpolation_tells_its_arms_at_the_cost_of_the_direct_run
     load(["gin/studies/interpolation.gin"], [("MODEL_DIR", str(tmp_path / "study"))])(dry_run=True)
     told = capsys.readouterr().out
     assert told.count("as many as 300 steps from the teacher straight to the student") == 2
-    assert "15 runs (5 arms), 30 fine-tunings" in told and not (tmp_path / "study").exists()
+    assert told.count("as many as 616 steps from the teacher straight to the student") == 1
+    assert "18 runs (6 arms), 36 fine-tunings" in told and not (tmp_path / "study").exists()
     gin.clear_config()
