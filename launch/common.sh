@@ -58,6 +58,14 @@ needs_program() {
 # positive_number FLAG VALUE
 positive_number() { [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1=$2: give a whole number of at least 1"; }
 
+# positive_seconds FLAG VALUE: fractions are allowed.
+positive_seconds() {
+    [[ $2 =~ ^[0-9]*\.?[0-9]+$ && $2 =~ [1-9] ]] || fail "--$1=$2: give a number of seconds above 0"
+}
+
+# numbered FLAG VALUE: one of several, counted from 0.
+numbered() { [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || fail "--$1=$2: give a number, the first is 0"; }
+
 # Lower-case names that Cloud TPU, Kubernetes and SLURM all take.
 valid_name() {
     [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||

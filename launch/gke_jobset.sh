@@ -7,7 +7,8 @@
 #       --gin.DATA_DIR=gs://BUCKET/tensorflow_datasets
 #
 #   --topology=GENERATION:TOPOLOGY   of one slice, as the node pool has it: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4
-#   --slices=1             how many slices work on the one run; a node pool each
+#   --slices=1             how many slices work on the one run; a node pool each. The run's mesh must spread data over
+#                          them, as with --gin.MESH='(2, -1, 1)' or (-1, 1, 1) for two
 #   --chips_per_host=4     chips of one machine; 4 in all slices of several hosts
 #   --image=IMAGE          a container image that has endistill-jax[tpu,gcs]
 #   --service_account=default   the pods' Kubernetes service account. It does not open the bucket: with host networking
@@ -82,7 +83,9 @@ hosts() {
 # A string as JSON, which is YAML too.
 json() {
     local word="${1//\\/\\\\}"
-    echo "\"${word//\"/\\\"}\""
+    word="${word//\"/\\\"}"
+    word="${word//$'\n'/\\n}"
+    printf '"%s"\n' "${word//$'\t'/\\t}"
 }
 
 json_list() {
@@ -104,12 +107,15 @@ variables() {
 
 # Prints the template with its ${NAMES} filled in, without its heading, and without the Spot lines unless asked for.
 manifest() {
-    local line name
+    local line filled
     while IFS= read -r line; do
         if [[ $line == '#'* || ($line == *'# --spot' && ! $SPOT) ]]; then continue; fi
-        line="${line%  # --spot}"
-        for name in "${!VALUES[@]}"; do line="${line//"\${$name}"/"${VALUES[$name]}"}"; done
-        printf '%s\n' "$line"
+        line="${line%  # --spot}" filled=''
+        while [[ $line =~ ^([^$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do # values may hold ${NAMES} themselves, which stay
+            filled+="${BASH_REMATCH[1]}${VALUES[${BASH_REMATCH[2]}]}"
+            line="${BASH_REMATCH[3]}"
+        done
+        printf '%s\n' "$filled$line"
     done <"$LAUNCH/gke_jobset.yaml"
 }
 

@@ -7,7 +7,8 @@
 #
 #   --cluster=CLUSTER    a cluster made by `xpk cluster create`
 #   --type=TYPE          TPU type of one slice: v5litepod-64 (or v5e-64), v4-64, v5p-32, v6e-16
-#   --slices=1           how many slices work on the one run
+#   --slices=1           how many slices work on the one run, whose mesh must spread data over them, as with
+#                        --gin.MESH='(2, -1, 1)' or (-1, 1, 1) for two
 #   --image=IMAGE        a container image that has endistill-jax[tpu,gcs]
 #   --project=PROJECT    default: $CLOUDSDK_CORE_PROJECT
 #   --zone=ZONE          default: $CLOUDSDK_COMPUTE_ZONE

@@ -9,7 +9,7 @@
 #                     crashes before a run of half an hour no longer count
 #   --dry_run         print the command and run nothing
 #
-# PYTHON names the interpreter (default: python).
+# Ctrl-C and SIGTERM ask the run to save and end. PYTHON names the interpreter (default: python).
 
 set -euo pipefail
 LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -44,14 +44,37 @@ if [[ $LOG && ! $DRY_RUN ]]; then
     exec > >(tee -a "$LOG") 2>&1
 fi
 
+if [[ $DRY_RUN ]]; then
+    quoted "${command[@]}"
+    exit
+fi
+
+# Sets CODE. A process started with & hears neither Ctrl-C nor what is sent to this script alone: both are handed on, and
+# the run saves before it ends.
+run_once() {
+    "${command[@]}" &
+    CHILD=$!
+    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD" || true; done
+    CODE=0
+    wait "$CHILD" || CODE=$?
+}
+
+CHILD='' ASKED=''
+ask_to_end() {
+    ASKED="$1"
+    if [[ $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; else exit "$1"; fi
+}
+trap 'ask_to_end 130' INT
+trap 'ask_to_end 143' TERM
+
 crashes=0
 while :; do
-    code=0
     started="$(now)"
-    run "${command[@]}" || code=$?
-    case "$code" in 0 | 2 | 130 | 143) exit "$code" ;; esac
+    run_once
+    case "$CODE" in 0 | 2 | 130 | 143) exit "$CODE" ;; esac
+    if [[ $ASKED ]]; then exit "$CODE"; fi
     if steady "$started"; then crashes=0; fi
     crashes=$((crashes + 1))
-    if ((crashes > MAX_CRASHES)); then exit "$code"; fi
-    say "ended with $code; starting again ($crashes of $MAX_CRASHES)"
+    if ((crashes > MAX_CRASHES)); then exit "$CODE"; fi
+    say "ended with $CODE; starting again ($crashes of $MAX_CRASHES)"
 done

@@ -26,7 +26,8 @@
 #   --poll_seconds=15   between two looks at a state; also the first pause before trying again
 # create, resume:
 #   --type=TYPE         accelerator type of one slice: v5litepod-64 (or v5e-64), v4-64, v5p-32, v6e-16
-#   --slices=1          how many slices work on the one run
+#   --slices=1          how many slices work on the one run, whose mesh must spread data over them, as with
+#                       --gin.MESH='(2, -1, 1)' or (-1, 1, 1) for two
 #   --spot              cheaper machines that can be taken away; the default is on demand
 #   --runtime_version=  default: the one for JAX on this type
 #   --create_flag=FLAG  repeatable; handed to `gcloud compute tpus queued-resources create`, such as
@@ -100,13 +101,13 @@ flag() {
         --env=*) environment_variable "$value" && ENVIRONMENT+=("$value") ;;
         --ssh_flag=--?*) SSH_FLAGS+=("$value") ;;
         --ssh_attempts=*) positive_number ssh_attempts "$value" && SSH_ATTEMPTS="$value" ;;
-        --slice=[0-9]*) SLICE="$value" ;;
-        --worker=[0-9]*) WORKER="$value" ;;
+        --slice=*) numbered slice "$value" && SLICE="$value" ;;
+        --worker=*) numbered worker "$value" && WORKER="$value" ;;
         --lines=*) positive_number lines "$value" && LINES_SHOWN="$value" ;;
         --follow) FOLLOW=follow ;;
         --max_crashes=*) positive_number max_crashes "$value" && MAX_CRASHES="$value" ;;
         --delete_when_done) DELETE_WHEN_DONE=yes ;;
-        --poll_seconds=?*) POLL_SECONDS="$value" ;;
+        --poll_seconds=*) positive_seconds poll_seconds "$value" && POLL_SECONDS="$value" ;;
         --dry_run) DRY_RUN=yes ;;
         *) fail "$1: a value is missing, or one too many; see --help" ;;
     esac

@@ -15,13 +15,13 @@ refused() {
 }
 
 is_running() {
-    FAILED_STARTS=0 STARTED=1 RUNNING_SINCE="${RUNNING_SINCE:-$(now)}"
+    FAILED_STARTS=0 STARTED=1 EARLIER='' RUNNING_SINCE="${RUNNING_SINCE:-$(now)}"
     if steady "$RUNNING_SINCE"; then CRASHES=0; fi
 }
 
 # attempt COMMAND...: one after the other.
 attempt() {
-    if (for command in "$@"; do "$command"; done); then STARTED=1; else failed_start; fi
+    if (for command in "$@"; do "$command"; done); then STARTED=1 EARLIER=''; else failed_start; fi
 }
 
 # Ends the script once too many attempts in a row have failed; until then waits longer after each, from two minutes, so

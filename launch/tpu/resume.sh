@@ -6,6 +6,9 @@
 resume() {
     JOB="$(job_id)"
     CRASHES=0 FAILED_STARTS=0 GRANTED='' STARTED=1 LOST='' RUNNING_SINCE='' LAST_SEEN=''
+    # Until the run was started or seen running, how it ended is what an earlier start came to: with what was packed
+    # since, and other variables, it may do better.
+    EARLIER=yes
     if [[ $DRY_RUN ]]; then
         request_slices
         observing_commands
@@ -104,6 +107,10 @@ step() {
         finished) done_with 0 ;;
         running) is_running && pause ;;
         mistake)
+            if [[ $EARLIER ]]; then
+                attempt stop install submit
+                return
+            fi
             (stop) || true
             logs || true
             done_with 2
@@ -113,7 +120,7 @@ step() {
         # A machine that came back empty, or on which the command was not started: the others cannot go on without it.
         incomplete) attempt stop install submit ;;
         # What is left of the run on other workers ends first: all of them start from the same checkpoint.
-        interrupted) attempt stop submit ;;
+        interrupted) attempt stop ${EARLIER:+install} submit ;;
         crashed*)
             # Seen again because it could not be started again, it is the same crash.
             CRASHES=$((CRASHES + STARTED))
@@ -122,7 +129,7 @@ step() {
                 logs || true
                 done_with "${1#crashed }"
             fi
-            attempt stop submit
+            attempt stop ${EARLIER:+install} submit
             ;;
         *) pause ;; # unreachable: slices that were granted are never given up for a bad connection
     esac

@@ -86,11 +86,13 @@ def test_a_jobset_that_exists_is_not_submitted_again(fakes):
 
 
 def test_variables_reach_the_container_unchanged(fakes):
-    words = ['--env=LIBTPU_INIT_ARGS=--a=1 --b="c\\d"', "--env=EMPTY="]
+    words = ['--env=LIBTPU_INIT_ARGS=--a=1 --b="c\\d"', "--env=EMPTY=", "--env=LINES=a\n\tb", "--env=NAMES=${IMAGE}$x"]
     [container] = pod(manifest(fakes, *words))["containers"]
     assert container["env"] == [
         {"name": "LIBTPU_INIT_ARGS", "value": '--a=1 --b="c\\d"'},
         {"name": "EMPTY", "value": ""},
+        {"name": "LINES", "value": "a\n\tb"},
+        {"name": "NAMES", "value": "${IMAGE}$x"},
     ]
 
 

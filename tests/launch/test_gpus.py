@@ -124,6 +124,26 @@ def test_crashes_far_apart_are_no_reason_to_give_up(fakes):
     assert gpu_host(fakes, [1, 1, 1, 1, 0], "--max_crashes=1").returncode == 0
 
 
+SLOW_PACKAGE = """#!/usr/bin/env bash
+trap 'sleep 0.2; touch "$FAKES/saved"; exit 143' TERM
+touch "$FAKES/started"
+while :; do sleep 0.02; done
+"""
+
+
+def test_a_run_whose_script_is_asked_to_end_saves_first(fakes):
+    package = fakes.write("package", SLOW_PACKAGE)
+    environment = {**fakes.environment, "PYTHON": str(package)}
+    script = subprocess.Popen([fakes.launch / "gpu_host.sh", *TRAINING], env=environment)
+    deadline = time.monotonic() + 30
+    while not (fakes.folder / "started").exists():
+        assert time.monotonic() < deadline, "the package never came"
+        time.sleep(0.02)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 143
+    assert (fakes.folder / "saved").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [

@@ -296,7 +296,7 @@ def test_slices_that_are_gone_already_are_given_back(cloud):
 
 @pytest.mark.parametrize(("state", "code"), [("exit 0", 1), ("exit 2", 2)])
 def test_slices_that_could_not_be_given_back_are_a_failure(cloud, state, code):
-    cloud.answer("state", workers(cloud, state, state))
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, state, state))
     cloud.answer("delete", UNAVAILABLE)
     ended = resume(cloud, "--delete_when_done")
     assert ended.returncode == code
@@ -407,7 +407,7 @@ def test_resume_tells_again_that_workers_do_not_answer(cloud):
 
 
 def test_resume_ends_at_a_mistake_in_the_training_command(cloud):
-    cloud.answer("state", workers(cloud, "running", "exit 2"))
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, "running", "exit 2"))
     cloud.answer("log", "endistill: error: no such task")
     ended = resume(cloud)
     assert ended.returncode == 2
@@ -415,9 +415,30 @@ def test_resume_ends_at_a_mistake_in_the_training_command(cloud):
     assert "no such task" in ended.stdout
 
 
+@pytest.mark.parametrize("state", ["exit 2", "exit 1", "exit 143"])
+def test_resume_sends_what_it_packed_where_an_earlier_start_has_ended(cloud, state):
+    """What was wrong may be mended in this checkout, or by other variables."""
+    cloud.answer("state", workers(cloud, state, state), workers(cloud, "exit 0", "exit 0"))
+    assert resume(cloud, "--env=A=b").returncode == 0
+    assert kinds(cloud) == ["stop", "ssh", "scp", "install", "ssh"]
+    [start] = [call[-1] for call in cloud.calls if " start " in call[-1]]
+    assert start.startswith("--command=env A=b bash endistill/on_worker.sh start ")
+
+
+def test_a_mistake_that_is_made_again_is_the_end(cloud):
+    cloud.answer("state", workers(cloud, "exit 2", "exit 2"))
+    assert resume(cloud).returncode == 2
+    assert kinds(cloud) == ["stop", "ssh", "scp", "install", "start", "stop", "log"]
+
+
 @pytest.mark.parametrize("states", [("lost", "running"), ("exit 143", "exit 143"), ("exit 0", "exit 143")])
 def test_resume_starts_all_workers_again_after_an_interruption(cloud, states):
-    cloud.answer("state", workers(cloud, *states), workers(cloud, "exit 0", "exit 0"))
+    cloud.answer(
+        "state",
+        workers(cloud, "running", "running"),
+        workers(cloud, *states),
+        workers(cloud, "exit 0", "exit 0"),
+    )
     assert resume(cloud).returncode == 0
     assert kinds(cloud) == ["stop", "start"]
 
@@ -441,7 +462,7 @@ def test_stopping_finds_nothing_to_stop_on_a_machine_without_the_script(cloud):
 
 
 def test_resume_gives_up_after_too_many_crashes_with_their_exit_code(cloud):
-    cloud.answer("state", workers(cloud, "exit 134", "running"))
+    cloud.answer("state", workers(cloud, "running", "running"), workers(cloud, "exit 134", "running"))
     ended = resume(cloud, "--max_crashes=2")
     assert ended.returncode == 134
     assert kinds(cloud) == ["stop", "start", "stop", "start", "log"]
@@ -449,7 +470,8 @@ def test_resume_gives_up_after_too_many_crashes_with_their_exit_code(cloud):
 
 def test_a_crash_counts_once_however_often_the_next_start_fails(cloud):
     crashed = workers(cloud, "exit 134", "running")
-    cloud.answer("state", crashed, crashed, crashed, workers(cloud, "exit 0", "exit 0"))
+    running = workers(cloud, "running", "running")
+    cloud.answer("state", running, crashed, crashed, crashed, workers(cloud, "exit 0", "exit 0"))
     cloud.answer("start", (255, "no connection"), (255, "no connection"), "")
     assert resume(cloud, "--max_crashes=2").returncode == 0
     assert kinds(cloud) == ["stop", "start"] * 3
@@ -552,6 +574,10 @@ def test_resume_with_the_wrong_number_of_slices_deletes_nothing(cloud, slices, n
         (["submit", "run", "--", "--gin.STEPS=3"], "give the training command after --"),
         (["submit", "run", "--", "--gin_file=x", "--gin.MODEL_DIR=/tmp/x"], "--gin.MODEL_DIR=gs://"),
         (["delete", "run", "--zone="], "--zone=: a value is missing"),
+        (["create", "run", "--type=v4-8", "--poll_seconds=soon"], "--poll_seconds=soon: give a number of seconds"),
+        (["create", "run", "--type=v4-8", "--poll_seconds=0.0"], "--poll_seconds=0.0: give a number of seconds"),
+        (["logs", "run", "--slice=0x"], "--slice=0x: give a number, the first is 0"),
+        (["logs", "run", "--worker="], "--worker=: give a number, the first is 0"),
         (["setup", "run", "--env=A=b"], "setup does not take --env=A=b"),
         (["submit", "run", "--env=2A=b", *TRAINING], "--env=2A=b: give NAME=VALUE"),
         (["setup", "run", "--source=x", "--extras=hf"], "--extras=hf: name them in --source"),
