@@ -148,6 +148,9 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         flags.append((name, value))
     if not options.gin_file:
         raise UserError("give a --gin_file, such as --gin_file=gin/miniend_demo.gin; see --help")
+    unused = [flag for flag in PLAN_FLAGS if getattr(options, flag.removeprefix("--")) not in (None, "", False)]
+    if unused and not options.plan:
+        raise UserError(f"{unused[0]} is for --plan alone; add --plan, or take it away")
     options.gin_search_paths = [path for paths in options.gin_search_paths for path in paths.split(",") if path]
     return options, flags
 

@@ -242,6 +242,29 @@ def host_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarr
     return {name: array[part.index * rows :][:rows] for name, array in batch.items()}
 
 
+def check_rows(setting: str, rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
+    """A batch must be spread evenly over a mesh, and so must its micro-batches.
+
+    Args:
+        setting: what gave the number of its rows.
+        rows: of the whole batch.
+        mesh: from `make_mesh`.
+        micro_batches: parts that are taken one after another.
+
+    Raises:
+        UserError: naming the setting and what would be right.
+    """
+    spread = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = spread * micro_batches
+    if rows % parts:
+        fitting = [str(number) for number in (rows // parts * parts, -(-rows // parts) * parts) if number]
+        raise UserError(
+            f"{setting} is {rows}; it must be a multiple of {parts} (mesh axes data x fsdp = {spread}"
+            + (f", times Run.micro_batches = {micro_batches}" if micro_batches > 1 else "")
+            + f"): choose {' or '.join(fitting)}"
+        )
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part of a batch -> global arrays [global_batch, ...] spread over the mesh.
 

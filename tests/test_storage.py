@@ -43,6 +43,15 @@ def test_without_googles_package_no_run_begins_on_a_bucket(monkeypatch):
         check_writable_place("gs://bucket/run")
 
 
+def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be a folder: .*file is a file"):
+        check_writable_place(tmp_path / "file/run")
+    monkeypatch.setattr(storage.os, "access", lambda folder, mode: False)  # whoever runs the tests may write everywhere
+    with pytest.raises(UserError, match="new/run cannot be written: you have no right to write to "):
+        check_writable_place(tmp_path / "new/run")
+
+
 def wrapped(error):
     """As Orbax raises what it met in TensorStore."""
     try:

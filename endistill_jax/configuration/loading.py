@@ -9,6 +9,7 @@ from endistill_jax.configuration.checking import REQUIRED, check, has_parameter,
 from endistill_jax.configuration.files import find
 from endistill_jax.configuration.reading import Reading, read_file, read_flag
 from endistill_jax.errors import UserError
+from endistill_jax.planning.flags import left_open
 
 SEARCH_PATHS = "search_paths"
 # A value that begins so is gin's; anything else that is no Python literal is a string.
@@ -66,9 +67,9 @@ def _fill_places(reading: Reading) -> None:
     macros = {binding.macro_name: binding.value for binding in reading.bindings if not binding.parameter}
     for name, value in macros.items():
         if value == REQUIRED:
-            read_flag(reading, name, repr(f"<{name}>"))
+            read_flag(reading, name, repr(left_open(name)))
     if any((binding.selector, binding.parameter) == ("jobs.Data", "task") for binding in reading.bindings):
-        read_flag(reading, "jobs.Data.task", repr("<TASK>"))
+        read_flag(reading, "jobs.Data.task", repr(left_open("TASK")))
 
 
 def _hand_on(search_paths: Sequence[str], reading: Reading) -> None:

@@ -45,6 +45,10 @@ class Arm:
     steps: int | None = None
     interpolation: Interpolation | None = None
 
+    def __post_init__(self):
+        if self.steps is not None and self.interpolation is not None and self.interpolation.steps is not None:
+            raise UserError("Arm has steps and an interpolation with steps of each stage; give one of them")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyRun:
@@ -150,7 +154,7 @@ def plan_study(
             "path": arm.path,
             "data": data,
             "optimizer": arm.optimizer or optimizer,
-            "run": dataclasses.replace(run, seed=seed, steps=arm.steps or run.steps),
+            "run": dataclasses.replace(run, seed=seed, steps=run.steps if arm.steps is None else arm.steps),
             "student_init": arm.student_init,
             "label": f"{name}, seed {seed}",
         }

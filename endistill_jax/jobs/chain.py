@@ -102,21 +102,24 @@ class Chain:
                     )
                 with naming(f"stage {number}"):
                     check_same_run(training, step, facts, contents=False)
-                if is_finished(facts):
+                if is_finished(facts) or number == 1:
                     self._check_teacher(number, facts)
             found.append((step, facts))
         agree("stages", {str(number): step for number, (step, _) in enumerate(found, 1)})
         return found
 
     def _check_teacher(self, number: int, facts: Facts) -> None:
-        """A finished stage had the teacher of this chain: by content, which is read only where nothing else tells."""
+        """A stage had the teacher of this chain: by content, which is read only where nothing else tells."""
         teacher = self.trainings[number - 1].teacher
         known = product_fingerprint(teacher.source) if number > 1 else None
         if known is None and facts["teacher"]["source"] == teacher.source:
             return
-        if facts["run"]["teacher"] != (known or teacher.fingerprint):
+        self._check_content(number, facts, known or teacher.fingerprint)
+
+    def _check_content(self, number: int, facts: Facts, fingerprint: str) -> None:
+        if facts["run"]["teacher"] != fingerprint:
             raise UserError(
-                f"stage {number} was trained by another teacher than {teacher.source}; "
+                f"stage {number} was trained by another teacher than {self.trainings[number - 1].teacher.source}; "
                 f"{'give that one, or another model directory' if number == 1 else self._advice(number)}"
             )
 
@@ -132,11 +135,15 @@ class Chain:
         """Reads the teacher of a stage to where its run wants it: the chain's, or the product of the stage before.
 
         Raises:
-            UserError: naming the stage whose product cannot be read, or is not what it was.
+            UserError: naming the stage whose product cannot be read, or is not what it was, or that was begun with
+                another teacher.
         """
         training = self.trainings[number - 1]
         if number == 1:
             training.load_teacher()
+            _, facts = last_facts(training.model_dir)
+            if facts:
+                self._check_content(1, facts, training.teacher.fingerprint)
             return
         try:
             training.load_teacher()

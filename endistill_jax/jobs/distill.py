@@ -6,7 +6,7 @@ from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.execution import TrainingResult, train
 from endistill_jax.jobs.held_out import prepare_held_out
 from endistill_jax.jobs.models import open_model, tell_notes
-from endistill_jax.jobs.plan import PlanOptions, plan_training
+from endistill_jax.jobs.plan import PlanOptions, plan_training, shape_of_teacher
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.training import Training
@@ -54,7 +54,7 @@ def distill(
         Stopped: when a signal asked the run to stop; what was done is saved.
     """
     if plan is not None:
-        shape = teacher_config or open_model(teacher).config
+        shape = shape_of_teacher(teacher, teacher_config)
         settings = {"path": path, "data": data, "optimizer": optimizer, "run": run}
         teacher_config = as_teacher(shape, teacher_dtype, student.scan_layers)
         plan_training(plan, student=student, teacher=teacher_config, **settings)

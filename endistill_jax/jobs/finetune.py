@@ -14,7 +14,7 @@ from endistill_jax.jobs.results import merge_seeds, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
 from endistill_jax.jobs.training import Training
-from endistill_jax.listed import whole_numbers
+from endistill_jax.listed import as_tuple, is_positive, whole_numbers
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.generation import Decoding
@@ -58,7 +58,10 @@ class Finetuning:
     decoding: Decoding | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+        rates = as_tuple(
+            self.learning_rates, "Finetuning.learning_rates", "numbers above 0, such as (1e-3,)", is_positive
+        )
+        object.__setattr__(self, "learning_rates", rates)
         object.__setattr__(self, "seeds", whole_numbers(self.seeds, "Finetuning.seeds"))
         if self.dtype not in DTYPES:
             raise UserError(f"Finetuning.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")

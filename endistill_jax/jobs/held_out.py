@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from endistill_jax.errors import UserError
 from endistill_jax.evaluation.denoising import (
     ApplyLogits,
     DenoisingReport,
@@ -82,6 +83,17 @@ def judged_on(data: Data) -> dict[str, Any]:
 
     lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
     return {"task": resolve_task(data.task).name} | lengths | data.evaluated
+
+
+def check_metric(name: str | None) -> None:
+    """Makes sure that a metric is among the held-out figures.
+
+    Raises:
+        UserError: naming those that are.
+    """
+    known = [field.name for field in dataclasses.fields(DenoisingReport)]
+    if name is not None and name not in known:
+        raise UserError(f"Run.keep_best is {name!r}, which is no held-out figure; choose one of {', '.join(known)}")
 
 
 def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:

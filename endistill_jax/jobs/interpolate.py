@@ -16,7 +16,7 @@ from endistill_jax.jobs.finished import is_finished
 from endistill_jax.jobs.held_out import HeldOut, judged_on, prepare_held_out
 from endistill_jax.jobs.interpolation import FEWEST, Interpolation
 from endistill_jax.jobs.models import open_model, tell_notes
-from endistill_jax.jobs.plan import PlanOptions, plan_stage_by_stage
+from endistill_jax.jobs.plan import PlanOptions, plan_stage_by_stage, shape_of_teacher
 from endistill_jax.jobs.results import model_row, reference_rows, tell
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.stages import plan_stages
@@ -75,7 +75,7 @@ def interpolate(
     settings: dict[str, Any] = {"path": path, "data": data, "optimizer": optimizer, "run": run}
     settings["student_init"] = student_init
     if plan is not None:
-        shape = teacher_config or open_model(teacher).config
+        shape = shape_of_teacher(teacher, teacher_config)
         taught_by = as_teacher(shape, teacher_dtype, student.scan_layers)
         plan_stage_by_stage(plan, plan_stages(taught_by, student, interpolation, **settings), path)
         return None

@@ -72,6 +72,12 @@ class Interpolation:
             if getattr(self, name) is not None:
                 given = as_tuple(getattr(self, name), f"Interpolation.{name}", wanted, fits)
                 object.__setattr__(self, name, given)
+        stages = self.stages
+        if not isinstance(stages, Mapping) or not all(isinstance(each, StageSettings) for each in stages.values()):
+            raise UserError(
+                f"Interpolation.stages is {stages!r}; give settings by number of the stage, such as "
+                "{1: @first/jobs.StageSettings()}"
+            )
         if self.keep not in KEEP:
             raise UserError(f"Interpolation.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
         if self.number is not None and self.assistants is not None:

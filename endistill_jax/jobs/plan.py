@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from endistill_jax.errors import UserError
+from endistill_jax.jobs.models import open_model
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.stages import Stage, stages_table
 from endistill_jax.losses import Path
@@ -13,13 +14,14 @@ from endistill_jax.model.attention import ATTENTION_BYTES
 from endistill_jax.model.config import T5Config
 from endistill_jax.model.flops import Lengths
 from endistill_jax.planning.compiling import check_compilers, compile_bounded
-from endistill_jax.planning.flags import PlanOptions
+from endistill_jax.planning.flags import PlanOptions, is_left_open
 from endistill_jax.planning.planned import PlannedStep
 from endistill_jax.planning.report import chain_text, describe_plan, plans_table, rank, write_plans
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.sweep import run_sweep
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
+from endistill_jax.storage import check_writable_place
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -53,6 +55,7 @@ def plan_training(
     path.validate(student, teacher)
     make_schedule(optimizer, run.steps)
     check_compilers(options.topologies)
+    check_writable_place(options.folder)
     settings = {"path": path, "data": data, "optimizer": optimizer, "run": run}
     plans = _plan(options, student=student, teacher=teacher, **settings)
     if not any(planned.fits for planned in plans):
@@ -80,6 +83,7 @@ def _plan(
             optimizer=optimizer,
             steps=run.steps,
             lengths=Lengths(data.batch_size, data.inputs_length, data.targets_length),
+            eval_rows=data.eval_batch_size,
             packed=data.pack,
             mesh=run.mesh,
             micro_batches=run.micro_batches,
@@ -133,6 +137,7 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Pat
         stage.path.validate(stage.student, stage.teacher)
         make_schedule(stage.optimizer, stage.run.steps)
     check_compilers(options.topologies)
+    check_writable_place(options.folder)
     table = stages_table(stages, path)
     print(table, flush=True)
     planned: list[list[PlannedStep]] = []
@@ -150,6 +155,19 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Pat
     if failures:
         raise UserError("; ".join(failures))
     return planned
+
+
+def shape_of_teacher(teacher: str, teacher_config: T5Config | None) -> T5Config:
+    """A teacher's shape for a plan: as it is said, or else as its checkpoint has it.
+
+    Raises:
+        UserError: if neither is given, or there is no such model.
+    """
+    if teacher_config is not None:
+        return teacher_config
+    if is_left_open(teacher):
+        raise UserError("a plan needs the teacher's shape: give a --gin.TEACHER to read it from, or set teacher_config")
+    return open_model(teacher).config
 
 
 def _plan_all(options: PlanOptions, requests: list[StepRequest]) -> Iterator[PlannedStep]:

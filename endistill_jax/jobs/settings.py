@@ -1,10 +1,12 @@
 """Settings that jobs share, as plain data."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from endistill_jax.errors import UserError
+from endistill_jax.listed import as_tuple, is_whole
 from endistill_jax.losses import Computation
 from endistill_jax.sharding import PLACEMENTS
 from endistill_jax.train.best import MODES
@@ -107,9 +109,10 @@ class Run:
     losses: Computation = Computation()
 
     def __post_init__(self):
-        object.__setattr__(self, "mesh", tuple(self.mesh))
+        axes = "the sizes of its three axes (data, fsdp, tensor), such as (-1, 1, 1)"
+        object.__setattr__(self, "mesh", as_tuple(self.mesh, "Run.mesh", axes, functools.partial(is_whole, least=-1)))
         if len(self.mesh) != 3:
-            raise UserError(f"Run.mesh is {self.mesh}; give the sizes of its three axes (data, fsdp, tensor)")
+            raise UserError(f"Run.mesh is {self.mesh}; give {axes}")
         if self.teacher_placement not in PLACEMENTS:
             raise UserError(
                 f"Run.teacher_placement is {self.teacher_placement!r}; choose one of {', '.join(PLACEMENTS)}"
@@ -138,8 +141,8 @@ class Run:
                 raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
 
 
-def check_folder_names(names: Iterable[str], where: str) -> None:
-    """Makes sure that names can be folders.
+def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] = ()) -> None:
+    """Makes sure that names can be folders beside those that are taken.
 
     Raises:
         UserError: for the first that cannot.
@@ -147,6 +150,8 @@ def check_folder_names(names: Iterable[str], where: str) -> None:
     for name in names:
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"{where} has {name!r}; a name becomes a folder: letters, digits, - and _")
+        if name in taken:
+            raise UserError(f"{where} has {name!r}, which is a folder of every run; take another name")
 
 
 def _require_positive(settings: Any, names: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from endistill_jax.errors import UserError, naming
 from endistill_jax.jobs.arms import Arm, StudyRun, plan_study
 from endistill_jax.jobs.description import describe
 from endistill_jax.jobs.finetune import Finetuning
-from endistill_jax.jobs.models import TrainedModel, open_model, tell_notes
+from endistill_jax.jobs.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel, open_model, tell_notes
 from endistill_jax.jobs.settings import Data, Run, check_folder_names
 from endistill_jax.jobs.study_runs import (
     check_judged_alike,
@@ -28,6 +28,7 @@ from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
 from endistill_jax.reports.study import print_study, write_raw, write_report
 from endistill_jax.sharding import host_part, make_mesh
+from endistill_jax.train.metrics import TENSORBOARD
 from endistill_jax.train.optimizer import OptimizerConfig
 
 
@@ -143,8 +144,14 @@ def _check(
     for name, given in (("arms", arms), ("seeds", seeds)):
         if not given:
             raise UserError(f"study.{name} is empty; give at least one")
+    for name, given, kind in (("arms", arms, Arm), ("tasks", tasks, Finetuning)):
+        if not isinstance(given, Mapping):
+            raise UserError(f"study.{name} is {given!r}; give them by name")
+        for key, each in given.items():
+            if not isinstance(each, kind):
+                raise UserError(f"study.{name} has {each!r} for {key!r}; give a jobs.{kind.__name__}")
     check_folder_names(arms, "study.arms")
-    check_folder_names(tasks, "study.tasks")
+    check_folder_names(tasks, "study.tasks", taken=(CHECKPOINTS, TOKENIZER, PRODUCT, TENSORBOARD))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"study.seeds is {seeds}; give each seed once")
     if baseline not in arms:

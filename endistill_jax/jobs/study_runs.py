@@ -5,10 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.errors import UserError, naming
+from endistill_jax.errors import naming
 from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.jobs.arms import StudyRun
 from endistill_jax.jobs.chain import StageResult, run_chain
@@ -22,7 +20,7 @@ from endistill_jax.jobs.settings import Data
 from endistill_jax.losses import Path
 from endistill_jax.model.t5 import count_params
 from endistill_jax.reports.files import json_text
-from endistill_jax.reports.study import RAW_FILE
+from endistill_jax.reports.study import raw_file, read_raw
 from endistill_jax.sharding import abstract_params
 from endistill_jax.train.metrics import FILE_NAME, read_metrics
 
@@ -156,10 +154,12 @@ def settle_shards(
 
 def judged_by(run: StudyRun, teacher: TrainedModel, probe: Path | None, probe_batches: int) -> Record:
     """What the figures of all runs are of, but for the tasks: plain values."""
-    return judged_on(run.training.data) | {
-        "shards": run.training.data.shards,
+    data = run.training.data
+    return judged_on(data) | {
+        "shards": data.shards,
         "teacher": teacher.fingerprint,
-        "probe": probe and {"path": dataclasses.asdict(probe), "batches": probe_batches},
+        "teacher_dtype": teacher.config.dtype,
+        "probe": probe and {"path": dataclasses.asdict(probe), "examples": probe_batches * data.eval_batch_size},
     }
 
 
@@ -169,15 +169,7 @@ def earlier_record(model_dir: str) -> Record | None:
     Raises:
         UserError: the file is no study's.
     """
-    file = epath.Path(model_dir).expanduser() / RAW_FILE
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-        record["judged_by"]["shards"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no record of a study; move it away") from None
-    return record
+    return read_raw(model_dir) if raw_file(model_dir).exists() else None
 
 
 def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -> None:
@@ -187,8 +179,7 @@ def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -
         UserError: naming each difference.
     """
     if earlier is not None:
-        file = epath.Path(model_dir).expanduser() / RAW_FILE
-        check_facts(earlier["judged_by"], json.loads(json_text(judged)), str(file))
+        check_facts(earlier["judged_by"], json.loads(json_text(judged)), str(raw_file(model_dir)))
 
 
 def _evaluations(model_dir: str) -> list[Record]:

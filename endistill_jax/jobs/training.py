@@ -11,11 +11,12 @@ from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.interchange import Params, VocabularyFile
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.errors import UserError
+from endistill_jax.jobs.held_out import check_metric
 from endistill_jax.jobs.models import TrainedModel
 from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.losses import Path
 from endistill_jax.model.config import T5Config
-from endistill_jax.sharding import make_mesh, param_shardings
+from endistill_jax.sharding import check_rows, make_mesh, param_shardings
 from endistill_jax.storage import check_writable_place
 from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
@@ -73,6 +74,8 @@ class Training:
         make_schedule(self.optimizer, self.run.steps)
         self.path.validate(self.config, self.teacher_config)
         self._check_targets()
+        if not self.scoring:
+            check_metric(self.run.keep_best)
         self.student_init.check(self.teacher_config, self.config)
         self.check_mesh()
         check_vocabularies(self.vocabulary(), self.config, self.teacher)
@@ -97,16 +100,8 @@ class Training:
         param_shardings(self.config, mesh, whose="the student's" if self.teacher else "the model's")
         if self.teacher is not None:
             param_shardings(self.teacher.config, mesh, run.teacher_placement, "the teacher's")
-        spread = mesh.shape["data"] * mesh.shape["fsdp"]
-        for name, count in (("batch_size", run.micro_batches), ("eval_batch_size", 1)):
-            rows, parts = getattr(self.data, name), spread * count
-            if rows % parts:
-                fitting = [str(number) for number in (rows // parts * parts, -(-rows // parts) * parts) if number]
-                raise UserError(
-                    f"Data.{name} is {rows}; it must be a multiple of {parts} (mesh axes data x fsdp = {spread}"
-                    + (f", times Run.micro_batches = {count}" if count > 1 else "")
-                    + f"): choose {' or '.join(fitting)}"
-                )
+        check_rows("Data.batch_size", self.data.batch_size, mesh, run.micro_batches)
+        check_rows("Data.eval_batch_size", self.data.eval_batch_size, mesh)
         options_of_platform(run.compiler_options, mesh)
 
     def _read_facts(self) -> dict[str, Any]:
@@ -156,6 +151,7 @@ class Training:
         return {
             "model": self.config.architecture()
             | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
+            "teacher_dtype": None if self.teacher is None else self.teacher.config.dtype,
             "path": dataclasses.asdict(self.path),
             "optimizer": dataclasses.asdict(self.optimizer),
             "task": self.task().name,

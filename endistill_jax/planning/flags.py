@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,16 @@ class PlanOptions:
     price: float | None = None
     folder: str
     bounds: "Bounds"
+
+
+def left_open(name: str) -> str:
+    """In a plan, the value of a macro that must otherwise be set and is not."""
+    return f"<{name}>"
+
+
+def is_left_open(value: str) -> bool:
+    """Whether a value is that of `left_open`."""
+    return value.startswith("<") and value.endswith(">")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +91,8 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
 
     given = {"price": options.price, "plan_seconds": options.plan_seconds, "plan_memory": options.plan_memory}
     for name, value in given.items():
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} is {value:g}; it must be above 0")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} is {value:g}; it must be a number above 0")
     bounds = {} if options.plan_seconds is None else {"seconds": options.plan_seconds}
     if options.plan_memory is not None:
         bounds["memory"] = int(options.plan_memory * 2**30)

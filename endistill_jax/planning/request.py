@@ -22,6 +22,7 @@ class StepRequest:
         optimizer: how the student is updated.
         steps: updates of the whole run.
         lengths: size of the global batch.
+        eval_rows: of an evaluation's batch, which the mesh must spread too; None where there is none.
         packed: whether the batch has segment ids and positions.
         mesh: sizes of the axes data, fsdp and tensor; -1 takes what the others leave.
         micro_batches: parts of a batch whose gradients are accumulated.
@@ -38,6 +39,7 @@ class StepRequest:
     optimizer: OptimizerConfig
     steps: int
     lengths: Lengths
+    eval_rows: int | None = None
     packed: bool = True
     mesh: tuple[int, int, int] = (-1, 1, 1)
     micro_batches: int = 1

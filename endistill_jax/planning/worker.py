@@ -23,7 +23,7 @@ from endistill_jax.planning.collectives import read_collectives
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.planning.operations import matmul_flops
 from endistill_jax.planning.request import StepRequest
-from endistill_jax.sharding import abstract_params, batch_sharding, make_mesh, param_shardings
+from endistill_jax.sharding import abstract_params, batch_sharding, check_rows, make_mesh, param_shardings
 from endistill_jax.train.optimizer import make_optimizer
 from endistill_jax.train.state import abstract_state, state_shardings
 from endistill_jax.train.step import make_train_step
@@ -46,6 +46,9 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
     """
     devices = topologies.devices(request.topology)
     mesh = make_mesh(*request.mesh, devices=devices, slices=request.slices)
+    check_rows("Data.batch_size", request.lengths.batch, mesh, request.micro_batches)
+    if request.eval_rows is not None:
+        check_rows("Data.eval_batch_size", request.eval_rows, mesh)
     optimizer = make_optimizer(request.optimizer, request.steps)
     step = make_train_step(
         student=request.student,

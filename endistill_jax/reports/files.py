@@ -18,7 +18,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         path: the file; its folder is made when missing.
         content: what the file will hold; text is written as UTF-8.
     """
-    target = epath.Path(path)
+    target = epath.Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:

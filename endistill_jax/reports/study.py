@@ -12,19 +12,44 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from endistill_jax.errors import StorageFailure, UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.study_figures import Raw
 from endistill_jax.reports.study_plots import study_plots
 from endistill_jax.reports.study_tables import study_markdown, study_tables
 from endistill_jax.reports.table import print_table
+from endistill_jax.storage import reading_failure
 
 RAW_FILE = "study.json"
 TABLE_FILE = "study.md"
 
 
+def raw_file(folder: str | os.PathLike) -> epath.Path:
+    """Where the `study.json` of a folder is, or will be."""
+    return epath.Path(folder).expanduser() / RAW_FILE
+
+
+def read_raw(folder: str | os.PathLike) -> Raw:
+    """Reads `study.json`.
+
+    Raises:
+        UserError: there is none, or it is no study's.
+        StorageFailure: the storage could not be asked for it.
+    """
+    file = raw_file(folder)
+    try:
+        raw = json.loads(file.read_text())
+        raw["judged_by"]["shards"], raw["runs"]
+    except OSError as error:
+        raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no record of a study; move it away") from None
+    return raw
+
+
 def write_raw(folder: str | os.PathLike, raw: Raw) -> None:
     """Writes `study.json`."""
-    write_atomically(epath.Path(folder) / RAW_FILE, json_text(raw, indent=1) + "\n")
+    write_atomically(raw_file(folder), json_text(raw, indent=1) + "\n")
 
 
 def write_report(folder: str | os.PathLike, raw: Raw) -> None:
@@ -48,7 +73,11 @@ def main(words: Sequence[str]) -> int:
         print("usage: python -m endistill_jax.reports.study FOLDER ...", file=sys.stderr)
         return 2
     for folder in words:
-        write_report(folder, json.loads((epath.Path(folder) / RAW_FILE).read_text()))
+        try:
+            write_report(folder, read_raw(folder))
+        except (UserError, StorageFailure) as error:
+            print(f"endistill: error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

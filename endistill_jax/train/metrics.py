@@ -19,6 +19,7 @@ from endistill_jax.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # a folder
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is not a JSON object with a step, so this is not a metrics file.
     """
-    lines = epath.Path(path).read_bytes().split(b"\n")  # bytes: a cut may go through a character
+    lines = epath.Path(path).expanduser().read_bytes().split(b"\n")  # bytes: a cut may go through a character
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut off
         try:
@@ -54,7 +55,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
-        folder = epath.Path(directory)
+        folder = epath.Path(directory).expanduser()
         path = folder / FILE_NAME
         make_writer = _tensorboard_writer() if tensorboard else None
         kept = []
@@ -62,7 +63,7 @@ class MetricWriter:
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         write_atomically(path, "".join(json_text(record) + "\n" for record in kept))
         self._path = path
-        self._tensorboard = make_writer(str(folder / "tensorboard")) if make_writer else None
+        self._tensorboard = make_writer(str(folder / TENSORBOARD)) if make_writer else None
 
     def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Appends one line and closes the file, so that a killed process loses nothing it had told.

@@ -200,6 +200,8 @@ def test_the_same_examples_in_other_batches_are_the_same_evaluation(finetuned, d
         ({"data.eval_split": "test"}, r"has no split 'test' to evaluate; it has train, validation"),
         ({"run.keep_best": "f1"}, "Run.keep_best is 'f1', which no task has; there is accuracy"),
         ({"seeds": (1, 1)}, "has a value twice"),
+        ({"learning_rates": 1e-3}, r"Finetuning\.learning_rates is 0\.001; give a tuple of numbers above 0"),
+        ({"run.mesh": 4}, r"Run\.mesh is 4; give a tuple of the sizes of its three axes"),
         ({"decoding": Decoding(max_length=8, strategy="beam", beams=300)}, "beams is 300"),
         ({"data.eval_batch_size": 0}, "eval_batch_size is 0; it must be at least 1"),
         ({"run.patience": 3}, "Run.patience waits for a better keep_best"),

@@ -18,7 +18,7 @@ from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.errors import UserError
-from endistill_jax.jobs import Interpolation, StageSettings, chain, export, interpolate, products
+from endistill_jax.jobs import Interpolation, Run, StageSettings, chain, export, interpolate, products
 from endistill_jax.jobs import plan as plan_job
 from endistill_jax.jobs.models import open_model
 from endistill_jax.model.t5 import init_params
@@ -265,6 +265,25 @@ def test_another_teacher_of_a_finished_stage_is_refused_and_the_same_elsewhere_i
     assert trained == []
 
 
+def test_another_teacher_of_a_stage_that_was_begun_is_refused_before_its_figures_are_written(
+    refused, copy, arguments, tmp_path, make_model, monkeypatch
+):
+    other = tmp_path / "other"
+    config = make_model(width=32)
+    huggingface.save(str(other), jax.device_get(init_params(config, jax.random.key(2))), config)
+    shutil.rmtree(copy / "stage_2")
+    remove_last_step(copy / "stage_1")
+    figures = (copy / "teacher.json").read_text()
+    common = {"model_dir": str(copy), **arguments, "teacher": str(other)}
+    told = "stage 1 was trained by another teacher than .*other; give that one"
+    refused(interpolate, told, **common)
+    refused(interpolate, told, **common, dry_run=True)
+    # As if the other one had taken the first one's place, and its name.
+    monkeypatch.setattr(chain.Chain, "_check_teacher", lambda *_: None)
+    refused(interpolate, told, **common)
+    assert (copy / "teacher.json").read_text() == figures
+
+
 def test_a_product_that_cannot_be_read_is_named_with_what_to_do(refused, pruned, arguments):
     shutil.rmtree(pruned / "stage_2")
     damage(pruned / "stage_1" / "product")
@@ -305,6 +324,12 @@ def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_created
     narrow = StudentInit(kind="layers")
     wrong = dataclasses.replace(INTERPOLATION, stages={2: StageSettings(student_init=narrow)})
     refused(interpolate, "stage 2: StudentInit.kind is 'layers'", **common | {"interpolation": wrong})
+
+
+@pytest.mark.parametrize("stages", [{1: Run(steps=3)}, (StageSettings(),), StageSettings()])
+def test_settings_of_stages_are_by_their_number(stages):
+    with pytest.raises(UserError, match=r"Interpolation\.stages is .*; give settings by number of the stage, such as"):
+        Interpolation(stages=stages)
 
 
 def test_a_dry_run_tells_every_stage_and_creates_nothing(tmp_path, arguments, capsys):

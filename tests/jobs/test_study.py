@@ -254,6 +254,14 @@ def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
         model_dir=str(folder),
         **other,
     )
+    data = arguments["data"]
+    doubled = dataclasses.replace(
+        data, eval_batch_size=2 * data.eval_batch_size, eval_batches=data.eval_examples // (2 * data.eval_batch_size)
+    )
+    told = f"probe.examples is {data.eval_batch_size} there and {2 * data.eval_batch_size} here"
+    refused(study, told, model_dir=str(folder), **arguments | {"data": doubled})
+    told = 'teacher_dtype is "float32" there and "bfloat16" here'
+    refused(study, told, model_dir=str(folder), **arguments | {"teacher_dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(
@@ -269,6 +277,9 @@ def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
         ({"arms": {"a/b": Arm(path=SCRATCH)}}, "a name becomes a folder"),
         ({"probe": SCRATCH}, "study.probe compares nothing with the teacher"),
         ({"probe_batches": 0}, "study.probe_batches is 0"),
+        ({"arms": {"scratch": SCRATCH}}, r"study\.arms has Path\(.* for 'scratch'; give a jobs\.Arm"),
+        ({"arms": (Arm(path=SCRATCH),)}, r"study\.arms is .*; give them by name"),
+        ({"arms": {"scratch": Arm(path=SCRATCH, steps=0)}}, r"Run\.steps is 0"),
         ({"arms": {"scratch": Arm(path=Path(logits_weight=-1.0))}}, r"arm scratch: path\.logits_weight is -1\.0"),
         (
             {"arms": {"scratch": Arm(path=SCRATCH, student_init=StudentInit(kind="layers"))}},
@@ -297,6 +308,17 @@ def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, ar
     refused(study, r"arm odd: path\.cross\.relation_heads is 3", model_dir=folder, **arguments | {"arms": arms})
     probe = dataclasses.replace(path, cross=cross)
     refused(study, "study.probe with the student of scratch, seed 0", model_dir=folder, **arguments | {"probe": probe})
+
+
+@pytest.mark.parametrize("name", ["product", "checkpoints", "tokenizer", "tensorboard"])
+def test_a_task_is_not_called_as_a_folder_of_its_run(refused, tmp_path, arguments, task, name):
+    told = f"study.tasks has '{name}', which is a folder of every run"
+    refused(study, told, model_dir=str(tmp_path / "study"), **arguments | {"tasks": {name: task}})
+
+
+def test_steps_of_an_arm_and_of_its_stages_are_not_both_given(path):
+    with pytest.raises(UserError, match="Arm has steps and an interpolation with steps"):
+        Arm(path=path, steps=3, interpolation=Interpolation(number=1, steps=(1, 2)))
 
 
 def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, arguments, path, make_model):

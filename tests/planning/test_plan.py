@@ -82,6 +82,11 @@ def refused(capsys, *words):
         (["--plan", "--topology=v9:4x4"], "v5e:4x4 (v5e-16)"),
         (["--plan", "--topology=cpu:8", "--sweep=size"], "there is no axis 'size'"),
         (["--plan", "--topology=cpu:8", "--price=-1"], "--price is -1"),
+        (["--plan", "--topology=cpu:8", "--plan_memory=inf"], "--plan_memory is inf"),
+        (["--plan", "--topology=cpu:8", "--plan_dir=run.gin/plans"], "cannot be a folder: "),
+        (["--plan", "--topology=cpu:8", "--gin.jobs.distill.teacher_config=None"], "a plan needs the teacher's shape"),
+        (["--topology=v5e-16", "--dry_run"], "--topology is for --plan alone"),
+        (["--sweep"], "--sweep is for --plan alone"),
         (["--plann"], "did you mean --plan?"),
     ],
 )
@@ -157,6 +162,20 @@ def test_a_plan_needs_no_checkpoint_no_task_and_no_folder(capsys):
     assert held["teacher"] < 2 * good["found"]["teacher_params"] / 7
     assert {"all-gather", "all-reduce"} <= kinds
     assert pathlib.Path("plans/run/plan.md").read_text().count("## ") == 3
+
+
+def test_a_batch_that_training_would_refuse_is_refused(make_request):
+    with pytest.raises(UserError, match="^Data.batch_size is 8; it must be a multiple of 3"):
+        worker.compile_step(make_request("cpu:1", micro_batches=3))
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_training_would_refuse_is_refused(capsys):
+    words = ["--gin_file=run.gin", "--plan", "--topology=cpu:8", "--gin.jobs.Data.eval_batch_size=12"]
+    assert main(words) == 2
+    assert "nothing of what was planned fits" in capsys.readouterr().err
+    [row] = json.loads(pathlib.Path("plans/run/plan.json").read_text())
+    assert row["status"] == "refused" and "Data.eval_batch_size is 12; it must be a multiple of 8" in row["reason"]
 
 
 @pytest.mark.slow

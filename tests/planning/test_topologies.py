@@ -63,12 +63,13 @@ def test_a_list_has_commas():
         ("v7x:4x4", "v5e:4x4"),
         ("v5", "v5e:4x4"),
         ("0*v5e:4x4", "v5e:4x4"),
-        ("2*cpu:8", "v5e:4x4"),
-        ("cpu:0", "known are"),
+        ("2*cpu:8", "one host, such as cpu:8"),
+        ("h100:8x2", "one host, such as h100:8"),
+        ("cpu:0", "one host, such as cpu:8"),
         ("", "v5e:4x4"),
     ],
 )
-def test_a_name_that_is_none_lists_the_known_ones(given, told):
+def test_a_name_that_is_none_tells_of_those_that_are(given, told):
     with pytest.raises(UserError) as error:
         parse_topologies(given)
     assert told in str(error.value) and "\n" not in str(error.value)

@@ -42,7 +42,14 @@ def raw():
         "taught": {"terms": ["cross/qk", "cross/vv"], "steps": [100], "flops": 1e12, "parameters": 2000},
     }
     teacher = {"parameters": 9000, "piece_loss": 4.0, "bigram_piece_loss": 5.8}
-    return {"baseline": "scratch", "seeds": [0, 1, 2], "arms": arms, "teacher_figures": teacher, "runs": runs}
+    return {
+        "baseline": "scratch",
+        "seeds": [0, 1, 2],
+        "arms": arms,
+        "judged_by": {"shards": 1},
+        "teacher_figures": teacher,
+        "runs": runs,
+    }
 
 
 def test_figures_are_by_seed_and_differences_are_paired(raw):
@@ -125,6 +132,11 @@ def test_everything_is_made_anew_from_the_raw_file(raw, tmp_path, capsys):
     assert study.main([str(tmp_path)]) == 0
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert study.main([]) == 2 and "usage" in capsys.readouterr().err
+    assert study.main([str(tmp_path / "nowhere")]) == 2
+    assert "study.json, the record of a study, cannot be read (FileNotFoundError: " in capsys.readouterr().err
+    (tmp_path / "study.json").write_text("[]")
+    assert study.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("study.json is no record of a study; move it away\n")
     for name in ("held_out_loss", "downstream", "divergence"):
         assert f"]({name}.png)" in before["study.md"].decode() and len(before[f"{name}.png"]) < 200_000
 

@@ -52,6 +52,15 @@ def test_a_file_on_a_bucket_is_that_of_a_local_folder_and_resumes_like_it(tmp_pa
     assert file.read_bytes() == whole
 
 
+def test_a_folder_may_be_in_ones_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with MetricWriter("~/run", tensorboard=False) as writer:
+        writer.write(1, {"loss": 2.0})
+    assert read_metrics("~/run/metrics.jsonl") == read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
 def test_run_that_starts_over_starts_the_file_anew(tmp_path):
     write_steps(tmp_path, range(8))
     assert write_steps(tmp_path, range(2)) == write_steps(tmp_path / "fresh", range(2))
