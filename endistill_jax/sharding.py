@@ -272,9 +272,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         UserError: if the examples cannot be spread evenly.
     """
     rows = len(next(iter(batch.values()))) * host_part(mesh).count
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise UserError(f"a batch of {rows} examples does not split over data x fsdp = {parts}; make it a multiple")
+    check_rows("the number of examples of a batch", rows, mesh)
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))

@@ -57,20 +57,30 @@ def local_path(path: str | os.PathLike[str], advice: str) -> pathlib.Path:
     return pathlib.Path(path).expanduser()
 
 
-def check_writable_place(path: str | os.PathLike[str]) -> None:
-    """Makes sure that checkpoints can go to a place, as far as it shows without asking it.
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Makes sure that files can go to a folder that is there or will be made, as far as it shows without writing one.
 
     Raises:
-        UserError: for another kind of storage than a local folder or a bucket, for a folder that you may not write to,
-            or where Orbax cannot write to buckets.
+        UserError: for another kind of storage than a local folder or a bucket, a file where the folder should be, or a
+            folder that you may not write to.
     """
     place = stored_path(path)
-    if not is_remote(path):
-        there = next(folder for folder in (place, *place.parents) if os.path.exists(folder))
-        if not os.path.isdir(there):
-            raise UserError(f"{path} cannot be a folder: {there} is a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{path} cannot be written: you have no right to write to {there}")
+    if is_remote(path):
+        return
+    there = next(folder for folder in (place, *place.parents) if os.path.exists(folder))
+    if not os.path.isdir(there):
+        raise UserError(f"{path} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: you have no right to write to {there}")
+
+
+def check_writable_place(path: str | os.PathLike[str]) -> None:
+    """Makes sure that checkpoints can go to a folder, as `check_folder` does, and that Orbax can write to buckets.
+
+    Raises:
+        UserError: as `check_folder`, or naming what to install.
+    """
+    check_folder(path)
     if is_remote(path) and not _is_installed("google.cloud.storage"):
         raise UserError(
             f"checkpoints in {path} need google-cloud-storage, which is not installed; "

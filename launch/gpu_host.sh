@@ -39,18 +39,21 @@ needs_program "$PYTHON" 'set PYTHON to an interpreter that has endistill-jax[gpu
 
 # A CPU would be slow without a word: JAX is told to take GPUs or fail.
 command=(env JAX_PLATFORMS=cuda ${GPUS:+"CUDA_VISIBLE_DEVICES=$GPUS"} "$PYTHON" -m endistill_jax.main "${ARGUMENTS[@]}")
-if [[ $LOG && ! $DRY_RUN ]]; then
-    mkdir -p "$(dirname "$LOG")"
-    exec > >(tee -a "$LOG") 2>&1
-fi
-
 if [[ $DRY_RUN ]]; then
     quoted "${command[@]}"
     exit
 fi
+if [[ $LOG ]]; then
+    mkdir -p "$(dirname "$LOG")"
+    exec > >(tee --append --ignore-interrupts "$LOG") 2>&1 # it hears Ctrl-C too, while the run still saves
+fi
 
-# Sets CODE. A process started with & hears neither Ctrl-C nor what is sent to this script alone: both are handed on, and
-# the run saves before it ends.
+# A process started with & hears neither Ctrl-C nor what is sent to this script alone: both are handed on, and the run
+# saves before it ends.
+CHILD='' ASKED=''
+trap 'ASKED=yes; if [[ $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi' INT TERM
+
+# Sets CODE.
 run_once() {
     "${command[@]}" &
     CHILD=$!
@@ -59,22 +62,14 @@ run_once() {
     wait "$CHILD" || CODE=$?
 }
 
-CHILD='' ASKED=''
-ask_to_end() {
-    ASKED="$1"
-    if [[ $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; else exit "$1"; fi
-}
-trap 'ask_to_end 130' INT
-trap 'ask_to_end 143' TERM
-
-crashes=0
-while :; do
+crashes=0 CODE=143
+while [[ ! $ASKED ]]; do
     started="$(now)"
     run_once
-    case "$CODE" in 0 | 2 | 130 | 143) exit "$CODE" ;; esac
-    if [[ $ASKED ]]; then exit "$CODE"; fi
+    case "$CODE" in 0 | 2 | 130 | 143) break ;; esac
     if steady "$started"; then crashes=0; fi
     crashes=$((crashes + 1))
-    if ((crashes > MAX_CRASHES)); then exit "$CODE"; fi
+    if [[ $ASKED ]] || ((crashes > MAX_CRASHES)); then break; fi
     say "ended with $CODE; starting again ($crashes of $MAX_CRASHES)"
 done
+exit "$CODE"

@@ -9,7 +9,7 @@ from tensorflow import errors
 
 from endistill_jax import storage
 from endistill_jax.errors import StorageFailure, UserError
-from endistill_jax.storage import check_writable_place, local_path, reading_failure, stored_path
+from endistill_jax.storage import check_folder, check_writable_place, local_path, reading_failure, stored_path
 
 
 def test_a_path_of_a_bucket_stays_as_it_is():
@@ -41,6 +41,7 @@ def test_without_googles_package_no_run_begins_on_a_bucket(monkeypatch):
     check_writable_place("/tmp/run")
     with pytest.raises(UserError, match=r"gs://bucket/run need google-cloud-storage.*pip install '.\[gcs\]'"):
         check_writable_place("gs://bucket/run")
+    check_folder("gs://bucket/plans")
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.sweep import run_sweep
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
-from endistill_jax.storage import check_writable_place
+from endistill_jax.storage import check_folder
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -55,7 +55,7 @@ def plan_training(
     path.validate(student, teacher)
     make_schedule(optimizer, run.steps)
     check_compilers(options.topologies)
-    check_writable_place(options.folder)
+    check_folder(options.folder)
     settings = {"path": path, "data": data, "optimizer": optimizer, "run": run}
     plans = _plan(options, student=student, teacher=teacher, **settings)
     if not any(planned.fits for planned in plans):
@@ -137,7 +137,7 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Pat
         stage.path.validate(stage.student, stage.teacher)
         make_schedule(stage.optimizer, stage.run.steps)
     check_compilers(options.topologies)
-    check_writable_place(options.folder)
+    check_folder(options.folder)
     table = stages_table(stages, path)
     print(table, flush=True)
     planned: list[list[PlannedStep]] = []

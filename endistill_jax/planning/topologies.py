@@ -86,10 +86,10 @@ def parse_topology(name: str) -> Topology:
     kind = _CLOUD_NAMES.get(match["kind"], match["kind"])
     sizes = tuple(int(size) for size in match["size"].split("x"))
     slices = int(match["slices"] or 1)
-    if kind in _HOSTS and len(sizes) == 1 and sizes[0] > 0 and slices == 1:
-        return Topology(chip=CHIPS[kind], shape=sizes)
     if kind in _HOSTS:
-        raise UserError(f"--topology: {name!r} is no host; GPUs and CPUs are those of one host, such as {kind}:8")
+        if len(sizes) > 1 or sizes[0] < 1 or slices != 1:
+            raise UserError(f"--topology: {name!r} is no host; GPUs and CPUs are those of one host, such as {kind}:8")
+        return Topology(chip=CHIPS[kind], shape=sizes)
     if kind not in SHAPES:
         near = difflib.get_close_matches(kind, [*SHAPES, *_HOSTS], n=1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 import numpy as np
-from etils import epath
+
+from endistill_jax.storage import stored_path
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
@@ -18,7 +19,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         path: the file; its folder is made when missing.
         content: what the file will hold; text is written as UTF-8.
     """
-    target = epath.Path(path).expanduser()
+    target = stored_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:

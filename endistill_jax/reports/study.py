@@ -18,7 +18,7 @@ from endistill_jax.reports.study_figures import Raw
 from endistill_jax.reports.study_plots import study_plots
 from endistill_jax.reports.study_tables import study_markdown, study_tables
 from endistill_jax.reports.table import print_table
-from endistill_jax.storage import reading_failure
+from endistill_jax.storage import reading_failure, stored_path
 
 RAW_FILE = "study.json"
 TABLE_FILE = "study.md"
@@ -26,7 +26,7 @@ TABLE_FILE = "study.md"
 
 def raw_file(folder: str | os.PathLike) -> epath.Path:
     """Where the `study.json` of a folder is, or will be."""
-    return epath.Path(folder).expanduser() / RAW_FILE
+    return stored_path(folder) / RAW_FILE
 
 
 def read_raw(folder: str | os.PathLike) -> Raw:

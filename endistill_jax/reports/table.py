@@ -141,7 +141,7 @@ def write_table(
     directory: str | os.PathLike, name: str, rows: Sequence[Row], columns: Sequence[Column], *, title: str = ""
 ) -> None:
     """Writes `name.md` (columns, rounded) and `name.json` (the rows with all their keys, exact), each atomically."""
-    folder = epath.Path(directory).expanduser()
+    folder = epath.Path(directory)
     write_atomically(folder / f"{name}.json", json_text([dict(row) for row in rows], indent=2) + "\n")
     heading = f"## {title}\n\n" if title else ""
     write_atomically(folder / f"{name}.md", heading + markdown_table(rows, columns))

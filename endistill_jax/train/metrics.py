@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from etils import epath
-
 from endistill_jax.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.storage import stored_path
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # a folder
@@ -28,7 +27,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is not a JSON object with a step, so this is not a metrics file.
     """
-    lines = epath.Path(path).expanduser().read_bytes().split(b"\n")  # bytes: a cut may go through a character
+    lines = stored_path(path).read_bytes().split(b"\n")  # bytes: a cut may go through a character
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut off
         try:
@@ -55,7 +54,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
-        folder = epath.Path(directory).expanduser()
+        folder = stored_path(directory)
         path = folder / FILE_NAME
         make_writer = _tensorboard_writer() if tensorboard else None
         kept = []

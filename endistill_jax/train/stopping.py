@@ -7,6 +7,9 @@ from types import FrameType, TracebackType
 class StopSignal:
     """While it is entered, the first SIGTERM or Ctrl-C is only noted; a second one acts as usual.
 
+    A signal that the process was started to ignore stays ignored, as Ctrl-C is by what a script runs with `&`: that
+    script hands it on as SIGTERM, which would else be the second.
+
     Attributes:
         number: the signal that came, None as long as none did.
     """
@@ -18,7 +21,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         try:
-            self._before = {number: signal.signal(number, self._request) for number in self._signals}
+            heard = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._request) for number in heard}
         except ValueError:  # only the main thread may set handlers; elsewhere signals act as usual
             self._before = {}
         return self

@@ -101,7 +101,7 @@ def test_training_that_does_not_fit_its_mesh_is_refused_in_one_line_with_what_wo
 def test_batch_that_does_not_split_over_the_examples_axes_is_refused():
     batch = {"tokens": np.zeros((12, 3), np.int32)}
     for axes in ((8, 1, 1), (2, 4, 1), (1, 8, 1)):
-        with pytest.raises(UserError, match="12 examples does not split over data x fsdp = 8"):
+        with pytest.raises(UserError, match="examples of a batch is 12; it must be a multiple of 8 "):
             place_batch(batch, make_mesh(*axes))
     assert place_batch(batch, make_mesh(2, 2, 2))["tokens"].addressable_shards[0].data.shape == (3, 3)
 

@@ -67,3 +67,14 @@ def test_outside_the_main_thread_nothing_is_changed():
     thread.start()
     thread.join()
     assert seen == [(None, before)]
+
+
+def test_a_signal_that_is_ignored_stays_so_and_is_no_first_one(usual):
+    """Ctrl-C reaches what a script started with `&` too, before the SIGTERM by which the script hands it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM and usual == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
