@@ -25,8 +25,8 @@ from measuring import Column, interleave, machine, no_compilation, tell
 from shapes import Shape, add_arguments, random_batch, random_teacher, shape_of
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.generation import Decoding, make_decoder
+from endistill_jax.models.generation.generation import Decoding, make_decoder
+from endistill_jax.models.t5.config import T5Config
 
 COLUMNS = (
     Column(key="search", title="Search"),

@@ -86,7 +86,7 @@ def generate(folder: str, model_file: str, stored: str) -> None:
 def read_model(file: str):
     """The `T5Config` of a file in gin/models."""
     import gin
-    from endistill_jax.model.config import T5Config
+    from endistill_jax.models.t5.config import T5Config
 
     gin.parse_config_file(file)
     return gin.get_configurable(T5Config)()
@@ -97,7 +97,7 @@ def measure(step: str, folder: str, out: str, dtype: str) -> dict:
     import jax
 
     from endistill_jax import jobs
-    from endistill_jax.jobs.models import open_model
+    from endistill_jax.checkpoints.models import open_model
     from endistill_jax.sharding import make_mesh
 
     jax.block_until_ready(jax.numpy.zeros(8) + 1)

@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 from shapes import OPTIMIZER, Shape, random_batch, random_teacher
 
-from endistill_jax.losses import Computation, Path, loss_from_outputs, term_weights
-from endistill_jax.model.counted_flops import count_matmul_flops
-from endistill_jax.model.flops import Lengths
-from endistill_jax.model.t5 import T5, init_params
+from endistill_jax.models.t5.counted_flops import count_matmul_flops
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.models.t5.t5 import T5, init_params
+from endistill_jax.objectives import Computation, Path, loss_from_outputs, term_weights
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.flops import path_flops, relation_flops, step_flops
 from endistill_jax.train.optimizer import make_optimizer

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from endistill_jax.losses import Path
+from endistill_jax.objectives import Path
 from endistill_jax.train.optimizer import OptimizerConfig
 
 _VECTORS = {"q": "query", "k": "key", "v": "value"}

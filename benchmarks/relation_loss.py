@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from endistill_jax.losses import Computation, relation_kl, relation_kl_grouped
+from endistill_jax.objectives import Computation, relation_kl, relation_kl_grouped
 
 
 def make_inputs(batch: int, length: int, teacher_dim: int, student_dim: int, dtype: str) -> tuple:

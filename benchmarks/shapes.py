@@ -7,10 +7,10 @@ import math
 import jax
 import numpy as np
 
-from endistill_jax.losses import Path, Site
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.flops import Lengths
-from endistill_jax.model.t5 import init_params
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.models.t5.t5 import init_params
+from endistill_jax.objectives import Path, Site
 from endistill_jax.train.optimizer import OptimizerConfig
 
 

@@ -24,7 +24,7 @@ from measuring import Column, ceilings, interleave, machine, matmul_runs, no_com
 from programs import Program, positions, relation_losses, student_step, teacher_forward, whole_step
 from shapes import add_arguments, settings_of, shape_of, title_of
 
-from endistill_jax.losses import Computation
+from endistill_jax.objectives import Computation
 
 COLUMNS = (
     Column(key="name", title="What"),

@@ -19,7 +19,7 @@ import absl.logging
 
 from endistill_jax import __version__
 from endistill_jax.configuration import files
-from endistill_jax.errors import HostMissing, Stopped, StorageFailure, UserError
+from endistill_jax.core.errors import HostMissing, Stopped, StorageFailure, UserError
 from endistill_jax.planning.flags import FLAGS as PLAN_FLAGS
 from endistill_jax.planning.flags import add_flags
 
@@ -100,14 +100,15 @@ def _run(words: list[str]) -> None:
     if options.plan:
         _plan(options, flags)
         return
-    from endistill_jax import distributed, ending
+    from endistill_jax.multihost import initialize as distributed
+    from endistill_jax.multihost import shutdown as ending
 
     distributed.initialize()
     with _held_back_stderr():
         import seqio  # noqa: F401  TensorFlow comes with it, and writes notices to stderr that no setting silences
     ending.watch()
-    from endistill_jax.agreement import agree, code_facts
     from endistill_jax.configuration.loading import bound_settings, config_text, load
+    from endistill_jax.multihost.agreement import agree, code_facts
     from endistill_jax.reports.run_files import Launch, started_by
 
     job = load(options.gin_file, flags, options.gin_search_paths)
@@ -253,7 +254,7 @@ def _end(message: str, code: int) -> int:
     """Tells what went wrong; where there are several hosts, all of them end here."""
     _tell(message, code)
     if _joined():
-        from endistill_jax.ending import leave
+        from endistill_jax.multihost.shutdown import leave
 
         leave(message, code)
     return code
@@ -261,7 +262,7 @@ def _end(message: str, code: int) -> int:
 
 def _joined() -> bool:
     """Whether this process has joined others; asked without importing what takes seconds."""
-    joined = sys.modules.get("endistill_jax.distributed")
+    joined = sys.modules.get("endistill_jax.multihost.initialize")
     return joined is not None and joined.process_count() > 1
 
 

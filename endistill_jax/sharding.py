@@ -13,9 +13,9 @@ import optax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import boxed_init
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import boxed_init
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

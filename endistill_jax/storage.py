@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 
 BUCKET = "gs://"
 # Of storage that cannot be reached or is overloaded, by the names of RPC systems, TensorFlow and Google's clients. A

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import EXTRA_IDS, load_vocabulary
-from endistill_jax.errors import UserError
 from endistill_jax.evaluation import metrics
 from endistill_jax.evaluation.metrics import NO_LABEL, MetricFn
 from endistill_jax.tasks.pretraining import T5_VOCABULARY

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.metrics import NO_LABEL
 from endistill_jax.tasks.glue import SCORES, TASKS, GlueTask, known_task
 

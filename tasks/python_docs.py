@@ -11,9 +11,9 @@ from collections.abc import Callable
 import seqio
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.python_docs import PythonDocsConfig, PythonDocsSource
 from endistill_jax.data.vocabulary import BUNDLED, EXTRA_IDS, load_vocabulary
-from endistill_jax.errors import UserError
 from endistill_jax.evaluation.metrics import accuracy, rouge
 from endistill_jax.tasks.registration import proportional_mixture
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import seqio
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 # T5's limit on a task's size in examples-proportional mixing (Raffel et al. 2020, section 3.5.2).
 LARGEST_RATE = 2**19

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.pair_files import PairFilesSource
 from endistill_jax.data.vocabulary import EXTRA_IDS, load_vocabulary
-from endistill_jax.errors import UserError
 from endistill_jax.evaluation.metrics import rouge
 from endistill_jax.tasks.pretraining import T5_VOCABULARY
 from endistill_jax.tasks.text_to_text import TextToText, text_to_text_task

@@ -9,7 +9,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.metrics import NO_LABEL, MetricFn, rank_metrics
 from endistill_jax.tasks.registration import described, register_once
 

@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-from endistill_jax import agreement
+from endistill_jax.multihost import agreement
 
 
 def test_equal_facts_have_no_difference():
@@ -30,13 +30,13 @@ def test_a_process_alone_agrees_with_itself_and_leaves_no_trace(tmp_path):
 
 
 def test_code_differs_when_one_character_of_the_source_does(tmp_path, monkeypatch):
-    package = pathlib.Path(agreement.__file__).parent
+    package = pathlib.Path(agreement.__file__).parent.parent
     copy = tmp_path / "endistill_jax"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.pyc", "assets", "gin"))
     facts = agreement.code_facts()
     assert facts["packages"]["jax"] is not None and len(facts["endistill_jax"]["source"]) == 64
-    monkeypatch.setattr(agreement, "__file__", str(copy / "agreement.py"))
+    monkeypatch.setattr(agreement, "__file__", str(copy / "multihost" / "agreement.py"))
     assert agreement.code_facts() == facts
-    file = copy / "losses" / "path.py"
+    file = copy / "objectives" / "objective.py"
     file.write_text(file.read_text() + " ")
     assert agreement.code_facts()["endistill_jax"]["source"] != facts["endistill_jax"]["source"]

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(endistill_jax.__file__).parent
 CORE = sorted(
     path.relative_to(PACKAGE).as_posix()
     for pattern in (
-        "model/*.py", "losses/*.py", "sharding.py", "batch.py", "groups.py", "errors.py",
+        "core/*.py", "models/**/*.py", "objectives/*.py", "sharding.py",
         "train/state.py", "train/compiler_options.py", "train/step.py", "train/optimizer.py", "train/loop.py",
     )
     for path in PACKAGE.glob(pattern)
@@ -34,8 +34,8 @@ def imported_modules(tree):
 
 def test_core_is_found():
     assert {
-        "model/t5.py",
-        "losses/relations.py",
+        "models/t5/t5.py",
+        "objectives/relations.py",
         "sharding.py",
         "train/compiler_options.py",
         "train/step.py",
@@ -47,7 +47,7 @@ def test_core_is_found():
 def test_core_file_imports_only_what_the_core_may(name):
     tree = ast.parse((PACKAGE / name).read_text())
     core_modules = {"endistill_jax." + path.removesuffix(".py").replace("/", ".") for path in CORE}
-    core_modules |= {"endistill_jax.model", "endistill_jax.losses"}
+    core_modules |= {module.removesuffix(".__init__") for module in core_modules}
     for module in imported_modules(tree):
         top = module.split(".")[0]
         assert top in OUTSIDE | STANDARD or module in core_modules, f"{name} imports {module}"
@@ -64,10 +64,10 @@ def test_core_file_knows_of_no_other_process_and_no_file(name):
 def test_losses_know_nothing_of_models_nor_models_of_losses():
     for name in CORE:
         modules = set(imported_modules(ast.parse((PACKAGE / name).read_text())))
-        if name.startswith("losses/"):
-            assert not any(module.startswith("endistill_jax.model") for module in modules), name
-        if name.startswith("model/"):
-            assert not any(module.startswith("endistill_jax.losses") for module in modules), name
+        if name.startswith("objectives/"):
+            assert not any(module.startswith("endistill_jax.models") for module in modules), name
+        if name.startswith("models/"):
+            assert not any(module.startswith("endistill_jax.objectives") for module in modules), name
 
 
 TRAIN_WITHOUT_THE_REST = """
@@ -85,8 +85,8 @@ sys.meta_path.insert(0, Absent())
 
 import jax
 import numpy as np
-from endistill_jax.losses import Path, Site
-from endistill_jax.model.config import T5Config
+from endistill_jax.objectives import Path, Site
+from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import abstract_params, make_mesh, place_batch
 from endistill_jax.train.loop import train_loop
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer

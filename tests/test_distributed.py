@@ -2,9 +2,9 @@
 
 import pytest
 
-from endistill_jax import distributed
-from endistill_jax.distributed import CONNECT_SECONDS, COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from endistill_jax.errors import HostMissing, UserError
+from endistill_jax.core.errors import HostMissing, UserError
+from endistill_jax.multihost import initialize as distributed
+from endistill_jax.multihost.initialize import CONNECT_SECONDS, COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 

@@ -14,11 +14,11 @@ import gin
 from endistill_jax import jobs
 from endistill_jax.configuration import files
 from endistill_jax.configuration.loading import config_text, load
-from endistill_jax.errors import Stopped, StorageFailure, UserError
-from endistill_jax.losses import Path, Site
+from endistill_jax.core.errors import Stopped, StorageFailure, UserError
 from endistill_jax.main import main
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import count_params
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.objectives import Path, Site
 from endistill_jax.reports.run_files import Launch, started_by, write_run_files
 from endistill_jax.sharding import abstract_params
 
@@ -260,7 +260,7 @@ def test_dry_run_reaches_the_job():
 
 TINY = """
 from __gin__ import dynamic_registration
-from endistill_jax.model import config
+from endistill_jax.models.t5 import config
 include 'gin/runs/python_docs_teacher.gin'
 config.T5Config.d_model = 8
 config.T5Config.num_heads = 2

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import init_params
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.sharding import (
     MESH_AXES,
     abstract_params,

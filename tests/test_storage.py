@@ -8,7 +8,7 @@ import pytest
 from tensorflow import errors
 
 from endistill_jax import storage
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import check_folder, check_writable_place, local_path, reading_failure, stored_path
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.storage import local_path
 
 

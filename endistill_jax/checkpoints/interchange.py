@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.layout import STACKS
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.layout import STACKS
 from endistill_jax.sharding import abstract_params
 
 Params = dict[str, Any]

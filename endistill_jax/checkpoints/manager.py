@@ -17,7 +17,7 @@ from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRest
 from endistill_jax.checkpoints.fingerprint import check_facts
 from endistill_jax.checkpoints.reading import Facts, PyTree, read_facts, unreadable
 from endistill_jax.checkpoints.unfinished import leave_whole_ones
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import check_writable_place, stored_path
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from endistill_jax import __version__
-from endistill_jax.losses.path import SITES
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import count_params
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.objectives.objective import SITES
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params
 

@@ -5,7 +5,7 @@ import re
 
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.interchange import Source
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.storage import is_remote, stored_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 # SentencePiece models hold sentinels as words of their own, tokenizer.json without the mark of a word's beginning.
 _SENTINEL = re.compile(r"▁?(<extra_id_\d+>)")

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_remote, reading_failure, stored_path
 
 PyTree = Any

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from endistill_jax.configuration.reading import Binding, Macro, Reading, Reference
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 REQUIRED = Macro("gin.REQUIRED")
 SIMPLE_TYPES = (int, float, str, bool, type(None))

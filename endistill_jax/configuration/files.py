@@ -4,7 +4,7 @@ import difflib
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 # In a checkout a link to the folder beside the package, in an installation a folder of its own.
 PACKAGE_FOLDER = pathlib.Path(__file__).resolve().parent.parent

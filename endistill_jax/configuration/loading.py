@@ -8,7 +8,7 @@ import gin
 from endistill_jax.configuration.checking import REQUIRED, check, has_parameter, resolve
 from endistill_jax.configuration.files import find
 from endistill_jax.configuration.reading import Reading, read_file, read_flag
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.planning.flags import left_open
 
 SEARCH_PATHS = "search_paths"

@@ -6,8 +6,8 @@ from typing import Any
 
 from endistill_jax.configuration.checking import check_value, closest
 from endistill_jax.configuration.values import FileValues
-from endistill_jax.errors import UserError
-from endistill_jax.losses import Path
+from endistill_jax.core.errors import UserError
+from endistill_jax.objectives import Path
 
 
 def from_file(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from endistill_jax.configuration import files
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from gin import config_parser
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"

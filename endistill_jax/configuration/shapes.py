@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from endistill_jax.configuration.values import FileValues
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
 
 
 def model_config(file: str | None, search_paths: Sequence[str] = ()) -> T5Config | None:

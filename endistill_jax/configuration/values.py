@@ -5,7 +5,7 @@ from typing import Any
 
 from endistill_jax.configuration.checking import check, missing_parameters, resolve
 from endistill_jax.configuration.reading import Binding, Macro, Reading, Reference, read_file
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 
 class FileValues:

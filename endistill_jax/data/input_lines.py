@@ -9,8 +9,8 @@ from typing import BinaryIO, NamedTuple
 
 from etils import epath
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.text_files import json_text
-from endistill_jax.errors import UserError
 
 JSON_ENDINGS = (".jsonl", ".json")
 

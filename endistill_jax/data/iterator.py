@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _HEADER = "settings.json"
 _CHECKPOINT = "iterator"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.text_files import json_text, matching_files, read_lines
-from endistill_jax.errors import UserError
 
 
 class PairFilesSource(seqio.FileDataSource):

@@ -2,7 +2,7 @@
 
 import seqio
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.storage import is_remote, stored_path
 
 

@@ -17,9 +17,9 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data import cache, docstrings
 from endistill_jax.data.near_copies import without_near_copies
-from endistill_jax.errors import UserError
 
 
 @dataclasses.dataclass(kw_only=True)

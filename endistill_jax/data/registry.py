@@ -6,7 +6,7 @@ import importlib
 import seqio
 import tensorflow as tf
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 # Modules that register the tasks of this project; imported when a name is first looked up.
 TASK_MODULES = tuple(

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import sentinel_ids
-from endistill_jax.errors import UserError
 
 MINIMUM_TOKENS = 2  # one token to keep and one to take out
 

@@ -8,7 +8,7 @@ from typing import Literal
 import seqio
 import tensorflow as tf
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _HELD_OUT_BUCKETS = 10_000
 

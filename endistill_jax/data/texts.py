@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import seqio
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.registry import resolve_task
-from endistill_jax.errors import UserError
 
 
 def read_texts(

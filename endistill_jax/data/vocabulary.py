@@ -16,7 +16,7 @@ import sentencepiece
 import seqio
 
 from endistill_jax.checkpoints.pieces import own_sentinels, pieces_of_vocabulary
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 EXTRA_IDS = 100

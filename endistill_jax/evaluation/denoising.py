@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramModel
-from endistill_jax.losses.cross_entropy import cross_entropy
+from endistill_jax.objectives.cross_entropy import cross_entropy
 
 HostBatch = Mapping[str, np.ndarray]
 ApplyLogits = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -110,7 +110,7 @@ def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[i
 
 def t5_logits(config: Any) -> ApplyLogits:
     """(params, batch) -> float32 logits of the T5 with this `T5Config`, without dropout."""
-    from endistill_jax.model.t5 import T5
+    from endistill_jax.models.t5.t5 import T5
 
     model = T5(config)
     return lambda params, batch: model.apply({"params": params}, batch, with_logits=True, deterministic=True).logits

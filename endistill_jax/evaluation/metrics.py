@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 NO_LABEL = -1
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")

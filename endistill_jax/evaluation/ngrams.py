@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _BUCKETS = 64  # powers of two of an int64 count
 

@@ -8,11 +8,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.batches import batches_by_length, padded, without_padding
 from endistill_jax.evaluation.rank import choices_of_each_input, make_score_step, target_shape
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.generation import Decoding, make_decoder
+from endistill_jax.models.generation.generation import Decoding, make_decoder
+from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import host_rows, param_shardings, place_batch
 
 Indexed = list[tuple[int, Any]]

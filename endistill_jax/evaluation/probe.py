@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from endistill_jax.errors import UserError
-from endistill_jax.losses import Computation, Path, Placement, coefficients, term_weights
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Computation, Path, Placement, coefficients, term_weights
 from endistill_jax.sharding import activation_sharding
 from endistill_jax.train.step import loss_and_sums
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.decoding import START_TOKEN
-from endistill_jax.model.t5 import T5
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.decoding import START_TOKEN
+from endistill_jax.models.t5.t5 import T5
 from endistill_jax.sharding import activation_sharding
 
 ScoreStep = Callable[[Any, jax.Array, jax.Array], jax.Array]

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Protocol
 
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
 
 
 class Report(Protocol):

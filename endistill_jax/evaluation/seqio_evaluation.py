@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.report import TaskResult
 
 SCORED_BY = ("generation", "rank", "both")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.arms import Arm
+from endistill_jax.core.errors import UserError
+from endistill_jax.interpolation.settings import Interpolation, StageSettings
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill
 from endistill_jax.jobs.downstream import downstream
@@ -16,12 +16,12 @@ from endistill_jax.jobs.finetune import Finetuning, finetune
 from endistill_jax.jobs.import_checkpoint import import_checkpoint
 from endistill_jax.jobs.infer import Reading, infer
 from endistill_jax.jobs.interpolate import interpolate
-from endistill_jax.jobs.interpolation import Interpolation, StageSettings
 from endistill_jax.jobs.plan import PlanOptions
 from endistill_jax.jobs.pretrain import pretrain
-from endistill_jax.jobs.settings import Data, Run
 from endistill_jax.jobs.study import study
 from endistill_jax.jobs.train_vocabulary import train_vocabulary
+from endistill_jax.studies.arms import Arm
+from endistill_jax.train.settings import Data, Run
 
 __all__ = [
     "Arm",

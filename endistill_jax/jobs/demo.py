@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.description import describe
-from endistill_jax.jobs.execution import train
-from endistill_jax.jobs.held_out import HeldOut, prepare_held_out
-from endistill_jax.jobs.models import open_model, tell_notes
-from endistill_jax.jobs.results import merge_seeds, model_row, reference_rows, tell
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.training import Training
-from endistill_jax.listed import whole_numbers
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
+from endistill_jax.checkpoints.models import open_model, tell_notes
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.settings import whole_numbers
+from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Path
+from endistill_jax.reports.results import merge_seeds, model_row, reference_rows, tell
+from endistill_jax.train.description import describe
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import train
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
 
 
 def demo(

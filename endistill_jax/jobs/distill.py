@@ -1,18 +1,18 @@
 """Distillation: a frozen teacher, a small student, and the path between them."""
 
+from endistill_jax.checkpoints.models import open_model, tell_notes
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.description import describe
-from endistill_jax.jobs.execution import TrainingResult, train
-from endistill_jax.jobs.held_out import prepare_held_out
-from endistill_jax.jobs.models import open_model, tell_notes
+from endistill_jax.core.errors import UserError
+from endistill_jax.evaluation.held_out import prepare_held_out
 from endistill_jax.jobs.plan import PlanOptions, plan_training, shape_of_teacher
-from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.training import Training
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Path
+from endistill_jax.reports.results import model_row, reference_rows, tell
+from endistill_jax.train.description import describe
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import TrainingResult, train
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
 
 
 def distill(

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from endistill_jax.errors import UserError, naming
-from endistill_jax.jobs.description import describe
+from endistill_jax.core.errors import UserError, naming
 from endistill_jax.jobs.finetune import (
     Finetuning,
     Rows,
@@ -15,10 +14,11 @@ from endistill_jax.jobs.finetune import (
     prepare_evaluation,
     run_all,
 )
-from endistill_jax.jobs.results import tell
-from endistill_jax.jobs.settings import check_folder_names
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.reports.results import tell
 from endistill_jax.reports.table import Column
+from endistill_jax.train.description import describe
+from endistill_jax.train.settings import check_folder_names
 
 
 def downstream(

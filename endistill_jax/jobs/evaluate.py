@@ -5,21 +5,21 @@ from typing import Any
 import jax
 from etils import epath
 
-from endistill_jax.agreement import agree
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.errors import UserError
+from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, tell_notes
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.report import TaskResult
-from endistill_jax.jobs.models import CHECKPOINTS, TrainedModel, open_model, tell_notes
-from endistill_jax.jobs.results import tell
-from endistill_jax.jobs.settings import Data
-from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics
-from endistill_jax.jobs.training import check_same_vocabulary, check_vocabularies
-from endistill_jax.model.generation import Decoding
+from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.models.generation.generation import Decoding
+from endistill_jax.multihost.agreement import agree
 from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.reports.results import tell
 from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.reports.table import Column
 from endistill_jax.sharding import make_mesh, param_shardings
 from endistill_jax.train.metrics import MetricWriter
+from endistill_jax.train.settings import Data
+from endistill_jax.train.training import check_same_vocabulary, check_vocabularies
 
 COLUMNS = (
     Column(key="task", title="task"),

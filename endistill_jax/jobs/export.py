@@ -5,9 +5,9 @@ import dataclasses
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.folder import check_free, local_folder
 from endistill_jax.checkpoints.model_card import model_card
-from endistill_jax.distributed import require_one_process
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import DTYPES, choose_vocabulary, open_model, tell_notes
+from endistill_jax.checkpoints.models import DTYPES, choose_vocabulary, open_model, tell_notes
+from endistill_jax.core.errors import UserError
+from endistill_jax.multihost.initialize import require_one_process
 
 FORMATS = ("huggingface", "t5x", "t5x_scanned")
 

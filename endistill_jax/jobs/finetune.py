@@ -4,24 +4,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.errors import UserError
+from endistill_jax.checkpoints.models import CHECKPOINTS, DTYPES, TrainedModel, open_model, tell_notes
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.settings import as_tuple, is_positive, whole_numbers
 from endistill_jax.evaluation.report import Evaluation
-from endistill_jax.jobs.description import describe
-from endistill_jax.jobs.execution import train
-from endistill_jax.jobs.finished import finished
-from endistill_jax.jobs.models import CHECKPOINTS, DTYPES, TrainedModel, open_model, tell_notes
-from endistill_jax.jobs.results import merge_seeds, tell
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
-from endistill_jax.jobs.training import Training
-from endistill_jax.listed import as_tuple, is_positive, whole_numbers
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.generation import Decoding
-from endistill_jax.model.t5 import count_params
+from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
+from endistill_jax.models.generation.generation import Decoding
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.objectives import Path
+from endistill_jax.reports.results import merge_seeds, tell
 from endistill_jax.reports.table import Column
 from endistill_jax.sharding import abstract_params
+from endistill_jax.train.description import describe
+from endistill_jax.train.finished import finished
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import train
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
 
 Rows = list[dict[str, Any]]
 

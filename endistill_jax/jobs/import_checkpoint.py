@@ -15,9 +15,7 @@ import jax
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
 from endistill_jax.checkpoints.folder import check_free, local_folder, replace_folder
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.distributed import require_one_process
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import (
+from endistill_jax.checkpoints.models import (
     CHECKPOINTS,
     DTYPES,
     TrainedModel,
@@ -27,7 +25,9 @@ from endistill_jax.jobs.models import (
     open_model,
     tell_notes,
 )
-from endistill_jax.model.t5 import count_params
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.multihost.initialize import require_one_process
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings

@@ -16,16 +16,16 @@ from typing import Any
 
 import jax
 
-from endistill_jax.agreement import agree
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.distributed import gather
-from endistill_jax.errors import UserError
+from endistill_jax.checkpoints.models import TrainedModel, choose_vocabulary, open_model, tell_notes
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
-from endistill_jax.jobs.models import TrainedModel, choose_vocabulary, open_model, tell_notes
-from endistill_jax.jobs.training import check_vocabularies
-from endistill_jax.model.generation import Decoding
+from endistill_jax.models.generation.generation import Decoding
+from endistill_jax.multihost.agreement import agree
+from endistill_jax.multihost.initialize import gather
 from endistill_jax.reports.record_log import NUMBER, Done, RecordLog
 from endistill_jax.sharding import make_mesh
+from endistill_jax.train.training import check_vocabularies
 
 CHOICES = {"bad_lines": ("skip", "fail"), "long_inputs": ("cut", "fail")}
 # Lines are read, and sorted by length, so many batches at a time. Those of which some were written are computed again,

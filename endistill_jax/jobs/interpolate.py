@@ -7,24 +7,24 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.models import open_model, tell_notes
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.evaluation.denoising import DenoisingReport
-from endistill_jax.jobs.chain import Chain, StageResult, plan_chain, run_chain
-from endistill_jax.jobs.description import describe
+from endistill_jax.evaluation.held_out import HeldOut, judged_on, prepare_held_out
+from endistill_jax.interpolation.chain import Chain, StageResult, plan_chain, run_chain
+from endistill_jax.interpolation.settings import FEWEST, Interpolation
+from endistill_jax.interpolation.stages import plan_stages
 from endistill_jax.jobs.distill import as_teacher, check_shape
-from endistill_jax.jobs.finished import is_finished
-from endistill_jax.jobs.held_out import HeldOut, judged_on, prepare_held_out
-from endistill_jax.jobs.interpolation import FEWEST, Interpolation
-from endistill_jax.jobs.models import open_model, tell_notes
 from endistill_jax.jobs.plan import PlanOptions, plan_stage_by_stage, shape_of_teacher
-from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.stages import plan_stages
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Path
 from endistill_jax.reports.files import json_text, write_atomically
+from endistill_jax.reports.results import model_row, reference_rows, tell
 from endistill_jax.storage import stored_path
+from endistill_jax.train.description import describe
+from endistill_jax.train.finished import is_finished
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.settings import Data, Run
 
 TEACHER_FILE = "teacher.json"
 

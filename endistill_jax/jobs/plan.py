@@ -3,16 +3,15 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import open_model
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.stages import Stage, stages_table
-from endistill_jax.losses import Path
-from endistill_jax.losses.relations_grouped import GROUP_BYTES
-from endistill_jax.losses.vocabulary import CHUNK_BYTES
-from endistill_jax.model.attention import ATTENTION_BYTES
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.flops import Lengths
+from endistill_jax.checkpoints.models import open_model
+from endistill_jax.core.errors import UserError
+from endistill_jax.interpolation.stages import Stage, stages_table
+from endistill_jax.models.t5.attention import ATTENTION_BYTES
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.objectives import Path
+from endistill_jax.objectives.relations_blocked import GROUP_BYTES
+from endistill_jax.objectives.vocabulary import CHUNK_BYTES
 from endistill_jax.planning.compiling import check_compilers, compile_bounded
 from endistill_jax.planning.flags import PlanOptions, is_left_open
 from endistill_jax.planning.planned import PlannedStep
@@ -23,6 +22,7 @@ from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
 from endistill_jax.storage import check_folder
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
+from endistill_jax.train.settings import Data, Run
 
 
 def plan_training(

@@ -1,15 +1,15 @@
 """Pretraining from scratch: the language-model loss alone, no teacher."""
 
-from endistill_jax.jobs.description import describe
-from endistill_jax.jobs.execution import TrainingResult, train
-from endistill_jax.jobs.held_out import prepare_held_out
+from endistill_jax.evaluation.held_out import prepare_held_out
 from endistill_jax.jobs.plan import PlanOptions, plan_training
-from endistill_jax.jobs.results import model_row, reference_rows, tell
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.training import Training
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Path
+from endistill_jax.reports.results import model_row, reference_rows, tell
+from endistill_jax.train.description import describe
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import TrainingResult, train
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
 
 
 def pretrain(

@@ -6,14 +6,17 @@ from typing import Any
 
 import jax
 
-from endistill_jax.agreement import code_facts
-from endistill_jax.errors import UserError, naming
-from endistill_jax.jobs.arms import Arm, StudyRun, plan_study
-from endistill_jax.jobs.description import describe
+from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel, open_model, tell_notes
+from endistill_jax.core.errors import UserError, naming
+from endistill_jax.core.settings import whole_numbers
 from endistill_jax.jobs.finetune import Finetuning
-from endistill_jax.jobs.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel, open_model, tell_notes
-from endistill_jax.jobs.settings import Data, Run, check_folder_names
-from endistill_jax.jobs.study_runs import (
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.multihost.agreement import code_facts
+from endistill_jax.objectives import Path
+from endistill_jax.sharding import host_part, make_mesh
+from endistill_jax.studies.arms import Arm, StudyRun, plan_study
+from endistill_jax.studies.report import print_study, write_raw, write_report
+from endistill_jax.studies.runs import (
     check_judged_alike,
     earlier_record,
     judged_by,
@@ -23,13 +26,10 @@ from endistill_jax.jobs.study_runs import (
     split_by_end,
     teacher_figures,
 )
-from endistill_jax.listed import whole_numbers
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
-from endistill_jax.reports.study import print_study, write_raw, write_report
-from endistill_jax.sharding import host_part, make_mesh
+from endistill_jax.train.description import describe
 from endistill_jax.train.metrics import TENSORBOARD
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.settings import Data, Run, check_folder_names
 
 
 def study(

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Union
 
-from endistill_jax.distributed import require_one_process
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
+from endistill_jax.multihost.initialize import require_one_process
 from endistill_jax.storage import local_path
 
 if TYPE_CHECKING:

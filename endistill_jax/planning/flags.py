@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import TYPE_CHECKING
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 if TYPE_CHECKING:
     from endistill_jax.planning.compiling import Bounds

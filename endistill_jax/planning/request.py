@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from endistill_jax.losses import Computation, Path
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.flops import Lengths
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.objectives import Computation, Path
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.train.compiler_options import CompilerOptions
 from endistill_jax.train.optimizer import OptimizerConfig

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.planning.planned import PlannedStep
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.topologies import Topology

@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.planning.chips import CHIPS, Chip
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from endistill_jax.errors import UserError
-from endistill_jax.model.t5 import count_params
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.planning import topologies
 from endistill_jax.planning.collectives import read_collectives
 from endistill_jax.planning.hlo import parse_program

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.storage import local_path
 

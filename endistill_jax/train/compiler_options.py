@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from endistill_jax.errors import UserError
-from endistill_jax.losses import Computation, Placement
+from endistill_jax.core.errors import UserError
+from endistill_jax.objectives import Computation, Placement
 
 # Platform -> option -> value, such as {"tpu": {"xla_tpu_enable_latency_hiding_scheduler": True}}.
 CompilerOptions = Mapping[str, Mapping[str, str | int | float | bool]]

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step's matrix products; see `model/flops.py` for what counts.
+"""Floating-point operations of a training step's matrix products; see `models/t5/flops.py` for what counts.
 
     step        teacher forward + 3 x student forward + relations
     relation    2 B Q K (I_teacher + 3 I_student)      Q and K positions compared, I the inner widths
@@ -11,10 +11,10 @@ together: a teacher of I_teacher + I_student, and the student's head once more.
 
 from typing import NamedTuple
 
-from endistill_jax.losses import Path
-from endistill_jax.losses.path import Role
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.flops import ForwardFlops, Lengths, Read, forward_flops
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import ForwardFlops, Lengths, Read, forward_flops
+from endistill_jax.objectives import Path
+from endistill_jax.objectives.objective import Role
 
 
 class StepFlops(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from endistill_jax.batch import Batch
+from endistill_jax.core.batch import Batch
 from endistill_jax.train.state import TrainState
 from endistill_jax.train.step import Metrics
 

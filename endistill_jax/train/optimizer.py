@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
 

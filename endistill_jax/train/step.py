@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from endistill_jax.batch import Batch
-from endistill_jax.errors import UserError
-from endistill_jax.losses import Computation, Path, Placement, interpolate_output, loss_from_outputs, term_weights
-from endistill_jax.model.attention import platform_attention_bytes
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import T5, Output
+from endistill_jax.core.batch import Batch
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.attention import platform_attention_bytes
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import T5, Output
+from endistill_jax.objectives import Computation, Path, Placement, interpolate_output, loss_from_outputs, term_weights
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
 from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
 from endistill_jax.train.state import TrainState, state_shardings

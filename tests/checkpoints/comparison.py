@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.decoding import greedy
-from endistill_jax.model.t5 import SITES, T5
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.decoding import greedy
+from endistill_jax.models.t5.t5 import SITES, T5
 
 Arrays = dict[str, np.ndarray]
 

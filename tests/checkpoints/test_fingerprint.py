@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.fingerprint import check_facts, fingerprint_params, fingerprint_vocabulary
-from endistill_jax.errors import UserError
-from endistill_jax.model.layout import unstack_layers
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.layout import unstack_layers
 
 seqio = pytest.importorskip("seqio")
 

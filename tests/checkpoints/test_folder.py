@@ -3,7 +3,7 @@
 import pytest
 
 from endistill_jax.checkpoints.folder import replace_folder
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 
 def test_folders_inside_come_along(tmp_path):

@@ -19,7 +19,7 @@ from tensorflow import errors
 
 from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.reading import finished_steps, read_facts_of_step, restore_params
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 
 FACTS = {"model": {"d_model": 4, "mlp_activations": ("gelu", "linear")}, "teacher": "ab12", "mixture": "c4"}
 

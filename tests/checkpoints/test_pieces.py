@@ -7,7 +7,7 @@ import pytest
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, own_sentinels, pieces_of_json, pieces_of_vocabulary
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 seqio = pytest.importorskip("seqio")
 

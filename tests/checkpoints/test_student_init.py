@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit, cut_params, evenly_spaced, init_from_teacher
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import T5, init_params
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import T5, init_params
 from endistill_jax.sharding import abstract_params, make_mesh
 
 TEACHER = T5Config(

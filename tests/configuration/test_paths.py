@@ -8,8 +8,8 @@ import gin
 from endistill_jax import jobs
 from endistill_jax.configuration.loading import load
 from endistill_jax.configuration.paths import from_file
-from endistill_jax.errors import UserError
-from endistill_jax.losses import InterpolatedTargets, Path, Site
+from endistill_jax.core.errors import UserError
+from endistill_jax.objectives import InterpolatedTargets, Path, Site
 
 SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
 CROSS = Site(relations=("qk", "vv"), relation_heads=4)
@@ -49,7 +49,7 @@ def test_what_a_file_does_not_have_is_named_in_one_line(arguments, match):
 
 OWN_PATH = """
 from __gin__ import dynamic_registration
-from endistill_jax.losses import path
+from endistill_jax.objectives import objective as path
 PATH = @path.Path()
 path.Path.cross = @cross/path.Site()
 cross/path.Site.relations = ('qk',)

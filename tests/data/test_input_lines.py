@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.input_lines import InputFile
-from endistill_jax.errors import UserError
 
 
 def test_bad_lines_say_what_is_wrong_and_do_not_end_the_reading(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import seqio
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.pipeline import make_iterator
-from endistill_jax.errors import UserError
 
 LENGTHS = {"inputs": 64, "targets": 32}
 FIRST_SENTINEL = 258 + 100

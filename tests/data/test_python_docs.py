@@ -6,9 +6,9 @@ import pathlib
 import pytest
 import seqio
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data import docstrings, python_docs
 from endistill_jax.data.python_docs import PythonDocsConfig, PythonDocsSource, python_docs_builder
-from endistill_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

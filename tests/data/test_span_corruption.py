@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data import span_corruption
 from endistill_jax.data.span_corruption import corruption_lengths
-from endistill_jax.errors import UserError
 
 FIRST_SENTINEL, EOS = 9_999, 1
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.pipeline import make_iterator
 from endistill_jax.data.text_files import TextFilesSource, json_text, matching_files
-from endistill_jax.errors import UserError
 
 
 def _texts(folder, **settings):

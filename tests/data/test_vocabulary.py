@@ -2,8 +2,8 @@
 
 import pytest
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data import vocabulary
-from endistill_jax.errors import UserError
 
 NOUNS, OTHERS = ("list", "item", "value", "module", "name"), ("class", "function", "file", "sequence")
 TEXTS = [f"The {noun} of the {other} is {verb}." for noun in NOUNS for other in OTHERS for verb in ("read", "closed")]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramCounter
 
 VOCAB = 12

@@ -11,13 +11,13 @@ import seqio
 import tensorflow as tf
 
 from endistill_jax.checkpoints import huggingface
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
-from endistill_jax.errors import UserError
 from endistill_jax.evaluation.metrics import accuracy
 from endistill_jax.jobs import Data, Run, distill
-from endistill_jax.losses import Path, Site
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.t5 import init_params
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import init_params
+from endistill_jax.objectives import Path, Site
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -28,7 +28,7 @@ COLORS = {"cherry": "red", "leaf": "green", "sky": "blue"}
 DISTILL_GIN = """
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
-from endistill_jax.model import config
+from endistill_jax.models.t5 import config
 from endistill_jax.tasks import pretraining
 from endistill_jax.train import optimizer
 include 'gin/paths/minend.gin'
@@ -78,7 +78,7 @@ CHAIN_GIN = """
 include '{base}'
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
-from endistill_jax.model import config
+from endistill_jax.models.t5 import config
 from endistill_jax.train import optimizer
 jobs.Run.steps = 40
 jobs.Interpolation.number = 1

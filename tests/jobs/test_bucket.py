@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface, t5x
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import BUNDLED
-from endistill_jax.errors import UserError
 from endistill_jax.jobs import distill, evaluate, export, import_checkpoint, pretrain
-from endistill_jax.jobs.models import open_model
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
 

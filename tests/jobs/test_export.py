@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface, t5x
+from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
 from endistill_jax.data.vocabulary import BUNDLED
 from endistill_jax.jobs import export, pretrain
-from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
 from endistill_jax.tasks.pretraining import text_files_task
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import seqio
 
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
-from endistill_jax.errors import Stopped, UserError
+from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
 from endistill_jax.jobs.finetune import plan_runs
-from endistill_jax.jobs.models import open_model
-from endistill_jax.model.generation import Decoding
+from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.train.best import Best
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -112,7 +112,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, finetuned, distilled, 
 
     arguments = {"model_dir": str(tmp_path), "model": str(distilled), "finetuning": finetuning}
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr("endistill_jax.jobs.execution.StopSignal", StopsAtOnce)
+        patched.setattr("endistill_jax.train.run.StopSignal", StopsAtOnce)
         finetune(**arguments)
     assert finished_steps(str(tmp_path / "checkpoints")) == [2]
     (row,) = finetune(**arguments)
@@ -136,7 +136,7 @@ def test_a_run_ends_when_patience_does_and_keeps_its_best_checkpoint(tmp_path, d
         def summary(self):
             return ""
 
-    monkeypatch.setattr("endistill_jax.jobs.task_metrics.TaskMetrics.evaluate", lambda *_: Report())
+    monkeypatch.setattr("endistill_jax.evaluation.task_metrics.TaskMetrics.evaluate", lambda *_: Report())
     run = Run(
         steps=10,
         log_every=1,

@@ -11,9 +11,9 @@ import safetensors.numpy
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
 from endistill_jax.jobs import distill, export, import_checkpoint
-from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
-from endistill_jax.losses import Path
+from endistill_jax.objectives import Path
 
 BUNDLED = str(BUNDLED_FOLDER)
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from endistill_jax.errors import UserError
+from endistill_jax.checkpoints.models import TrainedModel
+from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.jobs import Reading, infer
-from endistill_jax.jobs.models import TrainedModel
-from endistill_jax.model.generation import Decoding
+from endistill_jax.models.generation.generation import Decoding
 
 TEXTS = [f"{'text ' * (number % 4)}number {number}" for number in range(40)]
 

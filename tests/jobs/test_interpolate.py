@@ -15,13 +15,13 @@ import pytest
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import Interpolation, Run, StageSettings, chain, export, interpolate, products
 from endistill_jax.jobs import plan as plan_job
-from endistill_jax.jobs.models import open_model
-from endistill_jax.model.t5 import init_params
+from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 

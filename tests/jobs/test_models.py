@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
+from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import bundled_vocabulary, padded_vocab_size
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.models import BUNDLED_FOLDER, open_model
-from endistill_jax.model.t5 import count_params
+from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.sharding import make_mesh, param_shardings
 
 

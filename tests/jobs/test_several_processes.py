@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.reading import finished_steps
-from endistill_jax.distributed import CONNECT_SECONDS
+from endistill_jax.multihost.initialize import CONNECT_SECONDS
 from endistill_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -170,11 +170,12 @@ def test_a_mistake_on_one_host_ends_all_of_them_and_is_told(tmp_path, command):
 
 DOWNSTREAM = """
     import runpy, sys
-    from endistill_jax import distributed, ending
+    from endistill_jax.multihost import initialize as distributed
+    from endistill_jax.multihost import shutdown as ending
     distributed.initialize()
     ending.watch()
     from endistill_jax.jobs import Data, Finetuning, Reading, Run, evaluate, finetune, infer
-    from endistill_jax.model.generation import Decoding
+    from endistill_jax.models.generation.generation import Decoding
     from endistill_jax.train.optimizer import OptimizerConfig
 
     conftest, folder, model, texts, outputs = sys.argv[1:]
@@ -246,10 +247,11 @@ HOSTS = """
     import numpy as np
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec
-    from endistill_jax import distributed, ending
-    from endistill_jax.agreement import agree, agree_on_folder
+    from endistill_jax.multihost import initialize as distributed
+    from endistill_jax.multihost import shutdown as ending
+    from endistill_jax.multihost.agreement import agree, agree_on_folder
     from endistill_jax.checkpoints.fingerprint import fingerprint_params
-    from endistill_jax.errors import UserError
+    from endistill_jax.core.errors import UserError
     from endistill_jax.sharding import host_part, host_rows, make_mesh, place_batch
 
     distributed.initialize()
@@ -305,8 +307,9 @@ FAILING = """
     import sys, time
     import numpy as np
     from jax.experimental import multihost_utils
-    from endistill_jax import distributed, ending
-    from endistill_jax.errors import UserError
+    from endistill_jax.multihost import initialize as distributed
+    from endistill_jax.multihost import shutdown as ending
+    from endistill_jax.core.errors import UserError
 
     distributed.initialize()
     ending.watch()

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import restore_params
-from endistill_jax.errors import UserError
-from endistill_jax.jobs import StudentInit, distill, execution
-from endistill_jax.jobs.models import open_model
+from endistill_jax.core.errors import UserError
+from endistill_jax.jobs import StudentInit, distill
+from endistill_jax.train import run as execution
 from endistill_jax.train.state import init_state
 
 INIT = StudentInit(kind="layers", decoder_layers=(1,))

@@ -8,19 +8,19 @@ import shutil
 import pytest
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps
-from endistill_jax.errors import Stopped, UserError
+from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StageSettings, StudentInit, study
-from endistill_jax.jobs.arms import plan_study
-from endistill_jax.jobs.models import open_model
-from endistill_jax.losses import Path
-from endistill_jax.reports.study_figures import final, paired
+from endistill_jax.objectives import Path
 from endistill_jax.sharding import HostPart, make_mesh
+from endistill_jax.studies.arms import plan_study
+from endistill_jax.studies.figures import final, paired
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 
 study_job = importlib.import_module("endistill_jax.jobs.study")  # the package has functions of these names
-study_runs = importlib.import_module("endistill_jax.jobs.study_runs")
+study_runs = importlib.import_module("endistill_jax.studies.runs")
 finetune = importlib.import_module("endistill_jax.jobs.finetune")
 
 SCRATCH = Path(lm_weight=1.0)
@@ -92,7 +92,7 @@ def studied(tmp_path_factory, arguments):
         return run
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("endistill_jax.jobs.execution.StopSignal", StopsThird)
+        patched.setattr("endistill_jax.train.run.StopSignal", StopsThird)
         with pytest.raises(Stopped):
             study(model_dir=str(folder), **arguments)
         assert finished_steps(str(folder / "taught" / "seed_0" / "checkpoints")) == [1], "stopped in the second arm"

@@ -9,17 +9,17 @@ import pytest
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import demo, distill, export, pretrain, train_vocabulary
-from endistill_jax.jobs.models import open_model
-from endistill_jax.jobs.training import Training
-from endistill_jax.losses import InterpolatedTargets, Path
-from endistill_jax.model.t5 import count_params, init_params
+from endistill_jax.models.t5.t5 import count_params, init_params
+from endistill_jax.objectives import InterpolatedTargets, Path
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import abstract_params
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
+from endistill_jax.train.training import Training
 
 
 def test_a_distillation_leaves_checkpoints_metrics_and_a_table(distilled, teacher):
@@ -35,7 +35,7 @@ def test_a_distillation_leaves_checkpoints_metrics_and_a_table(distilled, teache
 
 def test_hosts_compare_what_the_same_names_mean_to_each_of_them(monkeypatch, corpus, student, teacher, path, settings):
     told = []
-    monkeypatch.setattr("endistill_jax.jobs.training.agree", lambda topic, facts: told.append(facts))
+    monkeypatch.setattr("endistill_jax.train.training.agree", lambda topic, facts: told.append(facts))
     training = Training(model_dir="none", config=student, path=path, teacher=open_model(teacher), **settings)
     training.check()
     other = text_files_task("jobs_tests_v3", str(corpus), "bytes", held_out=0.1, extra_ids=50)

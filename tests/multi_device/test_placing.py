@@ -7,16 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from endistill_jax.errors import UserError
-from endistill_jax.jobs.held_out import HeldOut
-from endistill_jax.jobs.models import TrainedModel
-from endistill_jax.jobs.settings import Data, Run
-from endistill_jax.jobs.training import Training
-from endistill_jax.losses import Path
-from endistill_jax.model.config import T5Config
+from endistill_jax.checkpoints.models import TrainedModel
+from endistill_jax.core.errors import UserError
+from endistill_jax.evaluation.held_out import HeldOut
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Path
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
+from endistill_jax.train.settings import Data, Run
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
+from endistill_jax.train.training import Training
 
 CONFIG = T5Config(
     vocab_size=40, d_model=16, num_heads=8, head_dim=4, mlp_dim=24, num_encoder_layers=1, num_decoder_layers=1

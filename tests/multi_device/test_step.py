@@ -16,8 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.losses import Computation, InterpolatedTargets, Path, Site
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.objectives import Computation, InterpolatedTargets, Path, Site
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer

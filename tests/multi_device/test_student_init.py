@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit, cut_params, init_from_teacher
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import abstract_params, make_mesh, param_shardings
 
 TEACHER = T5Config(

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from endistill_jax.losses import Path, Site
-from endistill_jax.model.config import T5Config
-from endistill_jax.model.flops import Lengths
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.objectives import Path, Site
 from endistill_jax.planning.planned import PlannedStep
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.topologies import parse_topology

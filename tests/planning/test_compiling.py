@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.planning.compiling import Bounds, check_compilers, compile_bounded
 from endistill_jax.planning.topologies import parse_topology
 

@@ -9,10 +9,10 @@ import pytest
 
 import gin
 from endistill_jax.configuration.shapes import model_config
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.jobs.distill import as_teacher, check_shape
 from endistill_jax.main import main
-from endistill_jax.model.config import T5Config
+from endistill_jax.models.t5.config import T5Config
 from endistill_jax.planning import worker
 from endistill_jax.train.step import make_train_step
 
@@ -20,7 +20,7 @@ RUN = """
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
 from endistill_jax.configuration import shapes
-from endistill_jax.model import config
+from endistill_jax.models.t5 import config
 
 include 'gin/miniend_distill.gin'
 
@@ -44,7 +44,7 @@ jobs.distill.teacher_config = @shapes.model_config()
 """
 TEACHER = """
 from __gin__ import dynamic_registration
-from endistill_jax.model import config
+from endistill_jax.models.t5 import config
 VOCAB_SIZE = 64
 config.T5Config:
     vocab_size = %VOCAB_SIZE

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.planning.topologies import SHAPES, environment, known_names, parse_topologies, parse_topology
 
 

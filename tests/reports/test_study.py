@@ -6,11 +6,11 @@ import statistics
 import pytest
 from matplotlib.figure import Figure
 
-from endistill_jax.reports import study
 from endistill_jax.reports.files import json_text
-from endistill_jax.reports.study_figures import curve, downstream, final, paired, sites, task_metrics, trains_on
-from endistill_jax.reports.study_plots import study_plots
-from endistill_jax.reports.study_tables import study_tables
+from endistill_jax.studies import report as study
+from endistill_jax.studies.figures import curve, downstream, final, paired, sites, task_metrics, trains_on
+from endistill_jax.studies.plots import study_plots
+from endistill_jax.studies.tables import study_tables
 
 LOSS = {"scratch": (6.0, 6.3, 6.9), "taught": (5.5, 5.9, 6.4)}
 ROUGE = {"scratch": (10.0, 11.0, 12.0), "taught": (11.0, 13.0, 12.0)}

@@ -5,9 +5,9 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.data.registry import resolve_task
 from endistill_jax.data.vocabulary import BUNDLED
-from endistill_jax.errors import UserError
 from endistill_jax.tasks import glue
 from endistill_jax.tasks.glue_submission import submitted_config, write_submission
 from endistill_jax.tasks.registration import proportional_mixture

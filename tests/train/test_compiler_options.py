@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.batch import Batch
-from endistill_jax.errors import UserError
-from endistill_jax.losses import Path
+from endistill_jax.core.batch import Batch
+from endistill_jax.core.errors import UserError
+from endistill_jax.objectives import Path
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train import compiler_options
 from endistill_jax.train.compiler_options import options_of_platform

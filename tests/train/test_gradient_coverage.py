@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.losses import Path, Site, coefficients, term_sums, term_weights
-from endistill_jax.model.layout import unstack_layers
+from endistill_jax.models.t5.layout import unstack_layers
+from endistill_jax.objectives import Path, Site, coefficients, term_sums, term_weights
 from endistill_jax.train.step import forward
 
 SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.sharding import abstract_params
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule, matrices
 

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from endistill_jax.batch import batch_segments
-from endistill_jax.errors import UserError
-from endistill_jax.losses import InterpolatedTargets, Path, cross_entropy, logits_kl, relation_kl
-from endistill_jax.model.t5 import T5
+from endistill_jax.core.batch import batch_segments
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.t5 import T5
+from endistill_jax.objectives import InterpolatedTargets, Path, cross_entropy, logits_kl, relation_kl
 from endistill_jax.sharding import param_shardings
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import init_state, state_shardings

@@ -4,8 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
 
 # In transformers "gated-gelu" is the tanh form, and a plain "gelu" or any other gated one is the form it names.
 _ACTIVATIONS = {

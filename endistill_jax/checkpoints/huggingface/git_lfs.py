@@ -2,7 +2,7 @@
 
 import pathlib
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from endistill_jax.checkpoints.huggingface.config import read_config
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _SMALL = ("config.json", "generation_config.json", "spiece.model", "*token*.json")
 # The first that the model has is taken; files for other frameworks stay where they are.

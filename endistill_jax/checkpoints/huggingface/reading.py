@@ -11,8 +11,8 @@ from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COP
 from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces, vocabulary_of
 from endistill_jax.checkpoints.huggingface.weights import Weights
 from endistill_jax.checkpoints.interchange import Parameter, Params, assemble, parameters
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
 
 
 def open_folder(folder: str | os.PathLike[str]) -> "FolderSource":

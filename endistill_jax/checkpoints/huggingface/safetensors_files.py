@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 
 from endistill_jax.checkpoints.huggingface.stored_tensor import StoredTensor
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from endistill_jax.checkpoints.pieces import (
     pieces_of_json,
     sentinel_name,
 )
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _MODEL = "spiece.model"
 _SETTINGS = "tokenizer_config.json"

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from endistill_jax.checkpoints.huggingface.stored_tensor import StoredTensor
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _DTYPES = {
     "torch.float64": np.dtype(np.float64),

@@ -12,7 +12,7 @@ from endistill_jax.checkpoints.huggingface import safetensors_files, torch_files
 from endistill_jax.checkpoints.huggingface.git_lfs import refuse_pointer
 from endistill_jax.checkpoints.huggingface.stored_tensor import StoredTensor
 from endistill_jax.checkpoints.interchange import check_finite
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _BLOCK = 1 << 16  # elements compared together
 

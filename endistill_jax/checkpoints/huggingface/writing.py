@@ -16,8 +16,8 @@ from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COP
 from endistill_jax.checkpoints.huggingface.safetensors_files import Written, write_files
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, write_tokenizer
 from endistill_jax.checkpoints.interchange import Parameter, VocabularyFile, check_finite, parameters, tensors_of
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from endistill_jax.checkpoints.t5x.locating import Location, key_value_store
 from endistill_jax.checkpoints.t5x.msgpack_file import MsgpackFile, Node, float_type
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_storage_failure
 
 # Where parameters lie: T5X's own files, Orbax's, older files of both. Beside them lies the optimizer's state.

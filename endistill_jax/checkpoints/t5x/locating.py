@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.storage import BUCKET, reading_failure
 
 MSGPACK = "checkpoint"

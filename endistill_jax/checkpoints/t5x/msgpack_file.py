@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from flax import serialization
 
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 _CHUNKED = "__msgpack_chunked_array__"
 _NDARRAY = 1  # Flax's extension type

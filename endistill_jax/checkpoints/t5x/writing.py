@@ -16,8 +16,8 @@ from endistill_jax.checkpoints.interchange import Parameter, parameters, tensors
 from endistill_jax.checkpoints.t5x.locating import MSGPACK, key_value_store
 from endistill_jax.checkpoints.t5x.names import SCANNED, T5, Layout, Place, bias_places, insert_axis, place
 from endistill_jax.checkpoints.t5x.names import tensor_shapes as possible_shapes
-from endistill_jax.errors import UserError
-from endistill_jax.model.config import T5Config
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
 
 _VERSION = 3  # bfloat16 is stored as such
 _PIECE_BYTES = 64 << 20

@@ -8,7 +8,7 @@ import pytest
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.opening import open_source
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 NAME = "google/t5-v1_1-tiny"
 

@@ -20,7 +20,7 @@ from endistill_jax.checkpoints import huggingface  # noqa: E402
 from endistill_jax.checkpoints.huggingface.config import config_from_json  # noqa: E402
 from endistill_jax.checkpoints.interchange import VocabularyFile  # noqa: E402
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary  # noqa: E402
-from endistill_jax.errors import UserError  # noqa: E402
+from endistill_jax.core.errors import UserError  # noqa: E402
 
 
 def assert_same_function(params, config, model, batch):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.huggingface.weights import Weights
 from endistill_jax.checkpoints.interchange import assemble, parameters
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 
 def test_opening_reads_no_tensor(folder, config, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
 from endistill_jax.checkpoints.interchange import VocabularyFile
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 SENTINELS = [f"<extra_id_{index}>" for index in range(7)]
 

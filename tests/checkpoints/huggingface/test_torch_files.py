@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.interchange import assemble, parameters
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.sharding import make_mesh, param_shardings
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch (the hf extra)")

@@ -16,7 +16,7 @@ from endistill_jax.checkpoints.interchange import assemble
 from endistill_jax.checkpoints.t5x import source
 from endistill_jax.checkpoints.t5x.configuration import read_gin
 from endistill_jax.checkpoints.t5x.locating import key_value_store, locate
-from endistill_jax.errors import StorageFailure, UserError
+from endistill_jax.core.errors import StorageFailure, UserError
 
 
 def _tensors(golden, **changes):

@@ -11,7 +11,7 @@ from flax import serialization
 
 from endistill_jax.checkpoints import t5x
 from endistill_jax.checkpoints.t5x import writing
-from endistill_jax.errors import UserError
+from endistill_jax.core.errors import UserError
 
 
 def _save(folder, params, config, **settings):

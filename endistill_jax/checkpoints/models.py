@@ -1,0 +1,249 @@
+"""Finding a trained model: the bundled teacher, a Hugging Face or T5X checkpoint, or an earlier run of this system."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
+from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
+from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile, assemble
+from endistill_jax.checkpoints.opening import open_source
+from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
+from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.sharding import abstract_params, param_shardings
+from endistill_jax.storage import stored_path
+
+BUNDLED = "bundled"
+DTYPES = ("float32", "bfloat16")
+BUNDLED_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher"
+# Within the model directory of a run or of an import:
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+# Of a finished run whose checkpoints were not kept: a model directory with its parameters alone.
+PRODUCT = "product"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainedModel:
+    """A model that was trained earlier: its settings at once, its parameters when they are first needed.
+
+    Attributes:
+        source: where it is, as the user named it.
+        config: its settings, as it shall be run.
+        vocabulary_file: what lies beside it, if anything does.
+        step: how far it was trained, if that is known; else 0.
+        facts: what its checkpoint tells of how it was made; empty for a foreign one.
+        notes: what was assumed because the checkpoint does not say, a sentence each.
+        pieces: fingerprint of its vocabulary's pieces, where no SentencePiece model tells of it.
+    """
+
+    source: str
+    config: T5Config
+    vocabulary_file: VocabularyFile | None
+    step: int
+    facts: Facts
+    notes: tuple[str, ...] = ()
+    pieces: str | None = None
+    _read: Callable[[Any], tuple[Params, str]]
+    _loaded: Params | None = None
+    _shardings: Any = None  # of what is loaded
+    _fingerprint: str | None = None
+
+    def load(self, shardings: Any = None) -> Params:
+        """Reads the parameters, unless they are there already: nested dictionaries, layers stacked.
+
+        Args:
+            shardings: tree of `NamedSharding` like the parameters: every array goes straight onto the devices that keep
+                a part of it, and there too where it lay elsewhere so far. None gives NumPy arrays, or those that are
+                there already.
+
+        Raises:
+            UserError: naming what cannot be read.
+        """
+        if self._loaded is None:
+            self._loaded, self._fingerprint = self._read(shardings)
+            self._shardings = shardings
+        elif shardings is not None and shardings != self._shardings:
+            self._loaded, self._shardings = jax.device_put(self._loaded, shardings), shardings
+        return self._loaded
+
+    def load_on(self, mesh: Mesh, placement: str = "sharded") -> Params:
+        """As `load`, on a mesh by our own rules; see `sharding.logical_rules`."""
+        return self.load(param_shardings(self.config, mesh, placement))
+
+    def release(self) -> None:
+        """Forgets the parameters; `load` reads them again."""
+        self._loaded = None
+
+    @property
+    def params(self) -> Params:
+        """The parameters, where `load` put them."""
+        return self.load()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the parameters' content, as they are stored."""
+        if self._fingerprint is None:
+            self.load()
+        return self._fingerprint
+
+    @property
+    def vocabulary(self) -> str | None:
+        """Fingerprint of the vocabulary it was trained with; None if nothing tells."""
+        if "run" in self.facts:
+            return self.facts["run"]["vocabulary"]
+        return fingerprint_of(self.vocabulary_file)
+
+    def has_other_vocabulary(self, vocabulary: Any) -> bool:
+        """Whether it is known to have been trained with another vocabulary."""
+        if self.vocabulary is not None:
+            return self.vocabulary != fingerprint_vocabulary(vocabulary)
+        return self.pieces is not None and self.pieces != fingerprint_pieces(pieces_of_vocabulary(vocabulary))
+
+
+def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) -> TrainedModel:
+    """Finds a model and checks names, shapes and files; reads no parameters yet.
+
+    Args:
+        source: "bundled", the model directory of a run or of an import (its last step) or `checkpoints/<step>` in it, a
+            Hugging Face T5 folder, the name of one on the Hugging Face hub, or a T5X checkpoint.
+        dtype: float32 or bfloat16: type of its parameters and of its computations.
+        scan_layers: whether its layers run in a compiled loop.
+
+    Raises:
+        UserError: if there is no model, or it cannot be read.
+    """
+    execution = {"dtype": dtype, "scan_layers": scan_layers}
+    run = find_run(source)
+    if run is not None:
+        directory, step = run
+        facts = read_facts_of_step(str(directory), step)
+        config = dataclasses.replace(T5Config(**facts["run"]["model"]), **execution)
+        return TrainedModel(
+            source=source,
+            config=config,
+            vocabulary_file=vocabulary_of(directory.parent / TOKENIZER),
+            step=step,
+            facts=facts,
+            pieces=facts.get("import", {}).get("pieces"),
+            _read=lambda shardings: _read_run(str(directory), step, facts, config, shardings),
+        )
+    path = str(BUNDLED_FOLDER) if source == BUNDLED else source
+    opened = open_source(path)
+    unread = [opened]
+    config = dataclasses.replace(opened.config, **execution)
+    return TrainedModel(
+        source=source,
+        config=config,
+        vocabulary_file=opened.vocabulary,
+        step=opened.step,
+        facts={},
+        notes=opened.notes,
+        pieces=opened.pieces,
+        # A source that was read is closed, and a model may be read again: then it is opened anew.
+        _read=lambda shardings: _read_source(unread.pop() if unread else open_source(path), config, shardings),
+    )
+
+
+def promise_model(source: str, config: T5Config) -> TrainedModel:
+    """A model that will have been trained in a model directory by the time its parameters are first read.
+
+    Args:
+        source: the model directory.
+        config: its settings, as it shall be run.
+    """
+
+    def read(shardings: Any) -> tuple[Params, str]:
+        model = open_model(source, config.dtype, config.scan_layers)
+        return model.load(shardings), model.fingerprint
+
+    return TrainedModel(source=source, config=config, vocabulary_file=None, step=0, facts={}, _read=read)
+
+
+def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
+    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+
+    Raises:
+        UserError: if the model was trained with another one, or has fewer ids.
+    """
+    from endistill_jax.data.vocabulary import load_vocabulary
+
+    found = model.vocabulary_file
+    if file is not None:
+        found = VocabularyFile(file, extra_ids)
+        if model.has_other_vocabulary(load_vocabulary(file, extra_ids=extra_ids)):
+            raise UserError(
+                f"{model.source} was trained with another vocabulary than {file} with {extra_ids} extra ids; "
+                "give its own, or leave vocabulary_file out"
+            )
+    if found is not None:
+        check_vocabulary(found, model.config.vocab_size)
+    return found
+
+
+def tell_notes(model: TrainedModel) -> None:
+    """Prints what had to be assumed of a model."""
+    for note in model.notes:
+        print(f"{model.source}: {note}")
+
+
+def find_run(source: str) -> tuple[epath.Path, int] | None:
+    """The directory of the checkpoints that a path names, and the step: the last, if the path names none.
+
+    A product comes before the checkpoints it was made from: where there are still some, they are being removed.
+    """
+    folder = stored_path(source)
+    if folder.name.isdecimal() and int(folder.name) in finished_steps(str(folder.parent)):
+        return folder.parent, int(folder.name)
+    for directory in (folder / PRODUCT / CHECKPOINTS, folder / CHECKPOINTS, folder):
+        if steps := finished_steps(str(directory)):
+            return directory, steps[-1]
+    return None
+
+
+def fingerprint_of(file: VocabularyFile | None) -> str | None:
+    """The fingerprint of a vocabulary file with its sentinels."""
+    from endistill_jax.data.vocabulary import load_vocabulary
+
+    return None if file is None else fingerprint_vocabulary(load_vocabulary(file.path, extra_ids=file.extra_ids))
+
+
+def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
+    """Puts a vocabulary into a model directory, in the form that Hugging Face tokenizers have."""
+    folder = epath.Path(model_dir).expanduser() / TOKENIZER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, file)
+
+
+def _read_source(opened: Source, config: T5Config, shardings: Any) -> tuple[Params, str]:
+    with opened:
+        return assemble(opened, config.dtype, shardings)
+
+
+def _read_run(directory: str, step: int, facts: Facts, config: T5Config, shardings: Any) -> tuple[Params, str]:
+    """Restores a run's parameters; those of an import, whose fingerprint is known, come in their final type at once."""
+    fingerprint = facts.get("import", {}).get("fingerprint")
+    abstract = None
+    if shardings is not None:
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, config.dtype if fingerprint else leaf.dtype, sharding=sharding
+            ),
+            abstract_params(config),
+            shardings,
+        )
+    params = restore_params(directory, step, abstract_params=abstract)[0]
+    fingerprint = fingerprint or fingerprint_params(params)
+    leaves, tree = jax.tree.flatten(params)
+    del params  # so that each leaf is let go when it has been cast
+    for index, leaf in enumerate(leaves):
+        leaves[index] = leaf.astype(jnp.dtype(config.dtype))
+    return jax.tree.unflatten(tree, leaves), fingerprint

@@ -1,0 +1,1 @@
+"""Types that everything shares: batches, sites, settings, errors."""

@@ -1,0 +1,1 @@
+"""Distillation inside T5X."""

@@ -1,0 +1,1 @@
+"""Interpolated distillation: assistants between a large teacher and a small student."""

@@ -1,0 +1,248 @@
+"""A chain of distillations in one model directory: planned, checked, run stage by stage, and gone on with.
+
+Each stage is an ordinary run in a folder `stage_<n>` of the model directory; the last one's product is the chain's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+from jax.sharding import Mesh
+
+from endistill_jax.checkpoints.models import TrainedModel, promise_model
+from endistill_jax.checkpoints.reading import Facts
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.core.errors import UserError, naming
+from endistill_jax.evaluation.report import Evaluation
+from endistill_jax.interpolation.products import check_not_damaged, keep_product, product_fingerprint, remedy
+from endistill_jax.interpolation.settings import Interpolation
+from endistill_jax.interpolation.stages import Stage, plan_stages, stages_table
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.multihost.agreement import agree
+from endistill_jax.objectives import Path
+from endistill_jax.train.best import Best
+from endistill_jax.train.finished import check_same_run, is_finished, last_facts, what_was_found
+from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import train
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage ended with, now or when it was run earlier.
+
+    Attributes:
+        model_dir: a model directory: of `open_model`, `export` and every other job.
+        config: its student.
+        figures: of the last evaluation, by name.
+        best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
+        tokens: real tokens read, inputs and targets.
+        seconds: spent in training steps, over all attempts.
+    """
+
+    model_dir: str
+    config: T5Config
+    figures: Mapping[str, float]
+    best: Best
+    tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Stages that were planned and not started.
+
+    Attributes:
+        stages: their settings, in order.
+        trainings: each as an ordinary run in its folder; the teacher of all but the first is read once it is there.
+        path: of all stages that have none of their own, and of the direct distillation that they are compared with.
+        keep: see `Interpolation.keep`.
+    """
+
+    stages: tuple[Stage, ...]
+    trainings: tuple[Training, ...]
+    path: Path
+    keep: str = "params"
+
+    def check(self) -> None:
+        """Finds what would go wrong later, in any stage, before anything is created; reads no example.
+
+        Raises:
+            UserError: naming the stage, the setting or the damage, and what would be right.
+        """
+        for number, training in enumerate(self.trainings, 1):
+            with naming(f"stage {number}"):
+                training.check()
+        self.standings()
+
+    def describe(self) -> str:
+        """The table of the stages: shape, parameters, ratio, operations, steps, and where each stands."""
+        states = []
+        for step, facts in self.standings():
+            states.append("finished" if is_finished(facts) else f"at step {step}" if facts else "")
+        return stages_table(self.stages, self.path, states)
+
+    def standings(self) -> list[tuple[int, Facts]]:
+        """Of every stage the last step that is saved, and its facts; 0 and nothing where there is none.
+
+        Raises:
+            UserError: for what was made with other settings, by another teacher, or is not whole.
+        """
+        found: list[tuple[int, Facts]] = []
+        for number, training in enumerate(self.trainings, 1):
+            with naming(f"stage {number}", functools.partial(self._advice_on_product, number)):
+                check_not_damaged(training.model_dir)
+                step, facts = last_facts(training.model_dir)
+            if facts:
+                if found and not is_finished(found[-1][1]):
+                    raise UserError(
+                        f"stage {number} was begun in {training.model_dir}, but stage {number - 1}, its teacher, is "
+                        f"not there as a whole; {self._advice(number - 1)}"
+                    )
+                with naming(f"stage {number}"):
+                    check_same_run(training, step, facts, contents=False)
+                if is_finished(facts) or number == 1:
+                    self._check_teacher(number, facts)
+            found.append((step, facts))
+        agree("stages", {str(number): step for number, (step, _) in enumerate(found, 1)})
+        return found
+
+    def _check_teacher(self, number: int, facts: Facts) -> None:
+        """A stage had the teacher of this chain: by content, which is read only where nothing else tells."""
+        teacher = self.trainings[number - 1].teacher
+        known = product_fingerprint(teacher.source) if number > 1 else None
+        if known is None and facts["teacher"]["source"] == teacher.source:
+            return
+        self._check_content(number, facts, known or teacher.fingerprint)
+
+    def _check_content(self, number: int, facts: Facts, fingerprint: str) -> None:
+        if facts["run"]["teacher"] != fingerprint:
+            raise UserError(
+                f"stage {number} was trained by another teacher than {self.trainings[number - 1].teacher.source}; "
+                f"{'give that one, or another model directory' if number == 1 else self._advice(number)}"
+            )
+
+    def _advice(self, number: int) -> str:
+        after = " and the stages after it" if number < len(self.trainings) else ""
+        folder = self.trainings[number - 1].model_dir
+        return f"bring {folder} back as it was, or remove it{after} to run from there again"
+
+    def _advice_on_product(self, number: int) -> str:
+        return remedy(self.trainings[number - 1].model_dir) or self._advice(number)
+
+    def load_teacher(self, number: int) -> None:
+        """Reads the teacher of a stage to where its run wants it: the chain's, or the product of the stage before.
+
+        Raises:
+            UserError: naming the stage whose product cannot be read, or is not what it was, or that was begun with
+                another teacher.
+        """
+        training = self.trainings[number - 1]
+        if number == 1:
+            training.load_teacher()
+            _, facts = last_facts(training.model_dir)
+            if facts:
+                self._check_content(1, facts, training.teacher.fingerprint)
+            return
+        try:
+            training.load_teacher()
+            known = product_fingerprint(training.teacher.source)
+            if known is not None and training.teacher.fingerprint != known:
+                raise UserError(f"the parameters in {training.teacher.source} are not those that were written")
+        except UserError as error:
+            raise UserError(
+                f"the product of stage {number - 1}, which teaches stage {number}, cannot be used: {error}; "
+                f"{self._advice_on_product(number - 1)}"
+            ) from error
+
+
+def plan_chain(
+    model_dir: str,
+    teacher: TrainedModel,
+    student: T5Config,
+    interpolation: Interpolation,
+    *,
+    path: Path,
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+    student_init: StudentInit = RANDOM,
+    label: str = "",
+) -> Chain:
+    """The chain from a teacher to a student, each stage in `<model_dir>/stage_<n>/`; creates and reads nothing.
+
+    Args:
+        model_dir: receives the folders of the stages.
+        teacher: opened; assistants are of its type and run like it when they teach.
+        student: the last student.
+        interpolation: how many stages, and what each does in its own way; for the rest see `stages.plan_stages`.
+        path: what is compared.
+        data: what all stages read.
+        optimizer: how students are updated.
+        run: how long each stage is, on which mesh, what is kept.
+        student_init: what students start from.
+        label: begins the progress lines.
+
+    Raises:
+        UserError: no such assistants, or settings of a stage that does not exist.
+    """
+    settings = {"path": path, "data": data, "optimizer": optimizer, "run": run, "student_init": student_init}
+    stages = plan_stages(teacher.config, student, interpolation, **settings)
+    trainings: list[Training] = []
+    for stage in stages:
+        taught_by = promise_model(trainings[-1].model_dir, stage.teacher) if trainings else teacher
+        trainings.append(
+            Training(
+                model_dir=f"{model_dir}/stage_{stage.number}",
+                config=stage.student,
+                path=stage.path,
+                data=stage.data,
+                optimizer=stage.optimizer,
+                run=stage.run,
+                teacher=taught_by,
+                student_init=stage.student_init,
+                label=", ".join(filter(None, (label, f"stage {stage.number} of {len(stages)}"))),
+            )
+        )
+    return Chain(stages=stages, trainings=tuple(trainings), path=path, keep=interpolation.keep)
+
+
+def run_chain(
+    chain: Chain, evaluation: Callable[[Mesh], Evaluation], *, release_teacher: bool = True
+) -> tuple[StageResult, ...]:
+    """Runs what is not finished of a chain, in order; the results of all its stages, the student's last.
+
+    Args:
+        chain: checked.
+        evaluation: gives what judges the students on a mesh; asked for each stage that is run, and for no other.
+        release_teacher: forget the chain's teacher after the first stage; False for one that is needed elsewhere.
+
+    Raises:
+        UserError: naming the stage.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+    """
+    results = []
+    for number, ((_, facts), training) in enumerate(zip(chain.standings(), chain.trainings, strict=True), 1):
+        if not is_finished(facts):
+            chain.load_teacher(number)
+            with naming(f"stage {number}"):
+                train(training, evaluation(training.mesh()))
+            if number > 1 or release_teacher:
+                training.teacher.release()
+        with naming(f"stage {number}"):
+            if chain.keep == "params" and number < len(chain.trainings):
+                keep_product(training)
+            _, facts = last_facts(training.model_dir)
+        found = what_was_found(facts)
+        results.append(
+            StageResult(
+                model_dir=training.model_dir,
+                config=training.config,
+                figures=facts["held_out"],
+                best=found.best,
+                tokens=found.tokens,
+                seconds=found.seconds,
+            )
+        )
+    return tuple(results)

@@ -1,0 +1,234 @@
+"""The stages of interpolated distillation as plain settings: who learns from whom, how long, and what it costs.
+
+A chain goes from the teacher over its assistants to the student. Each stage is an ordinary distillation, whose student
+is the next stage's teacher.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.core.errors import UserError
+from endistill_jax.interpolation.assistants import check_assistants, non_embedding_params, plan_assistants
+from endistill_jax.interpolation.settings import Interpolation, StageSettings
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.objectives import Path
+from endistill_jax.reports.table import Column, plain_table
+from endistill_jax.train.flops import step_flops
+from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.settings import Data, Run
+
+COLUMNS = (
+    Column(key="stage", title="stage"),
+    Column(key="shape", title="layers x width, heads, MLP"),
+    Column(key="parameters", title="parameters", kind="count"),
+    Column(key="body", title="non-embedding", kind="count"),
+    Column(key="ratio", title="ratio", kind="number"),
+    Column(key="token_flops", title="FLOPs a token", kind="number"),
+    Column(key="steps", title="steps", kind="number"),
+    Column(key="flops", title="FLOPs", kind="number"),
+    Column(key="share", title="share", kind="share"),
+    Column(key="state", title="state"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One distillation of a chain.
+
+    Attributes:
+        number: from 1.
+        teacher: shape of what is learnt from.
+        student: shape of what learns.
+        path: what is compared.
+        data: what both read.
+        optimizer: how the student is updated.
+        run: how long, on which mesh, what is kept.
+        student_init: what the student starts from.
+    """
+
+    number: int
+    teacher: T5Config
+    student: T5Config
+    path: Path
+    data: Data
+    optimizer: OptimizerConfig
+    run: Run
+    student_init: StudentInit
+
+    @property
+    def ratio(self) -> float:
+        """Non-embedding parameters of the teacher to those of the student."""
+        return non_embedding_params(self.teacher) / non_embedding_params(self.student)
+
+    @property
+    def step_flops(self) -> int:
+        """Operations of one training step, by formula; see `train/flops.py`."""
+        return _step_flops(self.student, self.teacher, self.path, self.data)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the whole stage."""
+        return self.run.steps * self.step_flops
+
+
+def plan_stages(
+    teacher: T5Config,
+    student: T5Config,
+    interpolation: Interpolation,
+    *,
+    path: Path,
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+    student_init: StudentInit = RANDOM,
+) -> tuple[Stage, ...]:
+    """The stages from teacher to student; pure.
+
+    Args:
+        teacher: as it is run; assistants are run alike when they teach.
+        student: the last student. Assistants have its kind of layers, its vocabulary and its way of execution.
+        interpolation: how many, and what each does in its own way.
+        path: what is compared, where a stage has no path of its own.
+        data: what all of them read.
+        optimizer: how students are updated, where a stage has none of its own.
+        run: of each stage, where it has none of its own; of the direct distillation that `equal_compute` compares with.
+        student_init: what students start from, where a stage has none of its own.
+
+    Raises:
+        UserError: no such assistants, settings of a stage that does not exist, steps of another number of stages.
+    """
+    paths = [path, *(own.path for own in interpolation.stages.values() if own.path is not None)]
+    assistants = interpolation.assistants
+    if assistants is None:
+        assistants = plan_assistants(
+            teacher,
+            student,
+            number=interpolation.number,
+            largest_ratio=interpolation.largest_ratio,
+            relation_heads=tuple(heads for each in paths for heads in each.relation_heads.values()),
+        )
+    check_assistants(teacher, assistants, student)
+    students = (*assistants, student)
+    teachers = (teacher, *(as_teacher_like(teacher, each) for each in assistants))
+    own = interpolation.by_stage(len(students))
+    common = {"path": path, "optimizer": optimizer, "run": run, "student_init": student_init}
+    stages = [
+        Stage(
+            number=number,
+            teacher=teachers[number - 1],
+            student=students[number - 1],
+            data=data,
+            **{name: getattr(own.get(number, StageSettings()), name) or setting for name, setting in common.items()},
+        )
+        for number in range(1, len(students) + 1)
+    ]
+    direct = run.steps * _step_flops(student, teacher, path, data)
+    steps = _stage_steps(interpolation, stages, direct)
+    return tuple(
+        dataclasses.replace(stage, run=dataclasses.replace(stage.run, steps=each, seed=run.seed))
+        for stage, each in zip(stages, steps, strict=True)
+    )
+
+
+def equal_compute_steps(
+    step_costs: Sequence[float], total: float, shares: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """How many steps each stage has so that all of them together cost `total`, to half a step of the last.
+
+    Args:
+        step_costs: operations of one step of each stage.
+        total: operations of all steps together, such as those of a direct distillation.
+        shares: how the numbers of steps are to each other; None makes them equal.
+
+    Raises:
+        UserError: shares that do not fit, or a total that is too small for a step of each.
+    """
+    if shares is None:
+        shares = (1.0,) * len(step_costs)
+    if len(shares) != len(step_costs):
+        raise UserError(
+            f"Interpolation.shares is {tuple(shares)}; give one number above 0 for each of {len(step_costs)} stages"
+        )
+    unit = total / sum(share * cost for share, cost in zip(shares, step_costs, strict=True))
+    steps = [int(unit * share) for share in shares[:-1]]
+    left = total - sum(count * cost for count, cost in zip(steps, step_costs, strict=False))
+    steps.append(round(left / step_costs[-1]))
+    if min(steps) < 1:
+        raise UserError(
+            f"Interpolation.equal_compute leaves {steps} steps to the stages; give Run.steps more, or fewer assistants"
+        )
+    return tuple(steps)
+
+
+def stages_table(stages: Sequence[Stage], path: Path, states: Sequence[str] = ()) -> str:
+    """The stages as plain text, the teacher first.
+
+    Args:
+        stages: in order.
+        path: of the direct distillation that all of them are compared with, as in `plan_stages`.
+        states: where each stands; none where none has begun.
+    """
+    total = sum(stage.flops for stage in stages)
+    teacher = {"stage": "teacher", **_size(stages[0].teacher)}
+    rows = [teacher, *(_row(stage, total) for stage in stages)]
+    for row, state in zip(rows[1:], states, strict=False):
+        row["state"] = state
+    columns = [column for column in COLUMNS if column.key != "state" or any(states)]
+    direct = _step_flops(stages[-1].student, stages[0].teacher, path, stages[0].data)
+    return (
+        f"{plain_table(rows, columns)}"
+        f"In all {total:.3g} FLOPs, as many as {total / direct:,.0f} steps from the teacher straight to the student. "
+        "Tokens are positions, padding included.\n"
+    )
+
+
+def _size(config: T5Config) -> dict[str, Any]:
+    depths = f"{config.num_encoder_layers}+{config.num_decoder_layers}"
+    body = non_embedding_params(config)
+    return {
+        "shape": f"{depths} x {config.d_model}, {config.num_heads} x {config.head_dim}, {config.mlp_dim}",
+        "body": body,
+        "parameters": body + (1 if config.tied_head else 2) * config.vocab_size * config.d_model,
+    }
+
+
+def _row(stage: Stage, total: int) -> dict[str, Any]:
+    batch, source, target = lengths(stage.data)
+    return {
+        "stage": f"stage {stage.number}",
+        **_size(stage.student),
+        "ratio": stage.ratio,
+        "token_flops": f"{stage.step_flops / (batch * (source + target)):.3g}",
+        "steps": f"{stage.run.steps:,}",
+        "flops": f"{stage.flops:.3g}",
+        "share": stage.flops / total,
+    }
+
+
+def as_teacher_like(teacher: T5Config, shape: T5Config) -> T5Config:
+    """A model as it is run when it teaches: like the first teacher."""
+    return T5Config(**shape.architecture(), dtype=teacher.dtype, scan_layers=teacher.scan_layers)
+
+
+def _step_flops(student: T5Config, teacher: T5Config, path: Path, data: Data) -> int:
+    return step_flops(student, teacher, path, lengths(data)).total
+
+
+def lengths(data: Data) -> Lengths:
+    """Size of a batch."""
+    return Lengths(data.batch_size, data.inputs_length, data.targets_length)
+
+
+def _stage_steps(interpolation: Interpolation, stages: Sequence[Stage], direct: int) -> tuple[int, ...]:
+    if interpolation.equal_compute:
+        return equal_compute_steps([stage.step_flops for stage in stages], direct, interpolation.shares)
+    if interpolation.steps is None:
+        return tuple(stage.run.steps for stage in stages)
+    if len(interpolation.steps) != len(stages):
+        raise UserError(
+            f"Interpolation.steps is {interpolation.steps}; give one number for each of {len(stages)} stages"
+        )
+    return interpolation.steps

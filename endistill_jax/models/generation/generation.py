@@ -1,0 +1,166 @@
+"""Text from a model: one entry, `make_decoder`, to greedy decoding, sampling and beam search."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.generation.beam_search import beam_search
+from endistill_jax.models.generation.sampling import draw, filter_logits
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.decoding import SearchState, most_likely, search
+from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
+
+STRATEGIES = ("greedy", "sample", "beam")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How text is generated.
+
+    Attributes:
+        max_length: tokens generated at most, the end included.
+        strategy: "greedy" takes the likeliest token at every step, "sample" draws one, "beam" follows the `beams`
+            likeliest beginnings.
+        temperature: of "sample": logits are divided by it.
+        top_k: of "sample": draws from this many of the likeliest tokens; 0 means all.
+        top_p: of "sample": draws from the fewest of the likeliest tokens that together have this probability.
+        beams: of "beam".
+        length_penalty: of "beam": a text of n tokens, the end included, has the score log-probability /
+            n ** length_penalty, as in Hugging Face's `generate` (T5X and Flax take ((5 + n) / 6) ** alpha instead).
+            0 compares log-probabilities, 1 means per token; more favours long texts.
+        eos_id: the token that ends a text.
+    """
+
+    max_length: int
+    strategy: Literal["greedy", "sample", "beam"] = "greedy"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 4
+    length_penalty: float = 1.0
+    eos_id: int = 1
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"Decoding.strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        for name, least in (("max_length", 1), ("top_k", 0), ("beams", 1), ("eos_id", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"Decoding.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0.0 < self.temperature < float("inf"):
+            raise UserError(
+                f"Decoding.temperature is {self.temperature}; it must be positive (strategy 'greedy' is the limit 0)"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"Decoding.top_p is {self.top_p}; it must be in (0, 1]")
+        if not abs(self.length_penalty) < float("inf"):
+            raise UserError(f"Decoding.length_penalty is {self.length_penalty}; it must be a finite number")
+
+    def validate(self, config: T5Config) -> None:
+        """Checks the settings against a model's.
+
+        Raises:
+            UserError: if the vocabulary is too small for them.
+        """
+        size = config.vocab_size
+        if self.eos_id >= size:
+            raise UserError(f"Decoding.eos_id is {self.eos_id}, and the model's vocabulary has {size} tokens")
+        if self.strategy == "beam" and size < 2 * self.beams:
+            raise UserError(
+                f"Decoding.beams is {self.beams}, and the model's vocabulary has {size} tokens; it must have at least "
+                f"{2 * self.beams}, twice as many, or give at most {size // 2} beams"
+            )
+
+
+class Decoded(NamedTuple):
+    """Generated text.
+
+    Attributes:
+        tokens: int32 [batch, max_length], up to and with the end, then 0.
+        scores: float32 [batch], the sum of the log-probabilities that the model gives to the tokens (when sampling too:
+            before temperature and filters); of beam search divided by n ** length_penalty.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+
+
+Decode = Callable[..., Decoded]
+
+
+def make_decoder(
+    config: T5Config, decoding: Decoding, *, mesh: Mesh | None = None, placement: str = "sharded"
+) -> Decode:
+    """Builds the jitted search; make it once for a model and keep it, or it compiles again. It compiles once a shape.
+
+    Args:
+        config: the model's settings.
+        decoding: how text is generated.
+        mesh: what it runs on; None for wherever the arguments are.
+        placement: how the parameters lie on the mesh; see `sharding.logical_rules`. "sharded" gathers what is split
+            along `fsdp` while it generates; "replicated" is faster where the memory allows it.
+
+    Returns:
+        A function (params, tokens, key=None, row_ids=None) -> `Decoded`: `tokens` are int [batch, source], one example
+        a row, 0 is padding, and a row of nothing but padding stays empty, with score 0. `key`, of "sample" alone, and
+        `row_ids`, int [batch], by default 0, 1, ..., decide together what is drawn for a row: give rows their number
+        in the whole data, and they do not depend on how it is cut into batches.
+
+    Raises:
+        UserError: if settings and model do not go together; by the function, if it is to sample without a key.
+    """
+    decoding.validate(config)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        # There a loop over layers copies each layer's parameters and cache at every token, for twice the time.
+        config = dataclasses.replace(config, scan_layers=False)
+
+    def decode(params: Any, tokens: jax.Array, key: jax.Array | None, row_ids: jax.Array | None) -> Decoded:
+        with contextlib.nullcontext() if mesh is None else activation_sharding(mesh, placement):
+            return generate(config, decoding, params, tokens, key, row_ids)
+
+    options = {}
+    if mesh is not None:
+        rows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        options = {"in_shardings": (param_shardings(config, mesh, placement), rows, whole, rows), "out_shardings": rows}
+    jitted = jax.jit(decode, **options)
+
+    def checked(
+        params: Any, tokens: jax.Array, key: jax.Array | None = None, row_ids: jax.Array | None = None
+    ) -> Decoded:
+        if key is None and decoding.strategy == "sample":
+            raise UserError(
+                "decoding draws at random (strategy 'sample') and was given no key; give jax.random.key(seed)"
+            )
+        return jitted(params, tokens, key, row_ids)
+
+    return checked
+
+
+def generate(
+    config: T5Config,
+    decoding: Decoding,
+    params: Any,
+    tokens: jax.Array,
+    key: jax.Array | None = None,
+    row_ids: jax.Array | None = None,
+) -> Decoded:
+    """What `make_decoder` jits: a pure function, for programs of which generating is a part."""
+    length, eos_id = decoding.max_length, decoding.eos_id
+    if decoding.strategy == "beam":
+        found = beam_search(config, params, tokens, length, eos_id, decoding.beams, decoding.length_penalty)
+        return Decoded(*found)
+    row_ids = jnp.arange(len(tokens)) if row_ids is None else row_ids
+
+    def draw_one(logits: jax.Array, state: SearchState) -> jax.Array:
+        filtered = filter_logits(logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+        return draw(filtered, key, row_ids, state.cache.index)
+
+    choose = most_likely if decoding.strategy == "greedy" else draw_one
+    state = search(config, params, {"encoder_input_tokens": tokens}, length, eos_id, choose)
+    return Decoded(state.tokens, state.scores)

@@ -1,0 +1,152 @@
+"""Attention of split heads, T5's way: unscaled scores, an additive position bias, a float32 softmax.
+
+Computed at once, or for some examples and heads at a time: then only their scores are ever in memory, and those of a
+group that fits a chip's own memory never leave it. The values are the same.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.groups import Groups, choose_groups
+
+# Most that the scores of a frozen model's attention take at a time: on a TPU a quarter of a v5e's vector memory, where
+# the position bias finds room beside them; elsewhere a small part of the memory.
+ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
+
+# Finite, so that a row that sees no key gets a uniform softmax and finite gradients instead of NaN.
+MASKED_SCORE = -1e10
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention_weights(
+    scores: jax.Array, position_bias: jax.Array | None, mask: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """softmax(scores + position_bias) over the visible keys, computed in float32 and returned in `dtype`.
+
+    Keeps for its gradient what it returns and nothing else. A row that sees no key gets equal weights and no gradient.
+
+    Args:
+        scores: [batch, num_heads, query_length, key_length], float32.
+        position_bias: [1, num_heads, query_length, key_length] or None.
+        mask: [batch, 1, query_length, key_length], true where a key is visible.
+        dtype: of the weights.
+    """
+    if position_bias is not None:
+        scores = scores + position_bias
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(dtype)
+
+
+def _weights_forward(scores, position_bias, mask, dtype) -> tuple[jax.Array, tuple]:
+    weights = attention_weights(scores, position_bias, mask, dtype)
+    return weights, (weights, position_bias is not None, mask)
+
+
+def _weights_backward(dtype, kept: tuple, by_weights: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
+    weights, has_bias, mask = kept
+    weights, by_weights = weights.astype(jnp.float32), by_weights.astype(jnp.float32)
+    expected = jnp.sum(weights * by_weights, axis=-1, keepdims=True)
+    by_scores = jnp.where(mask, weights * (by_weights - expected), 0)
+    if not has_bias:
+        return by_scores, None, None
+    # The sum over examples as a product: XLA's CPU compiler takes thirty times as long for a sum over the first axis.
+    examples = jnp.ones((1, len(by_scores)), jnp.float32)
+    by_bias = jnp.dot(examples, by_scores.reshape(len(by_scores), -1), precision=jax.lax.Precision.HIGHEST)
+    return by_scores, by_bias.reshape(1, *by_scores.shape[1:]), None
+
+
+attention_weights.defvjp(_weights_forward, _weights_backward)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    position_bias: jax.Array | None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """The sum of the values, weighted by attention: [batch, num_heads, query_length, head_dim].
+
+    Args:
+        query: [batch, num_heads, query_length, head_dim].
+        key: [batch, num_heads, key_length, head_dim].
+        value: as `key`.
+        mask: [batch, 1, query_length, key_length], true where a key is visible.
+        position_bias: [1, num_heads, query_length, key_length] or None.
+        drop: applied to the weights.
+    """
+    # [batch, num_heads, query_length, key_length]
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    weights = drop(attention_weights(scores, position_bias, mask, value.dtype))
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+
+
+def attend_in_groups(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    position_bias: jax.Array | None,
+    group_bytes: int,
+) -> jax.Array:
+    """As `attend`, with at most `group_bytes` of scores at a time on a device, or those of two heads of one example.
+
+    The gradient computes a group's scores again. Where a mesh is set, each device runs over its own examples and heads:
+    a loop that the compiler had to split itself would gather what it slices. A mesh that does not divide them computes
+    all at once.
+    """
+    arrays = (query, key, value, mask, position_bias)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = (1, 1) if mesh.empty else tuple(_parts(mesh, logical) for logical in ("batch", "heads"))
+    examples, heads = (size // part for size, part in zip(query.shape, parts, strict=False))
+    groups = choose_groups(examples, heads, query.shape[2], key.shape[2], group_bytes)
+    divided = (examples * parts[0], heads * parts[1]) == query.shape[:2]
+    if not divided or (groups.examples, groups.heads) == (examples, heads):
+        return attend(*arrays)
+    run = functools.partial(_run_groups, groups)
+    if parts == (1, 1):
+        return run(*arrays)
+    vectors, masks, biases = (
+        nn.logical_to_mesh_axes((*axes, None, None)) for axes in (("batch", "heads"), ("batch", None), (None, "heads"))
+    )
+    specs = (vectors, vectors, vectors, masks, biases)
+    return jax.shard_map(run, in_specs=specs, out_specs=vectors, check_vma=False)(*arrays)
+
+
+def _parts(mesh: jax.sharding.AbstractMesh, logical: str) -> int:
+    """Into how many parts a mesh splits a logical axis."""
+    (names,) = nn.logical_to_mesh_axes((logical,))
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _run_groups(groups: Groups, query, key, value, mask, position_bias) -> jax.Array:
+    """Examples one after the other; within them, where not all fit, heads."""
+    num_heads = query.shape[1]
+    one_group = jax.checkpoint(attend, prevent_cse=False)
+
+    def some_examples(arrays: tuple) -> jax.Array:
+        *vectors, mask = arrays  # [examples, num_heads, length, head_dim]
+        if groups.heads == num_heads:
+            return one_group(*vectors, mask, position_bias)
+        *vectors, bias = jax.tree.map(functools.partial(_cut, axis=1, size=groups.heads), (*vectors, position_bias))
+        attended = jax.lax.map(lambda group: one_group(*group[:-1], mask, group[-1]), (*vectors, bias))
+        return jnp.moveaxis(attended, 0, 1).reshape(arrays[0].shape)
+
+    cut = [_cut(x, axis=0, size=groups.examples) for x in (query, key, value, mask)]
+    return jax.lax.map(some_examples, tuple(cut)).reshape(query.shape)
+
+
+def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Parts of `size` along an axis, side by side on a new first axis."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def platform_attention_bytes(platform: str) -> int:
+    """The entry of `ATTENTION_BYTES` for "cpu", "gpu" or "tpu"; of GPUs for what is none of them."""
+    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])

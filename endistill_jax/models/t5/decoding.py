@@ -1,0 +1,315 @@
+"""Generating text: the decoder one token at a time, with the keys and values of earlier tokens kept.
+
+Everything here is a pure function of the stacked parameters. A search encodes once, computes the encoder's keys and
+values once, and then repeats `read_tokens`. Beams of one example are several tokens at the same position: they share
+the encoder's keys and values, and each sees, of the tokens before, those of its own hypothesis.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.batch import Batch
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.generation.sampling import largest
+from endistill_jax.models.t5.blocks import DecoderLayer
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
+from endistill_jax.models.t5.t5 import Embedding, Encoder, Head, apply_head
+
+START_TOKEN = 0  # T5 begins a target with the padding token
+
+# Of all layers: one array with the layers first, for a compiled loop over layers, or one entry a layer.
+OfLayers = KeysValues | tuple[KeysValues, ...]
+
+
+class Cache(NamedTuple):
+    """What the decoder keeps of the tokens it has read.
+
+    Attributes:
+        kept: keys and values of its self-attention, each [layers, batch, num_heads, positions * beams, head_dim], the
+            beams of a position side by side; or for each layer such a pair without the first axis.
+        index: int32 scalar, how many positions were read.
+    """
+
+    kept: OfLayers
+    index: jax.Array
+
+
+class Source(NamedTuple):
+    """What the decoder reads of the input.
+
+    Attributes:
+        params: the model's parameters, the decoder's layers split as the keys and values are.
+        cross: keys and values of the encoder's output, each [layers, batch, num_heads, source, head_dim], or for each
+            layer such a pair without the first axis.
+        segments: int32 [batch, source], 0 is padding.
+    """
+
+    params: Any
+    cross: OfLayers
+    segments: jax.Array
+
+
+class SearchState(NamedTuple):
+    """What a search carries from one token to the next.
+
+    Attributes:
+        cache: of the tokens read so far.
+        token: int32 [batch], the one to be read next.
+        tokens: int32 [batch, max_length], what was generated, then padding.
+        scores: float32 [batch], the sum of the log-probabilities of what was generated.
+        finished: bool [batch], whether the end was generated.
+    """
+
+    cache: Cache
+    token: jax.Array
+    tokens: jax.Array
+    scores: jax.Array
+    finished: jax.Array
+
+
+def init_cache(config: T5Config, batch_size: int, max_length: int, beams: int = 1, *, split: bool = False) -> Cache:
+    """An empty cache for `max_length` positions of each example; `split` by layers or all layers in one array."""
+    shape = (batch_size, config.num_heads, max_length * beams, config.head_dim)
+    axes = ("batch", "heads", "length", None)
+
+    def zeros(*layers: int) -> jax.Array:
+        names = ("layers",) * len(layers) + axes
+        return nn.with_logical_constraint(jnp.zeros((*layers, *shape), config.dtype), names)
+
+    index = jnp.zeros((), jnp.int32)
+    if split:
+        return Cache(tuple(KeysValues(zeros(), zeros()) for _ in range(config.num_decoder_layers)), index)
+    return Cache(KeysValues(zeros(config.num_decoder_layers), zeros(config.num_decoder_layers)), index)
+
+
+def encode(config: T5Config, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """The encoder's output, without dropout: [batch, source, d_model].
+
+    Args:
+        config: the model's settings.
+        params: all its parameters.
+        tokens: int [batch, source].
+        segments: int [batch, source], 0 is padding.
+    """
+    x = _apply(Embedding, config, params["token_embedder"], tokens)
+    arguments = (x, segments, {})
+    options = {"run_to_top": True, "deterministic": True, "frozen": True}
+    return _apply(Encoder, config, params["encoder"], *arguments, **options)[0]
+
+
+def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> KeysValues:
+    """Keys and values of the encoder's output in every decoder layer; the same at every token, so computed once.
+
+    Each is [layers, batch, num_heads, source, head_dim].
+    """
+    layers = params["decoder"]["layers"]["encoder_decoder_attention"]
+
+    def of_layer(layer_params: Any) -> KeysValues:
+        return _apply(Attention, config, layer_params, encoded, method="keys_values")
+
+    if config.scan_layers:
+        return jax.lax.map(of_layer, layers)
+    found = [of_layer(_take(layers, index)) for index in range(config.num_decoder_layers)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+def read_source(config: T5Config, params: Any, tokens: jax.Array) -> Source:
+    """Encodes [batch, source] tokens, once for a whole search.
+
+    Without a loop over layers the decoder's parameters are taken apart here, once, and not at every token.
+    """
+    segments = jnp.asarray(tokens != 0, jnp.int32)
+    cross = cross_keys_values(config, params, encode(config, params, tokens, segments))
+    if config.scan_layers:
+        return Source(params, cross, segments)
+    layers, cross = (_split(tree, config.num_decoder_layers) for tree in (params["decoder"]["layers"], cross))
+    return Source({**params, "decoder": {**params["decoder"], "layers": layers}}, cross, segments)
+
+
+def decode_step(
+    config: T5Config, params: Any, cache: Cache, cross: KeysValues, tokens: jax.Array, encoder_segments: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Reads one token of each example, and says what may follow.
+
+    Args:
+        config: the model's settings.
+        params: all its parameters.
+        cache: of the tokens before; must not be full.
+        cross: from `cross_keys_values`.
+        tokens: int [batch], `START_TOKEN` first.
+        encoder_segments: int [batch, source], 0 is padding.
+
+    Returns:
+        float32 logits [batch, vocab_size], and the cache with these tokens in it.
+    """
+    logits, cache = read_tokens(config, Source(params, cross, encoder_segments), cache, tokens[:, None])
+    return logits[:, 0], cache
+
+
+def read_tokens(
+    config: T5Config, source: Source, cache: Cache, tokens: jax.Array, ancestors: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """Reads one token of each beam of each example, and says what may follow each.
+
+    Args:
+        config: the model's settings.
+        source: what the tokens attend to; split by layers if the cache is.
+        cache: of the positions before; must not be full.
+        tokens: int [batch, beams].
+        ancestors: int [batch, beams, positions], the beam that each beam's hypothesis was in at each position, up to
+            and with this one. So hypotheses change beams and nothing that was kept is moved. None where there is one
+            beam.
+
+    Returns:
+        float32 logits [batch, beams, vocab_size], and the cache with these tokens in it.
+    """
+    params, beams = source.params, tokens.shape[1]
+    x = _apply(Embedding, config, params["token_embedder"], tokens)
+    context = _self_attention_context(config, params, cache, beams, ancestors)
+    cross_mask = (source.segments != 0)[:, None, None]  # [batch, 1, 1, source]
+    start = (0, 0, cache.index * beams, 0)
+
+    def run(x: jax.Array, layer_params: Any, layer_cross: KeysValues, write: Callable) -> tuple[jax.Array, KeysValues]:
+        return _apply(DecoderLayer, config, layer_params, x, write, layer_cross, *context, cross_mask, method="step")
+
+    def run_of_stack(carry: tuple[jax.Array, KeysValues], xs: tuple) -> tuple[tuple[jax.Array, KeysValues], None]:
+        x, kept = carry
+        layer, layer_params, layer_cross = xs
+
+        def write(new: KeysValues) -> tuple[KeysValues, KeysValues]:
+            # Into the whole stack, where the compiler can do it in place: a loop that returned each layer's part would
+            # copy all of it at every token.
+            written = _write(kept, jax.tree.map(lambda one: one[None], new), (layer, *start))
+            return _take(written, layer), written
+
+        return run(x, layer_params, layer_cross, write), None
+
+    def run_of_split(x: jax.Array, kept: KeysValues, *of_layer: Any) -> tuple[jax.Array, KeysValues]:
+        return run(x, *of_layer, lambda new: (_write(kept, new, start),) * 2)
+
+    layers = params["decoder"]["layers"]
+    if not isinstance(cache.kept, KeysValues):
+        kept = []
+        for of_layer in zip(cache.kept, layers, source.cross, strict=True):
+            x, written = run_of_split(x, *of_layer)
+            kept.append(written)
+        kept = tuple(kept)
+    else:
+        xs = (jnp.arange(config.num_decoder_layers), layers, source.cross)
+        carry = (x, cache.kept)
+        if config.scan_layers:
+            carry, _ = jax.lax.scan(run_of_stack, carry, xs)
+        else:
+            for layer in range(config.num_decoder_layers):
+                carry, _ = run_of_stack(carry, (layer, *_take(xs[1:], layer)))
+        x, kept = carry
+    return _logits(config, params, x), Cache(kept=kept, index=cache.index + 1)
+
+
+def search(
+    config: T5Config,
+    params: Any,
+    batch: Batch,
+    max_length: int,
+    eos_id: int,
+    choose: Callable[[jax.Array, SearchState], jax.Array],
+) -> SearchState:
+    """Generates until every example has ended or `max_length` tokens were generated.
+
+    An example without input, which fills a batch up, has ended before it begins.
+
+    Args:
+        config: the model's settings.
+        params: all its parameters.
+        batch: `encoder_input_tokens` [batch, source]; not packed.
+        max_length: tokens generated at most, the end included.
+        eos_id: the token that ends an example.
+        choose: from float32 logits [batch, vocab_size] and the state before, the next token of each example.
+
+    Raises:
+        UserError: if the batch is packed.
+    """
+    if "encoder_segment_ids" in batch:
+        raise UserError("text is generated for one example a row, and this batch is packed; give it unpacked")
+    source = read_source(config, params, batch["encoder_input_tokens"])
+    rows = len(source.segments)
+
+    def unfinished(state: SearchState) -> jax.Array:
+        return (state.cache.index < max_length) & ~jnp.all(state.finished)
+
+    def generate(state: SearchState) -> SearchState:
+        logits, cache = read_tokens(config, source, state.cache, state.token[:, None])
+        logits = logits[:, 0]
+        token = jnp.where(state.finished, 0, choose(logits, state))
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        return SearchState(
+            cache=cache,
+            token=token,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.cache.index)),
+            scores=state.scores + jnp.where(state.finished, 0.0, chosen),
+            finished=state.finished | (token == eos_id),
+        )
+
+    start = SearchState(
+        cache=init_cache(config, rows, max_length, split=not config.scan_layers),
+        token=jnp.full(rows, START_TOKEN, jnp.int32),
+        tokens=jnp.zeros((rows, max_length), jnp.int32),
+        scores=jnp.zeros(rows, jnp.float32),
+        finished=jnp.all(source.segments == 0, axis=1),
+    )
+    return jax.lax.while_loop(unfinished, generate, start)
+
+
+def most_likely(logits: jax.Array, state: SearchState) -> jax.Array:
+    """The greedy choice: int32 [batch] from [batch, vocab_size]."""
+    return largest(logits, 1)[1][:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_length", "eos_id"))
+def greedy(config: T5Config, params: Any, batch: Batch, max_length: int, eos_id: int = 1) -> jax.Array:
+    """The most likely token at every step: int32 [batch, max_length], up to and with `eos_id`, then padding (0)."""
+    return search(config, params, batch, max_length, eos_id, most_likely).tokens
+
+
+def _self_attention_context(
+    config: T5Config, params: Any, cache: Cache, beams: int, ancestors: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """What a position sees of those before: mask [.., beams, positions * beams], bias [1, num_heads, 1, the same]."""
+    positions = jax.tree.leaves(cache.kept)[0].shape[-2] // beams
+    bias_of_decoder = functools.partial(RelativePositionBias, bidirectional=False)
+    bias = _apply(bias_of_decoder, config, params["decoder"]["relpos_bias"], cache.index, positions, method="row")
+    mask = jnp.arange(positions) <= cache.index
+    if ancestors is None:
+        return mask, bias
+    own = (ancestors[..., None] == jnp.arange(beams)) & mask[:, None]  # [batch, beams, positions, beams]
+    return own.reshape(len(own), 1, beams, positions * beams), jnp.repeat(bias, beams, axis=-1)
+
+
+def _logits(config: T5Config, params: Any, x: jax.Array) -> jax.Array:
+    x = _apply(RMSNorm, config, params["decoder"]["decoder_norm"], x)
+    if config.tied_head:
+        return apply_head(_apply(Embedding, config, params["token_embedder"], x, method="head"))
+    return apply_head(_apply(Head, config, params["decoder"]["logits_dense"], x))
+
+
+def _apply(module: Callable[..., nn.Module], config: T5Config, params: Any, *args: Any, **kwargs: Any) -> Any:
+    # No parent, so that these functions may be called from within other modules.
+    return module(config, parent=None).apply({"params": params}, *args, **kwargs)
+
+
+def _take(tree: Any, index: jax.Array | int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _split(tree: Any, layers: int) -> tuple[Any, ...]:
+    return tuple(_take(tree, layer) for layer in range(layers))
+
+
+def _write(kept: KeysValues, new: KeysValues, start: tuple) -> KeysValues:
+    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice(all_, one, start), kept, new)

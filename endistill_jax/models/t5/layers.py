@@ -1,0 +1,252 @@
+"""The layers of T5: normalisation, projections, attention, feed-forward, relative position bias."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from endistill_jax.models.t5.attention import attend, attend_in_groups
+from endistill_jax.models.t5.config import T5Config
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+
+class Tap(NamedTuple):
+    """Queries, keys and values of one attention module: each [batch, length, inner_dim], heads concatenated.
+
+    They are the projections' outputs, before T5's position bias; T5 applies no scaling to them.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+class KeysValues(NamedTuple):
+    """Keys and values kept for later queries: each [batch, num_heads, length, head_dim]; stacks put layers first."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Linear(nn.Module):
+    """A projection without bias: [..., inputs] -> [..., features].
+
+    Attributes:
+        features: output width.
+        axes: logical names of the kernel's two axes.
+        stddev: standard deviation of the initial kernel.
+        dtype: compute type.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        return project(x, kernel, self.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, output_dtype: jnp.dtype | None = None) -> jax.Array:
+    """[batch, length, inputs] @ [inputs, features] -> [batch, length, features], multiplied in `dtype`.
+
+    Batch and length are one axis in the product: XLA's CPU compiler otherwise transposes the activations for the
+    kernel's gradient, which made the backward pass of an MLP take three times as long.
+    """
+    flat = x.astype(dtype).reshape(-1, x.shape[-1])  # [batch * length, inputs]
+    y = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=output_dtype or dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class RMSNorm(nn.Module):
+    """T5's normalisation: x / sqrt(mean(x^2) + epsilon) * scale, computed in float32; no mean, no bias."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        dtype = jnp.dtype(self.config.dtype)
+        return (x32 * jax.lax.rsqrt(mean_square + self.config.layer_norm_epsilon)).astype(dtype) * scale.astype(dtype)
+
+
+class MLP(nn.Module):
+    """Feed-forward layer, plain or gated: the product of its activated branches, projected back."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        hidden = None
+        for index, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{index}"
+            branch = Linear(cfg.mlp_dim, ("embed", "mlp"), cfg.d_model**-0.5, dtype, name=name)(x)
+            branch = _ACTIVATIONS[activation](branch)
+            hidden = branch if hidden is None else hidden * branch
+        hidden = nn.Dropout(cfg.dropout_rate)(hidden, deterministic=deterministic)
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        return Linear(cfg.d_model, ("mlp", "embed"), cfg.mlp_dim**-0.5, dtype, name="wo")(hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, T5's way: unscaled scores, an optional additive position bias, float32 softmax."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+
+        def projection(stddev: float) -> Linear:
+            return Linear(cfg.inner_dim, ("embed", "joined_kv"), stddev, jnp.dtype(cfg.dtype))
+
+        # T5 folds the missing 1 / sqrt(head_dim) of the scores into the initial queries.
+        self.query = projection((cfg.d_model * cfg.head_dim) ** -0.5)
+        self.key = projection(cfg.d_model**-0.5)
+        self.value = projection(cfg.d_model**-0.5)
+        self.out = Linear(cfg.d_model, ("joined_kv", "embed"), cfg.inner_dim**-0.5, jnp.dtype(cfg.dtype))
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+
+    def __call__(
+        self,
+        queries_from: jax.Array,
+        keys_from: jax.Array,
+        mask: jax.Array,
+        position_bias: jax.Array | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, Tap]:
+        """Attends from one sequence to another.
+
+        Args:
+            queries_from: [batch, query_length, d_model].
+            keys_from: [batch, key_length, d_model].
+            mask: [batch, 1, query_length, key_length], true where a key is visible.
+            position_bias: [1, num_heads, query_length, key_length] or None.
+            deterministic: no dropout.
+
+        Returns:
+            The projected output [batch, query_length, d_model], and the queries, keys and values it used.
+        """
+        projections = ((self.query, queries_from), (self.key, keys_from), (self.value, keys_from))
+        tap = Tap(*(_constrained(project_from(x)) for project_from, x in projections))
+        query, key, value = map(self.split_heads, tap)
+        return self._attend(query, key, value, mask, position_bias, deterministic), tap
+
+    def keys_values(self, x: jax.Array) -> KeysValues:
+        """The keys and values of [batch, length, d_model], to be kept for `attend`."""
+        return KeysValues(*(self.split_heads(_constrained(projection(x))) for projection in (self.key, self.value)))
+
+    def attend(
+        self, queries_from: jax.Array, kept: KeysValues, mask: jax.Array, position_bias: jax.Array | None
+    ) -> jax.Array:
+        """As the call, without dropout, to keys and values that were kept."""
+        query = self.split_heads(_constrained(self.query(queries_from)))
+        return self._attend(query, *kept, mask, position_bias, deterministic=True)
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        """[batch, length, num_heads * head_dim] -> [batch, num_heads, length, head_dim].
+
+        Heads before length, so that both products of attention are plain batched matrix products.
+        """
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim).transpose(0, 2, 1, 3)
+
+    def _attend(self, query, key, value, mask, position_bias, deterministic: bool) -> jax.Array:
+        cfg = self.config
+        drops = cfg.dropout_rate > 0 and not deterministic
+        if cfg.attention_bytes is None or drops:
+            drop = functools.partial(self.dropout, deterministic=deterministic)
+            attended = attend(query, key, value, mask, position_bias, drop)
+        else:
+            attended = attend_in_groups(query, key, value, mask, position_bias, cfg.attention_bytes)
+        # [batch, num_heads, length, head_dim] -> [batch, length, num_heads * head_dim]
+        attended = attended.transpose(0, 2, 1, 3)
+        return self.out(attended.reshape(*attended.shape[:2], cfg.inner_dim))
+
+
+def _constrained(projected: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(projected, ("batch", "length", "joined_kv"))
+
+
+def relative_position_buckets(
+    query_length: int, key_length: int, *, bidirectional: bool, buckets: int, max_distance: int
+) -> np.ndarray:
+    """Bucket of each (query, key) distance: [query_length, key_length] integers.
+
+    The first half of the buckets holds exact distances, the rest grows logarithmically up to `max_distance`
+    (Raffel et al., arXiv 1910.10683, section 2.1). Bidirectional stacks keep half of the buckets for keys to the right;
+    causal ones put every key to the right in bucket 0.
+    """
+    distance = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]  # key minus query
+    bucket = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        bucket = np.where(distance > 0, buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # float32 like the reference implementations, so that borderline distances fall into the same bucket.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        np.log(max_distance / exact)
+    )
+    coarse = np.minimum(exact + (ratio * np.float32(buckets - exact)).astype(np.int32), buckets - 1)
+    return bucket + np.where(distance < exact, distance, coarse)
+
+
+class RelativePositionBias(nn.Module):
+    """The one position bias of a stack: [1, num_heads, query_length, key_length], float32.
+
+    Packed examples need no positions of their own: distances inside one example are those of the packed row.
+    """
+
+    config: T5Config
+    bidirectional: bool
+
+    def setup(self):
+        cfg = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ("heads", "relpos_buckets"))
+        self.rel_embedding = self.param("rel_embedding", init, (cfg.num_heads, cfg.relative_buckets), jnp.float32)
+
+    def __call__(self, query_length: int, key_length: int) -> jax.Array:
+        return self._bias(self._buckets(query_length, key_length))
+
+    def row(self, index: jax.Array, length: int) -> jax.Array:
+        """The causal bias of one query, the index-th, to `length` keys: [1, num_heads, 1, length].
+
+        Keys after it, which it may not see, have the bias of distance 0.
+        """
+        of_distance = jnp.asarray(self._buckets(length, 1)[:, 0])  # to key 0 the distance is the query's index
+        return self._bias(of_distance[jnp.maximum(index - jnp.arange(length), 0)][None])
+
+    def _buckets(self, query_length: int, key_length: int) -> np.ndarray:
+        cfg = self.config
+        return relative_position_buckets(
+            query_length,
+            key_length,
+            bidirectional=self.bidirectional,
+            buckets=cfg.relative_buckets,
+            max_distance=cfg.relative_max_distance,
+        )
+
+    def _bias(self, buckets: jax.Array | np.ndarray) -> jax.Array:
+        # One-hot product instead of a gather: its gradient is a matrix product too, not a scatter.
+        one_hot = jax.nn.one_hot(buckets, self.config.relative_buckets, dtype=jnp.float32)
+        return jnp.einsum("hn,qkn->hqk", self.rel_embedding, one_hot)[None]

@@ -1,0 +1,1 @@
+"""Several hosts: joined, agreed with each other, and shut down together."""

@@ -1,0 +1,135 @@
+"""Several hosts agree on what they do before anything is computed, or stop, each of them naming the difference.
+
+What they tell each other goes through the key-value store of JAX's coordination service, not through devices: hosts
+that would compute other shapes, or never come, make nobody hang.
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from endistill_jax import __version__
+from endistill_jax.checkpoints.fingerprint import flatten_facts
+from endistill_jax.core.errors import HostMissing, UserError
+from endistill_jax.multihost.initialize import client, process_count, process_index
+
+# For the others to come: loading a model, which they may do at other speeds, is in between.
+AGREE_SECONDS = 1800
+# Their versions decide what is computed, or which batches a task gives.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "sentencepiece")
+
+_topics = itertools.count()
+
+
+def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) -> None:
+    """Returns once every process has come here with the same facts; at once where there is only one.
+
+    Every process must call it in the same order.
+
+    Args:
+        topic: what the facts are about, for messages.
+        facts: plain values in nested dictionaries.
+        seconds: how long to wait for the others.
+
+    Raises:
+        UserError: on every process, naming each difference and which processes have which value.
+        HostMissing: naming a process that did not come.
+    """
+    if process_count() == 1:
+        return
+    prefix = f"endistill/{next(_topics)}/{topic}"
+    client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flatten_facts(facts)))
+    until = time.monotonic() + seconds
+    told = []
+    for index in range(process_count()):
+        left = max(1, round(1000 * (until - time.monotonic())))
+        try:
+            told.append(json.loads(client().blocking_key_value_get(f"{prefix}/{index}", left)))
+        except jax.errors.JaxRuntimeError as error:
+            raise HostMissing(
+                f"process {index} of {process_count()} did not tell its {topic} within {seconds:.0f} s; see its output"
+            ) from error
+    if differences := describe_differences(told):
+        raise UserError(f"the hosts disagree on their {topic}: {'; '.join(differences)}")
+
+
+def describe_differences(told: Sequence[Mapping[str, str]]) -> list[str]:
+    """A phrase for every fact that not all processes have alike: each value, and which processes have it.
+
+    Args:
+        told: facts by name, as texts, of each process in order.
+    """
+    phrases = []
+    for name in sorted(set().union(*told)):
+        processes: dict[str, list[int]] = {}
+        for index, facts in enumerate(told):
+            processes.setdefault(facts.get(name, "absent"), []).append(index)
+        if len(processes) > 1:
+            values = (f"{_shortened(value)} on {_named(indices)}" for value, indices in processes.items())
+            phrases.append(f"{name} is {' and '.join(values)}")
+    return phrases
+
+
+def _shortened(value: str, length: int = 120) -> str:
+    return value if len(value) <= length else f"{value[:length]}..."
+
+
+def _named(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    return f"process {shown}" if len(indices) == 1 else f"processes {shown}"
+
+
+def agree_on_folder(folder: str) -> None:
+    """Makes sure that all processes see one and the same folder, and not each its own of that name.
+
+    Raises:
+        UserError: naming who sees another one.
+    """
+    if process_count() == 1:
+        return
+    mark = epath.Path(folder).expanduser() / ".seen_by_all_hosts"
+    if process_index() == 0:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(uuid.uuid4().hex)
+    agree("start", {})  # the mark is written
+    try:
+        agree("folder, which must be one that all of them share", {folder: mark.read_text() if mark.exists() else None})
+    finally:
+        if process_index() == 0:
+            mark.unlink(missing_ok=True)
+
+
+def code_facts() -> dict[str, Any]:
+    """What runs: the version and a digest of this package's source, Python, and the packages it computes with."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "endistill_jax": {"version": __version__, "source": _source_digest()},
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _source_digest() -> str:
+    """SHA-256 of every Python file of this package with its name; in a checkout some are behind links."""
+    package = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for name in sorted(glob.glob("**/*.py", root_dir=package, recursive=True)):
+        content = (package / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

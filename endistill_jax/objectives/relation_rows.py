@@ -1,0 +1,55 @@
+"""The divergence of some rows of some relation heads, and its gradient, formed together."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.objectives.relations import MASKED_SCORE
+
+Pair = tuple[jax.Array, jax.Array]  # the two sets of vectors that a relation compares: queries and keys
+
+
+def rows_divergence(
+    student: Pair, teacher: Pair, visible: jax.Array, with_gradient: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The sum of the divergences of all rows given, and its gradient by the student's queries and keys.
+
+    Args:
+      student: `[heads, rows, relation_dim]`, `[heads, key_length, relation_dim]`.
+      teacher: likewise, with its own `relation_dim`.
+      visible: bool `[1, rows, key_length]`.
+      with_gradient: whether to form it.
+
+    Returns:
+      The sum; the gradients by queries `[heads, rows, relation_dim]` and by keys, `[heads, relation_dim, key_length]`:
+      so the large factor of its product is read as it lies in memory, which is five times as fast on a CPU.
+    """
+
+    def shifted_scores(pair: Pair) -> jax.Array:  # [heads, rows, key_length], 0 at a row's largest
+        queries, keys = pair
+        scores = _product("hqd,hkd->hqk", queries, keys) / math.sqrt(queries.shape[-1])
+        scores = jnp.where(visible, scores, MASKED_SCORE)
+        return scores - jnp.max(scores, axis=-1, keepdims=True)
+
+    student_scores, teacher_scores = shifted_scores(student), shifted_scores(teacher)
+    student_exp, teacher_exp = jnp.exp(student_scores), jnp.exp(teacher_scores)
+    student_sum, teacher_sum = (jnp.sum(x, axis=-1, keepdims=True) for x in (student_exp, teacher_exp))
+    # One reciprocal a row, and products, rather than a division a score.
+    student_share, teacher_share = 1 / student_sum, 1 / teacher_sum
+    expected = jnp.sum(teacher_exp * (teacher_scores - student_scores), axis=-1, keepdims=True) * teacher_share
+    # Rows that see nothing have equal scores in both models: their divergence and gradient are exactly 0.
+    total = jnp.sum(expected + jnp.log(student_sum) - jnp.log(teacher_sum))
+    if not with_gradient:
+        return total, None, None
+    queries, keys = student
+    by_scores = (student_exp * student_share - teacher_exp * teacher_share).astype(queries.dtype)
+    scale = 1 / math.sqrt(queries.shape[-1])
+    by_queries = _product("hqk,hkd->hqd", by_scores, keys) * scale
+    by_keys = _product("hqd,hqk->hdk", queries, by_scores) * scale
+    return total, by_queries, by_keys
+
+
+def _product(axes: str, first: jax.Array, second: jax.Array) -> jax.Array:
+    # Float32 factors in full, which accelerators would otherwise round; products of two of half precision are exact.
+    return jnp.einsum(axes, first, second, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

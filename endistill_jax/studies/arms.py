@@ -1,0 +1,193 @@
+"""The arms of a study: what each trains with, as ordinary runs for every seed, and the fine-tuning that judges it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.checkpoints.models import TrainedModel, open_model
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.core.errors import UserError, naming
+from endistill_jax.interpolation.chain import Chain, plan_chain
+from endistill_jax.interpolation.settings import Interpolation
+from endistill_jax.interpolation.stages import lengths
+from endistill_jax.jobs.finetune import Finetuning, check_runs, plan_runs
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.objectives import Path, coefficients
+from endistill_jax.sharding import abstract_params
+from endistill_jax.train.flops import step_flops
+from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the ways to train a student that a study compares. What is None is as the study says.
+
+    Attributes:
+        path: what the student learns from.
+        optimizer: how it is updated.
+        student: its shape.
+        student_init: what it starts from.
+        steps: optimizer updates; with an interpolation of each stage, or of the direct run whose compute it spends.
+        interpolation: distils over assistants; None straight from the teacher.
+    """
+
+    path: Path
+    optimizer: OptimizerConfig | None = None
+    student: T5Config | None = None
+    student_init: StudentInit = RANDOM
+    steps: int | None = None
+    interpolation: Interpolation | None = None
+
+    def __post_init__(self):
+        if self.steps is not None and self.interpolation is not None and self.interpolation.steps is not None:
+            raise UserError("Arm has steps and an interpolation with steps of each stage; give one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One arm with one seed.
+
+    Attributes:
+        arm: its name.
+        seed: of initial parameters, data order and dropout, of the fine-tuning too.
+        trainings: the stages of its chain in order; without a chain one, from the study's teacher if from any.
+        chain: None for an arm without interpolation.
+        tasks: name -> how the last training's product is fine-tuned.
+    """
+
+    arm: str
+    seed: int
+    trainings: tuple[Training, ...]
+    chain: Chain | None
+    tasks: Mapping[str, Finetuning]
+
+    @property
+    def training(self) -> Training:
+        """The one whose product is judged."""
+        return self.trainings[-1]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The model directories of the runs and fine-tunings, which are all done when each has ended."""
+        tuned = (self._folder_of(task) for task in self.tasks)
+        return (*(training.model_dir for training in self.trainings), *tuned)
+
+    def check(self, mesh: Mesh) -> None:
+        """Finds what would go wrong later, in the training or the fine-tuning of what it will give; reads no example.
+
+        Args:
+            mesh: where students are judged.
+
+        Raises:
+            UserError: naming the arm, the setting and what would be right.
+        """
+        with naming(f"arm {self.arm}"):
+            for number, training in enumerate(self.trainings, 1):
+                with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
+                    _check_comparable(training, mesh)
+            (self.chain or self.training).check()
+            own = fingerprint_vocabulary(self.training.vocabulary())
+            for task, how in self.tasks.items():
+                with naming(f"task {task}"):
+                    finetuning = self.finetuning_of(task, self.training.config)
+                    check_runs([finetuning], how)
+                    if fingerprint_vocabulary(finetuning.vocabulary()) != own:
+                        raise UserError(
+                            f"its vocabulary is not that of {self.training.task().name}; choose one that has it"
+                        )
+
+    def finetuning_of(self, task: str, model: TrainedModel | T5Config) -> Training:
+        """The fine-tuning of a model, or of a shape, on one of the tasks, with the run's seed."""
+        how = self.tasks[task]
+        how = dataclasses.replace(how, run=dataclasses.replace(how.run, seed=self.seed))
+        (training,) = plan_runs(self._folder_of(task), model, how, f"{self.arm}, seed {self.seed}, {task}")
+        return training
+
+    def finetunings(self) -> Iterator[tuple[str, Training]]:
+        """The fine-tunings of the run's product, which must be there, by the names of their tasks."""
+        product = open_model(self.training.model_dir)
+        for task in self.tasks:
+            yield task, self.finetuning_of(task, product)
+        product.release()
+
+    def settings(self) -> dict[str, Any]:
+        """What the run trains with, as plain values; several stages have each their own in `stages`."""
+        stages = [_settings_of(training) for training in self.trainings]
+        return stages[-1] | {
+            "steps": [stage["steps"] for stage in stages],
+            "flops": sum(stage["flops"] for stage in stages),
+            "stages": stages if self.chain else [],
+        }
+
+    def _folder_of(self, task: str) -> str:
+        return f"{self.training.model_dir}/{task}"
+
+
+def plan_study(
+    model_dir: str,
+    teacher: TrainedModel,
+    student: T5Config,
+    arms: Mapping[str, Arm],
+    *,
+    data: Data,
+    optimizer: OptimizerConfig,
+    run: Run,
+    seeds: tuple[int, ...],
+    tasks: Mapping[str, Finetuning],
+) -> list[StudyRun]:
+    """A run for every seed and arm, seed after seed, so that a study that goes on has whole comparisons.
+
+    Raises:
+        UserError: an arm's interpolation does not fit.
+    """
+
+    def planned(name: str, arm: Arm, seed: int) -> StudyRun:
+        folder, config = f"{model_dir}/{name}/seed_{seed}", arm.student or student
+        common = {
+            "path": arm.path,
+            "data": data,
+            "optimizer": arm.optimizer or optimizer,
+            "run": dataclasses.replace(run, seed=seed, steps=run.steps if arm.steps is None else arm.steps),
+            "student_init": arm.student_init,
+            "label": f"{name}, seed {seed}",
+        }
+        if arm.interpolation is not None:
+            with naming(f"arm {name}"):
+                chain = plan_chain(folder, teacher, config, arm.interpolation, **common)
+            return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
+        taught = arm.path.needs_teacher or arm.student_init.kind != "random"
+        training = Training(model_dir=folder, config=config, teacher=teacher if taught else None, **common)
+        return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
+
+    return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]
+
+
+def _check_comparable(training: Training, mesh: Mesh) -> None:
+    if training.run.patience is not None:
+        raise UserError("its run has a patience, but arms are compared after equal steps; leave Run.patience None")
+    if training.mesh() != mesh:
+        raise UserError(
+            f"its run has the mesh {training.run.mesh}, but students are judged on another, that of study.run; "
+            "make Run.mesh and slices equal"
+        )
+
+
+def _settings_of(training: Training) -> dict[str, Any]:
+    cost = step_flops(training.config, training.teacher_config, training.path, lengths(training.data)).total
+    return {
+        "path": dataclasses.asdict(training.path),
+        "terms": sorted(coefficients(training.path)),
+        "optimizer": dataclasses.asdict(training.optimizer),
+        "student": training.config.architecture(),
+        "parameters": count_params(abstract_params(training.config)),
+        "student_init": dataclasses.asdict(training.student_init),
+        "steps": training.run.steps,
+        "flops": training.run.steps * cost,
+    }

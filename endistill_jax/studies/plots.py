@@ -1,0 +1,155 @@
+"""The plots of a study, from what `study.json` holds."""
+
+import io
+import math
+from typing import Any
+
+from endistill_jax.reports.table import spread
+from endistill_jax.studies.figures import (
+    PROBE,
+    BySeed,
+    Raw,
+    arm_runs,
+    curve,
+    downstream,
+    sites,
+    task_metrics,
+    trains_on,
+    value_of,
+)
+
+# Okabe and Ito's colours, which people tell apart who see few of them; then their next shades.
+_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8A8A8A", "#B8A800", "#7B4FA3")
+_MARKERS = "osv^DXP*<>"
+_DOTS_PER_INCH = 110
+
+
+def study_plots(raw: Raw) -> dict[str, bytes]:
+    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such."""
+    plots = {"held_out_loss.png": _held_out_loss(raw)}
+    if task_metrics(raw):
+        plots["downstream.png"] = _downstream(raw)
+    if sites(raw):
+        plots["divergence.png"] = _divergence(raw)
+    return {name: _png(figure) for name, figure in plots.items()}
+
+
+def _held_out_loss(raw: Raw) -> Any:
+    """The loss on pieces over steps: a line for the mean of an arm's seeds, a band for their standard deviation."""
+    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    for arm in _arms(raw):
+        _draw_curve(axes, raw, arm, curve(raw, arm, "piece_loss"))
+    figures = raw["teacher_figures"]
+    for name, key in (("teacher", "piece_loss"), ("bigram", "bigram_piece_loss")):
+        loss = value_of(figures, key) if key in figures else math.nan
+        if math.isfinite(loss):
+            axes.axhline(loss, color="0.5", linestyle=":", linewidth=1)
+            axes.annotate(name, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
+    axes.set(xlabel="step", ylabel="held-out loss on pieces, nats a token")
+    _legend(figure, axes)
+    return figure
+
+
+def _downstream(raw: Raw) -> Any:
+    """A panel a metric: a bar for the mean of an arm's seeds, their standard deviation, and a dot for each."""
+    metrics = task_metrics(raw)
+    columns = min(len(metrics), 3)
+    figure, axes = _figure(-(-len(metrics) // columns), columns, width=4.6, height=0.6 + 0.36 * len(_arms(raw)))
+    panels = [panel for row in axes for panel in row]
+    for panel, (task, metric) in zip(panels, metrics, strict=False):
+        for place, arm in enumerate(_arms(raw)):
+            values = list(downstream(raw, arm, task, metric).values())
+            mean, deviation = spread(values)
+            panel.barh(
+                place,
+                mean,
+                xerr=deviation,
+                color=_style(raw, arm)["color"],
+                alpha=0.65,
+                capsize=3,
+            )
+            panel.plot(values, [place] * len(values), ".", color="black", markersize=4)
+        panel.set_yticks(range(len(_arms(raw))), _arms(raw))
+        panel.invert_yaxis()
+        panel.set_title(f"{task}: {metric}", fontsize=10)
+    for panel in panels[len(metrics) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _divergence(raw: Raw) -> Any:
+    """A panel a site: how far each arm is from the teacher over training, dashed where it is not trained on that."""
+    names = sites(raw)
+    columns = min(len(names), 2)
+    figure, axes = _figure(-(-len(names) // columns), columns, width=4.6, height=3.3)
+    panels = [panel for row in axes for panel in row]
+    for panel, site in zip(panels, names, strict=False):
+        for arm in _arms(raw):
+            trained = trains_on(raw, arm, site)
+            _draw_curve(panel, raw, arm, curve(raw, arm, PROBE + site), linestyle="-" if trained else "--")
+        panel.set_title(site, fontsize=10)
+        panel.set(xlabel="step", ylabel="nats a token" if site == "logits" else "nats a row")
+        # Of no positive number there is no logarithm to scale an axis by.
+        if any(mean > 0 for line in panel.get_lines() for mean in line.get_ydata()):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(_sparse)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    figure.suptitle("divergence from the teacher on held-out text (dashed: not trained on)", fontsize=11)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _draw_curve(axes: Any, raw: Raw, arm: str, points: dict[int, BySeed], linestyle: str = "-") -> None:
+    steps = list(points)
+    means, deviations = zip(*(spread(list(values.values())) for values in points.values()), strict=True)
+    style = _style(raw, arm)
+    label = f"{arm} (last stage)" if len(raw["arms"][arm]["steps"]) > 1 else arm
+    axes.plot(steps, means, label=label, linestyle=linestyle, markersize=4, linewidth=1.5, **style)
+    low, high = ([x + sign * y for x, y in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _arms(raw: Raw) -> list[str]:
+    return [arm for arm in raw["arms"] if arm_runs(raw, arm)]
+
+
+def _style(raw: Raw, arm: str) -> dict[str, str]:
+    """An arm's colour and marker, the same in every plot."""
+    place = list(raw["arms"]).index(arm)
+    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
+    """A figure, outside of pyplot's global state, and its panels [rows][columns], each of the size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right center", frameon=False)
+    for line in legend.get_lines():
+        line.set_linestyle("-")  # an arm's line may be solid in one panel and dashed in another
+
+
+def _sparse(value: float, _: int) -> str:
+    """The text of a minor tick of a logarithmic axis: of 2, 3 and 5 times a power of ten alone."""
+    text = f"{value:g}"
+    return text if text.strip("0.") in ("2", "3", "5") else ""
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()

@@ -1,0 +1,191 @@
+"""What judges the runs of a study, and what a run of it tells once it has ended."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.checkpoints.models import TrainedModel
+from endistill_jax.core.errors import naming
+from endistill_jax.evaluation.held_out import HeldOut, judged_on, prepare_held_out
+from endistill_jax.evaluation.job_probe import Probe
+from endistill_jax.evaluation.report import Evaluation, JointEvaluation
+from endistill_jax.interpolation.chain import StageResult, run_chain
+from endistill_jax.jobs.finetune import Finetuning, metric_names, prepare_evaluation, run_all
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.objectives import Path
+from endistill_jax.reports.files import json_text
+from endistill_jax.sharding import abstract_params
+from endistill_jax.studies.arms import StudyRun
+from endistill_jax.studies.report import raw_file, read_raw
+from endistill_jax.train.finished import Finished, finished, has_ended
+from endistill_jax.train.metrics import FILE_NAME, read_metrics
+from endistill_jax.train.run import TrainingResult, train
+from endistill_jax.train.settings import Data
+
+HELD_OUT = "held_out/"
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluations:
+    """What judges the runs of a study, prepared once.
+
+    Attributes:
+        held_out: the figures that need no teacher.
+        students: those, and the probe where there is one: what judges students while they are trained.
+        tasks: of each task, its metrics.
+    """
+
+    held_out: HeldOut
+    students: Evaluation
+    tasks: Mapping[str, Evaluation]
+
+
+def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
+    """The runs of which all has ended, and those of which something is left."""
+    ended, left = [], []
+    for run in runs:
+        (ended if all(map(has_ended, run.folders)) else left).append(run)
+    return ended, left
+
+
+def prepare_evaluations(
+    runs: Sequence[StudyRun], teacher: TrainedModel, probe: Path | None, probe_batches: int
+) -> Evaluations:
+    """Reads all held-out examples that the runs are judged on.
+
+    Raises:
+        UserError: a split without examples, or no metric of the name of a `Run.keep_best`.
+    """
+    training, mesh = runs[0].training, runs[0].training.mesh()
+    held_out = prepare_held_out(training.data, mesh)
+    parts: tuple[Evaluation, ...] = (held_out,)
+    if probe is not None:
+        placement = training.run.teacher_placement
+        batches = held_out.batches[:probe_batches]
+        parts += (Probe(path=probe, teacher=teacher, mesh=mesh, batches=batches, teacher_placement=placement),)
+    tasks = {
+        task: prepare_evaluation([runs[0].finetuning_of(task, training.config)], how)
+        for task, how in runs[0].tasks.items()
+    }
+    return Evaluations(held_out=held_out, students=JointEvaluation(evaluations=parts), tasks=tasks)
+
+
+def run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
+    """Trains and fine-tunes what has not ended, and returns what was found, now or earlier.
+
+    Args:
+        run: checked.
+        evaluations: None where all of the run has ended.
+
+    Raises:
+        UserError: naming arm and seed, for a loss that is no number and for what was run with other settings.
+        Stopped: when a signal asked the run to stop.
+    """
+    with naming(f"arm {run.arm}, seed {run.seed}"):
+        return _run_to_end(run, evaluations)
+
+
+def _run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
+    stages = [
+        {"tokens": stage.tokens, "seconds": stage.seconds, "evaluations": _evaluations(training.model_dir)}
+        for stage, training in zip(_trained(run, evaluations), run.trainings, strict=True)
+    ]
+    record = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "evaluations": stages[-1]["evaluations"],
+        "stages": stages if run.chain else [],
+        "downstream": {},
+    }
+    for task, training in run.finetunings():
+        with naming(f"task {task}"):
+            (row,) = run_all([training], evaluations and evaluations.tasks[task])
+        record["downstream"][task] = {
+            "metrics": {name: row[name] for name in metric_names(row)},
+            "step": round(row["best_step"]),
+            "tokens": round(row["train_tokens"]),
+            "seconds": row["seconds"],
+        }
+    return record
+
+
+def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finished | TrainingResult | StageResult]:
+    """What every stage ended with."""
+    if run.chain is None:
+        return [finished(run.training) or train(run.training, evaluations.students)]
+    # The study's teacher is needed by other arms and by the probe.
+    return run_chain(run.chain, lambda mesh: evaluations.students, release_teacher=False)
+
+
+def teacher_figures(teacher: TrainedModel, held_out: HeldOut, placement: str) -> Record:
+    """The teacher's size and held-out figures."""
+    report = held_out.evaluate(teacher.config, teacher.params, placement)
+    return {"parameters": count_params(abstract_params(teacher.config))} | report.scalars()
+
+
+def settle_shards(
+    data: Data, tasks: Mapping[str, Finetuning], earlier: Record | None, hosts: int
+) -> tuple[Data, dict[str, Finetuning]]:
+    """The data of a study and its tasks with as many shards as at the study's first start: arms then read alike.
+
+    Args:
+        data: of the training.
+        tasks: name -> fine-tuning, which takes as many shards as the training where it does not say.
+        earlier: what an earlier start wrote.
+        hosts: how many shards there are where neither the settings nor an earlier start tell.
+
+    Raises:
+        UserError: for batches of a task that do not divide over the shards.
+    """
+    shards = data.shards or (earlier["judged_by"]["shards"] if earlier else hosts)
+    settled = {}
+    for task, how in tasks.items():
+        with naming(f"task {task}"):
+            own = dataclasses.replace(how.data, shards=how.data.shards or shards)
+        settled[task] = dataclasses.replace(how, data=own)
+    return dataclasses.replace(data, shards=shards), settled
+
+
+def judged_by(run: StudyRun, teacher: TrainedModel, probe: Path | None, probe_batches: int) -> Record:
+    """What the figures of all runs are of, but for the tasks: plain values."""
+    data = run.training.data
+    return judged_on(data) | {
+        "shards": data.shards,
+        "teacher": teacher.fingerprint,
+        "teacher_dtype": teacher.config.dtype,
+        "probe": probe and {"path": dataclasses.asdict(probe), "examples": probe_batches * data.eval_batch_size},
+    }
+
+
+def earlier_record(model_dir: str) -> Record | None:
+    """What an earlier start of the study wrote, if there was one.
+
+    Raises:
+        UserError: the file is no study's.
+    """
+    return read_raw(model_dir) if raw_file(model_dir).exists() else None
+
+
+def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -> None:
+    """Runs of an earlier start must have been judged by the same.
+
+    Raises:
+        UserError: naming each difference.
+    """
+    if earlier is not None:
+        check_facts(earlier["judged_by"], json.loads(json_text(judged)), str(raw_file(model_dir)))
+
+
+def _evaluations(model_dir: str) -> list[Record]:
+    """The held-out figures of a run in order, each with its step."""
+    return [
+        {"step": line["step"]} | {name.removeprefix(HELD_OUT): line[name] for name in line if name.startswith(HELD_OUT)}
+        for line in read_metrics(f"{model_dir}/{FILE_NAME}")
+        if any(name.startswith(HELD_OUT) for name in line)
+    ]

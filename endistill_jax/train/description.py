@@ -1,0 +1,41 @@
+"""What `--dry_run` prints: the resolved settings, shapes and parameter counts of a training, without starting it."""
+
+import dataclasses
+
+import jax
+
+from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.reports.table import format_count
+from endistill_jax.sharding import abstract_params
+from endistill_jax.train.training import Training
+
+
+def describe(training: Training) -> str:
+    """Settings one a line, then a line for every parameter with its shape."""
+    lines = [f"model_dir: {training.model_dir}", f"mesh: {dict(training.mesh().shape)}"]
+    if training.teacher is not None:
+        lines.append(f"teacher: {training.teacher.source}, {_size(training.teacher.config)}")
+        lines.append(f"  {training.teacher.config}")
+    if training.initial is not None:
+        lines.append(f"starts from: {training.initial.source}, step {training.initial.step}")
+    lines.append(f"student: {_size(training.config)}" if training.teacher else f"model: {_size(training.config)}")
+    lines.append(f"  {training.config}")
+    if training.teacher is not None:
+        lines.append(f"student_init: {training.student_init.facts(training.teacher.config, training.config)}")
+    lines.append(f"task: {training.task().name}")
+    for name in ("path", "data", "optimizer", "run"):
+        settings = getattr(training, name)
+        shown = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        shown.pop("task", None)
+        lines.append(f"{name}: {shown}")
+    tokens = training.data.batch_size * (training.data.inputs_length + training.data.targets_length)
+    lines.append(f"tokens: at most {format_count(tokens)} a step, {format_count(tokens * training.run.steps)} in all")
+    lines.append("parameters:")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(training.config)):
+        lines.append(f"  {'/'.join(entry.key for entry in path)} {list(leaf.shape)}")
+    return "\n".join(lines)
+
+
+def _size(config: T5Config) -> str:
+    return f"{format_count(count_params(abstract_params(config)))} parameters"

@@ -1,0 +1,160 @@
+"""Settings that jobs share, as plain data."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.settings import as_tuple, is_whole
+from endistill_jax.objectives import Computation
+from endistill_jax.sharding import PLACEMENTS
+from endistill_jax.train.best import MODES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        task: name of a registered SeqIO task or mixture, or the task itself. Its "inputs" and "targets" features must
+            share a vocabulary.
+        inputs_length: encoder length of a row, in tokens.
+        targets_length: decoder length of a row.
+        batch_size: rows of a global batch, over all hosts and micro-batches.
+        pack: put several examples into one row.
+        shards: of the training text, each read by itself for its rows of every batch: the same shards give the same
+            batches on any number of hosts. None takes as many as hosts at the start of the run, and keeps them.
+        eval_split: split of the held-out examples.
+        eval_batch_size: rows of an evaluation batch.
+        eval_batches: at most so many batches are evaluated; None evaluates the whole split.
+    """
+
+    task: Any
+    inputs_length: int = 512
+    targets_length: int = 114
+    batch_size: int = 128
+    pack: bool = True
+    shards: int | None = None
+    eval_split: str = "validation"
+    eval_batch_size: int = 32
+    eval_batches: int | None = None
+
+    def __post_init__(self):
+        shards = () if self.shards is None else ("shards",)
+        _require_positive(self, ("inputs_length", "targets_length", "batch_size", "eval_batch_size", *shards))
+        if self.shards and self.batch_size % self.shards:
+            raise UserError(f"Data.shards is {self.shards}; it must be a divisor of batch_size ({self.batch_size})")
+
+    @property
+    def feature_lengths(self) -> dict[str, int]:
+        """Lengths by SeqIO's feature names."""
+        return {"inputs": self.inputs_length, "targets": self.targets_length}
+
+    @property
+    def eval_examples(self) -> int | None:
+        """At most so many examples of a task are evaluated; None evaluates the whole split."""
+        return None if self.eval_batches is None else self.eval_batches * self.eval_batch_size
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """Which examples of the task are evaluated, as plain values, in whatever batches."""
+        return {name: getattr(self, name) for name in ("eval_split", "eval_examples")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long a run is, where it runs and what it keeps.
+
+    Attributes:
+        steps: optimizer updates.
+        seed: decides initial parameters, data order, corruption and dropout.
+        micro_batches: parts of a batch whose gradients are accumulated.
+        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
+        slices: groups of devices with a slow network between them, over which the axis data is spread; None counts
+            those of TPUs, and takes other devices for one.
+        teacher_placement: "sharded" splits the teacher's parameters as the student's; "replicated" keeps them whole but
+            for the axis tensor, so that none is gathered: faster where they fit.
+        compiler_options: options of the XLA compiler for the training step, by platform: {"tpu": {"xla_...": value}}.
+            Those of other platforms than the run's are ignored.
+        log_every: steps between two lines of metrics.
+        eval_every: steps between two held-out evaluations; 0 evaluates at the end only.
+        eval_at_start: evaluate before the first step too.
+        checkpoint_every: steps between two checkpoints; the last step is always saved.
+        keep_last: number of latest checkpoints kept.
+        keep_best: name of a held-out metric, such as "piece_loss", whose best checkpoint is kept too.
+        best_mode: "min" or "max": which end of `keep_best` is best.
+        patience: the run ends when so many evaluations in a row were no better than the best one before, by
+            `keep_best`; None never ends it early.
+        tensorboard: write TensorBoard scalars beside metrics.jsonl.
+        losses: in which form the losses are computed; by default chosen by platform and shape.
+    """
+
+    steps: int
+    seed: int = 0
+    micro_batches: int = 1
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    slices: int | None = None
+    teacher_placement: str = "sharded"
+    compiler_options: dict[str, dict[str, Any]] | None = None
+    log_every: int = 50
+    eval_every: int = 0
+    eval_at_start: bool = False
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_best: str | None = None
+    best_mode: str = "min"
+    patience: int | None = None
+    tensorboard: bool = True
+    losses: Computation = Computation()
+
+    def __post_init__(self):
+        axes = "the sizes of its three axes (data, fsdp, tensor), such as (-1, 1, 1)"
+        object.__setattr__(self, "mesh", as_tuple(self.mesh, "Run.mesh", axes, functools.partial(is_whole, least=-1)))
+        if len(self.mesh) != 3:
+            raise UserError(f"Run.mesh is {self.mesh}; give {axes}")
+        if self.teacher_placement not in PLACEMENTS:
+            raise UserError(
+                f"Run.teacher_placement is {self.teacher_placement!r}; choose one of {', '.join(PLACEMENTS)}"
+            )
+        _require_positive(self, ("steps", "micro_batches", "log_every", "checkpoint_every", "keep_last"))
+        self._check_best()
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) % self.log_every:
+                raise UserError(
+                    f"Run.{name} is {getattr(self, name)}; it must be a multiple of log_every ({self.log_every}), "
+                    "so that a resumed run logs the same windows of steps"
+                )
+
+    @property
+    def chosen_by(self) -> dict[str, Any]:
+        """What decides which step is the best, as plain values."""
+        names = ("keep_best", "best_mode", "patience", "eval_every") if self.keep_best else ("keep_best",)
+        return {name: getattr(self, name) for name in names}
+
+    def _check_best(self) -> None:
+        if self.best_mode not in MODES:
+            raise UserError(f"Run.best_mode is {self.best_mode!r}; choose one of {', '.join(MODES)}")
+        if self.patience is not None:
+            _require_positive(self, ("patience",))
+            if not (self.keep_best and self.eval_every):
+                raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
+
+
+def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] = ()) -> None:
+    """Makes sure that names can be folders beside those that are taken.
+
+    Raises:
+        UserError: for the first that cannot.
+    """
+    for name in names:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"{where} has {name!r}; a name becomes a folder: letters, digits, - and _")
+        if name in taken:
+            raise UserError(f"{where} has {name!r}, which is a folder of every run; take another name")
+
+
+def _require_positive(settings: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{type(settings).__name__}.{name} is {getattr(settings, name)}; it must be at least 1")
