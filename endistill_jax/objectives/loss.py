@@ -6,12 +6,13 @@ hosts before they are divided, once, so that the loss does not depend on how a b
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import Batch, Segments, batch_segments
+from endistill_jax.core.batch import Batch, batch_segments
+from endistill_jax.core.outputs import Output, Tap
+from endistill_jax.core.sites import row_masks
 from endistill_jax.objectives.cross_entropy import cross_entropy
 from endistill_jax.objectives.implementation import DEFAULT, Computation
 from endistill_jax.objectives.logits_kl import logits_kl
@@ -28,33 +29,6 @@ CROSS_ENTROPY = "cross_entropy"
 TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
 
 _VECTORS = {"q": "query", "k": "key", "v": "value"}
-
-
-class Tap(Protocol):
-    """Vectors of one attention module, each `[batch, length, inner]`."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
-class UnappliedHead(Protocol):
-    """What a head would multiply, `[batch, target, d_model]` and `[d_model, vocabulary]`; see `Head`."""
-
-    hidden: jax.Array
-    kernel: jax.Array
-
-
-class Output(Protocol):
-    """What a model returns: the taps by site name, and of its words nothing, or one of two.
-
-    Either the logits, `[batch, target, vocabulary]`, or the head that would give them, for the losses to apply to some
-    tokens at a time.
-    """
-
-    taps: Mapping[str, Tap]
-    logits: jax.Array | None
-    head: UnappliedHead | None
 
 
 def coefficients(path: Path) -> dict[str, float]:
@@ -81,7 +55,7 @@ def term_weights(path: Path, batch: Batch) -> dict[str, jax.Array]:
     """
     segments = batch_segments(batch)
     weights = {
-        name: relation_weight(**_row_masks(site_name, relation, segments))
+        name: relation_weight(**row_masks(site_name, relation, segments)._asdict())
         for name, site_name, _, relation in _relation_terms(path)
     }
     tokens = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
@@ -188,10 +162,10 @@ def _relation_sums(
     sums = {}
     for name, site_name, site, relation in _relation_terms(path):
         sums[name], _ = relation_loss(
-            _vectors(teacher.taps[site_name], relation),
-            _vectors(student.taps[site_name], relation),
+            _vectors(teacher.taps[site_name, site.teacher_layer], relation),
+            _vectors(student.taps[site_name, site.student_layer], relation),
             relation_heads=site.relation_heads,
-            **_row_masks(site_name, relation, segments),
+            **row_masks(site_name, relation, segments)._asdict(),
         )
     return sums
 
@@ -218,14 +192,3 @@ def _relation_terms(path: Path) -> Iterator[tuple[str, str, Site, str]]:
 def _vectors(tap: Tap, relation: str) -> tuple[jax.Array, jax.Array]:
     first, second = relation
     return getattr(tap, _VECTORS[first]), getattr(tap, _VECTORS[second])
-
-
-def _row_masks(site_name: str, relation: str, segments: Segments) -> dict[str, jax.Array | bool]:
-    """The mask arguments of a relation: which side of the batch each of its two sets of vectors is from."""
-
-    def side(vector: str) -> jax.Array:
-        of_decoder = site_name == "decoder_self" or (site_name == "cross" and vector == "q")
-        return segments.decoder if of_decoder else segments.encoder
-
-    first, second = relation
-    return {"query_segments": side(first), "key_segments": side(second), "causal": site_name == "decoder_self"}

@@ -46,14 +46,10 @@ def forward(
     """
     if role == "teacher":
         config = dataclasses.replace(config, attention_bytes=_teacher_attention_bytes(computation))
-    reads_words = path.needs_logits(role)
-    chunked = computation.chunks_vocabulary(len(batch["encoder_input_tokens"]))
     return T5(config).apply(
         {"params": params},
         batch,
-        tap_layers=path.tap_layers(role),
-        with_logits=reads_words and not chunked,
-        with_head=reads_words and chunked,
+        path.reads(role),
         deterministic=dropout_key is None,
         frozen=role == "teacher",
         rngs={} if dropout_key is None else {"dropout": dropout_key},

@@ -19,7 +19,8 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
-from endistill_jax.jobs import Interpolation, Run, StageSettings, chain, export, interpolate, products
+from endistill_jax.interpolation import chain, products
+from endistill_jax.jobs import Interpolation, Run, StageSettings, export, interpolate
 from endistill_jax.jobs import plan as plan_job
 from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.train.metrics import read_metrics

@@ -6,8 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from endistill_jax.core.outputs import Tap
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layers import MLP, Attention, KeysValues, RMSNorm, Tap
+from endistill_jax.models.t5.layers import MLP, Attention, KeysValues, RMSNorm
 
 
 class EncoderLayer(nn.Module):

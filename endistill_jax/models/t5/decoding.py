@@ -19,7 +19,7 @@ from endistill_jax.models.generation.sampling import largest
 from endistill_jax.models.t5.blocks import DecoderLayer
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
-from endistill_jax.models.t5.t5 import Embedding, Encoder, Head, apply_head
+from endistill_jax.models.t5.t5 import Embedding, Encoder, OutputHead
 
 START_TOKEN = 0  # T5 begins a target with the padding token
 
@@ -294,8 +294,8 @@ def _self_attention_context(
 def _logits(config: T5Config, params: Any, x: jax.Array) -> jax.Array:
     x = _apply(RMSNorm, config, params["decoder"]["decoder_norm"], x)
     if config.tied_head:
-        return apply_head(_apply(Embedding, config, params["token_embedder"], x, method="head"))
-    return apply_head(_apply(Head, config, params["decoder"]["logits_dense"], x))
+        return _apply(Embedding, config, params["token_embedder"], x, method="head").logits()
+    return _apply(OutputHead, config, params["decoder"]["logits_dense"], x).logits()
 
 
 def _apply(module: Callable[..., nn.Module], config: T5Config, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,11 +16,12 @@ the position bias, whose product with one-hot vectors stands for a look-up, and 
 again. So these are the model's operations, fewer than the hardware's.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
+from endistill_jax.core.outputs import LOGITS, Reads
+from endistill_jax.core.sites import Stack
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import resolve_tap_layers
+from endistill_jax.models.t5.stack import stack_reads
 
 
 class Lengths(NamedTuple):
@@ -29,13 +30,6 @@ class Lengths(NamedTuple):
     batch: int
     source: int
     target: int
-
-
-class Read(NamedTuple):
-    """What is read of one attention site: the layer (negative counts from the top), and of q, k and v which."""
-
-    layer: int
-    vectors: str = "qkv"
 
 
 class ForwardFlops(NamedTuple):
@@ -59,50 +53,52 @@ class ForwardFlops(NamedTuple):
         return sum(self)
 
 
-def forward_flops(
-    config: T5Config, lengths: Lengths, reads: Mapping[str, Read] | None = None, with_logits: bool = True
-) -> ForwardFlops:
-    """Operations of a forward pass that computes only what is read: with nothing above the highest tap.
-
-    Args:
-        config: the model's shape.
-        lengths: the batch's.
-        reads: site (`encoder_self`, `decoder_self`, `cross`) -> what is read of it.
-        with_logits: whether logits are read.
+def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:
+    """Operations of a forward pass that computes only what is read: nothing above the highest of it.
 
     Raises:
-        UserError: if a site is unknown or a layer does not exist.
+        UserError: if a layer does not exist.
     """
-    reads = dict(reads or {})
-    layers = resolve_tap_layers(config, {site: read.layer for site, read in reads.items()})
-    vectors = {site: set(read.vectors) for site, read in reads.items()}
+    decoder_taps = _indexed(reads, "decoder", config.num_decoder_layers)
+    encoder_taps = _indexed(reads, "encoder", config.num_encoder_layers)
 
     # Layers that must run to their end: those below the highest residual stream that is read.
-    decoder_layers = config.num_decoder_layers if with_logits else 0
-    if vectors.get("decoder_self"):
-        decoder_layers = max(decoder_layers, layers["decoder_self"])
-    if "q" in vectors.get("cross", ()):
-        decoder_layers = max(decoder_layers, layers["cross"])
-    encoder_layers = layers.get("encoder_self", 0)
-    if decoder_layers or vectors.get("cross", set()) & {"k", "v"}:
-        encoder_layers = config.num_encoder_layers
+    decoder_layers = config.num_decoder_layers if reads.head else 0
+    ends = stack_reads(reads, "decoder", config.num_decoder_layers, to_top=reads.head).hidden.values()
+    below = (layer for site, layer, vectors in decoder_taps if site == "decoder_self" or "q" in vectors)
+    decoder_layers = max((decoder_layers, *(layer + 1 for layer in ends), *below))
+    encoder_layers = config.num_encoder_layers
+    if not (reads.encoded or reads.decoder):
+        ends = stack_reads(reads, "encoder", config.num_encoder_layers, to_top=False).hidden.values()
+        encoder_layers = max((0, *(layer + 1 for layer in ends), *(layer for _, layer, _ in encoder_taps)))
 
     encoder = encoder_layers * _block(config, lengths.batch, lengths.source)
     decoder = decoder_layers * _block(config, lengths.batch, lengths.target)
     cross = decoder_layers * _attention(config, lengths.batch, lengths.target, lengths.source)
-    # Of the layer above those, no more than what is read.
-    if layers.get("encoder_self") == encoder_layers:
-        encoder += len(vectors["encoder_self"]) * _projection(config, lengths.batch, lengths.source)
-    if layers.get("cross", -1) >= decoder_layers:
-        of_queries = len(vectors["cross"] & {"q"}) * lengths.target
-        of_encoded = len(vectors["cross"] & {"k", "v"}) * lengths.source
-        cross += _projection(config, lengths.batch, of_queries + of_encoded)
-    if layers.get("cross") == decoder_layers and "q" in vectors["cross"]:
-        decoder += _attention(config, lengths.batch, lengths.target, lengths.target)
-    elif layers.get("decoder_self") == decoder_layers:
-        decoder += len(vectors["decoder_self"]) * _projection(config, lengths.batch, lengths.target)
-    head = 2 * lengths.batch * lengths.target * config.d_model * config.vocab_size if with_logits else 0
+    # Of a layer above those, no more than what is read.
+    for _, layer, vectors in encoder_taps:
+        if layer == encoder_layers:
+            encoder += len(vectors) * _projection(config, lengths.batch, lengths.source)
+    above = {(site, layer): vectors for site, layer, vectors in decoder_taps if layer >= decoder_layers}
+    for (site, layer), vectors in above.items():
+        if site == "cross":
+            encoded = len(set(vectors) & {"k", "v"}) * lengths.source
+            cross += _projection(config, lengths.batch, encoded + ("q" in vectors) * lengths.target)
+            if "q" in vectors:
+                decoder += _attention(config, lengths.batch, lengths.target, lengths.target)
+        elif "q" not in above.get(("cross", layer), ""):
+            decoder += len(vectors) * _projection(config, lengths.batch, lengths.target)
+    head = 2 * lengths.batch * lengths.target * config.d_model * config.vocab_size if reads.head else 0
     return ForwardFlops(encoder=encoder, decoder=decoder, cross=cross, head=head)
+
+
+def _indexed(reads: Reads, stack: Stack, depth: int) -> list[tuple[str, int, str]]:
+    """(site, layer from 0, vectors) of a stack's taps."""
+    layers = stack_reads(reads, stack, depth, to_top=True).taps
+    merged: dict[tuple[str, int], str] = {}
+    for key, layer in layers.items():  # one layer may be named from both ends
+        merged[key[0], layer] = "".join(sorted({*merged.get((key[0], layer), ""), *reads.taps[key]}))
+    return [(site, layer, vectors) for (site, layer), vectors in merged.items()]
 
 
 def _projection(config: T5Config, batch: int, length: int) -> int:

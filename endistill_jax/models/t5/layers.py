@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from endistill_jax.core.outputs import Tap
 from endistill_jax.models.t5.attention import attend, attend_in_groups
 from endistill_jax.models.t5.config import T5Config
 
@@ -19,17 +20,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "linear": lambda x: x,
 }
-
-
-class Tap(NamedTuple):
-    """Queries, keys and values of one attention module: each [batch, length, inner_dim], heads concatenated.
-
-    They are the projections' outputs, before T5's position bias; T5 applies no scaling to them.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
 
 
 class KeysValues(NamedTuple):
@@ -146,8 +136,8 @@ class Attention(nn.Module):
             The projected output [batch, query_length, d_model], and the queries, keys and values it used.
         """
         projections = ((self.query, queries_from), (self.key, keys_from), (self.value, keys_from))
-        tap = Tap(*(_constrained(project_from(x)) for project_from, x in projections))
-        query, key, value = map(self.split_heads, tap)
+        tap = Tap(*(_constrained(project_from(x)) for project_from, x in projections), bias=position_bias)
+        query, key, value = map(self.split_heads, tap[:3])
         return self._attend(query, key, value, mask, position_bias, deterministic), tap
 
     def keys_values(self, x: jax.Array) -> KeysValues:

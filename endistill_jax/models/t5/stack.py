@@ -6,15 +6,43 @@ tap is dead code that the compiler removes.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.models.t5.layers import Tap
+from endistill_jax.core.outputs import Output, Reads, Tap, resolve_layer
+from endistill_jax.core.sites import SITES, Stack
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class StackReads(NamedTuple):
+    """What is read of one stack.
+
+    Attributes:
+        taps: (site, layer) as asked for -> index of the layer, from 0.
+        hidden: (stack, layer) as asked for -> index of the layer, from 0.
+        to_top: whether the stack's output is read; else it ends with the highest layer that is.
+    """
+
+    taps: Mapping[tuple[str, int], int]
+    hidden: Mapping[tuple[str, int], int]
+    to_top: bool
+
+
+def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> StackReads:
+    """The part of `reads` that is of one stack of so many layers.
+
+    Raises:
+        UserError: if a layer does not exist.
+    """
+    taps = {
+        (site, layer): resolve_layer(layer, depth, site) for site, layer in reads.taps if SITES[site].stack == stack
+    }
+    hidden = {(name, layer): resolve_layer(layer, depth, name) for name, layer in reads.hidden if name == stack}
+    return StackReads(taps, hidden, to_top)
 
 
 def stacked_init(layer: nn.Module, num_layers: int) -> Callable[[jax.Array, jax.Array, tuple], Any]:
@@ -39,26 +67,24 @@ def run_layers(
     params: Any,
     x: jax.Array,
     context: tuple,
-    tap_layers: Mapping[str, int],
-    run_to_top: bool,
+    reads: StackReads,
     dropout_key: jax.Array | None,
     frozen: bool = False,
-) -> tuple[jax.Array, dict[str, Tap]]:
-    """Runs the layers that are needed and exposes the taps asked for.
+) -> tuple[jax.Array, Output]:
+    """Runs the layers that are needed and exposes what is read of them.
 
     Args:
         layer: an unbound layer; its call returns the new residual stream and its taps by site.
         params: its parameters, each leaf [layers, ...].
         x: [batch, length, d_model], the residual stream.
         context: the layer's further arrays (masks, bias, encoder output), the same for every layer.
-        tap_layers: site -> index of the layer to expose, 0 <= index < layers.
-        run_to_top: whether the stack's output is read; else the stack ends with the highest tapped layer.
+        reads: of this stack.
         dropout_key: folded with the layer's index; None runs without dropout.
         frozen: a loop takes each layer's parameters from where all layers lie, rather than from a copy of those that it
             runs over. The gradient by the parameters would take a pass over all of them a layer.
 
     Returns:
-        The residual stream where the stack ended, and the taps.
+        The residual stream where the stack ended, and an output with the taps and residual streams that are read.
     """
     cfg = layer.config
     num_layers = len(jax.tree.leaves(params)[0])
@@ -91,12 +117,14 @@ def run_layers(
             x, _ = apply_one(x, index)
         return x
 
-    taps: dict[str, Tap] = {}
+    taps: dict[tuple[str, int], Tap] = {}
+    hidden: dict[tuple[str, int], jax.Array] = {}
     done = 0
-    for tapped in sorted(set(tap_layers.values())):
-        x, exposed = apply_one(apply_segment(x, done, tapped), tapped)
-        taps.update({site: exposed[site] for site, index in tap_layers.items() if index == tapped})
-        done = tapped + 1
-    if run_to_top:
+    for exposed_layer in sorted({*reads.taps.values(), *reads.hidden.values()}):
+        x, exposed = apply_one(apply_segment(x, done, exposed_layer), exposed_layer)
+        taps |= {key: exposed[key[0]] for key, index in reads.taps.items() if index == exposed_layer}
+        hidden |= {key: x for key, index in reads.hidden.items() if index == exposed_layer}
+        done = exposed_layer + 1
+    if reads.to_top:
         x = apply_segment(x, done, num_layers)
-    return x, taps
+    return x, Output(taps=taps, hidden=hidden)

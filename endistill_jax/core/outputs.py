@@ -1,0 +1,129 @@
+"""What a model is asked for, and what it returns."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.sites import SITES, Stack
+
+
+class Tap(NamedTuple):
+    """Queries, keys and values of one attention module: each [batch, length, inner_dim], heads concatenated.
+
+    Attributes:
+        query: as projected, on the model's own scale.
+        key: likewise.
+        value: likewise.
+        bias: what the model adds to the scores, [1, num_heads, query_length, key_length]; None where it adds nothing.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+
+
+class Head(NamedTuple):
+    """A head that is not applied: its logits are `hidden @ kernel`, multiplied in the type of `hidden`.
+
+    Whoever needs only the logits of some tokens at a time applies it to those.
+
+    Attributes:
+        hidden: [batch, target, d_model], scaled if the model scales it.
+        kernel: [d_model, vocab_size].
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+
+    def logits(self) -> jax.Array:
+        """All logits, [batch, target, vocab_size], float32."""
+        dtype = self.hidden.dtype
+        # Batch and length are one axis: XLA's CPU compiler otherwise transposes activations in the backward pass.
+        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
+        logits = jnp.dot(flat, self.kernel.astype(dtype), preferred_element_type=jnp.float32)
+        logits = logits.reshape(*self.hidden.shape[:-1], -1)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+
+class Output(NamedTuple):
+    """What a forward pass returns of what it was asked for.
+
+    Attributes:
+        encoded: [batch, source, d_model], after the encoder's final normalisation; None if nothing reads it.
+        head: the unapplied head; None unless asked for.
+        taps: by (site, layer), as they were asked for.
+        hidden: the residual stream after a layer, [batch, length, d_model], by (stack, layer) as asked for.
+    """
+
+    encoded: jax.Array | None = None
+    head: Head | None = None
+    taps: Mapping[tuple[str, int], Tap] = {}
+    hidden: Mapping[tuple[Stack, int], jax.Array] = {}
+
+    @property
+    def logits(self) -> jax.Array | None:
+        """The logits of all tokens, [batch, target, vocab_size], float32; None where no head was asked for."""
+        return None if self.head is None else self.head.logits()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What is read of a model, so that nothing else is computed. Negative layers count from a stack's top.
+
+    Attributes:
+        taps: (site, layer) -> which vectors of that attention module, such as "qkv".
+        hidden: (stack, layer) of the residual streams, each after the layer.
+        encoded: whether the encoder's output is read.
+        head: whether the distribution over the vocabulary is read.
+    """
+
+    taps: Mapping[tuple[str, int], str] = dataclasses.field(default_factory=dict)
+    hidden: frozenset[tuple[Stack, int]] = frozenset()
+    encoded: bool = False
+    head: bool = False
+
+    def __or__(self, other: "Reads") -> "Reads":
+        vectors = {
+            key: "".join(sorted(set(self.taps.get(key, "") + other.taps.get(key, ""))))
+            for key in (*self.taps, *other.taps)
+        }
+        return Reads(
+            taps=vectors,
+            hidden=self.hidden | other.hidden,
+            encoded=self.encoded or other.encoded,
+            head=self.head or other.head,
+        )
+
+    @property
+    def decoder(self) -> bool:
+        """Whether anything of the decoder is read."""
+        stacks = {SITES[site].stack for site, _ in self.taps} | {stack for stack, _ in self.hidden}
+        return self.head or "decoder" in stacks
+
+
+LOGITS = Reads(head=True)
+
+
+def union(reads: Iterable[Reads]) -> Reads:
+    """All that any of them reads."""
+    total = Reads()
+    for each in reads:
+        total |= each
+    return total
+
+
+def resolve_layer(layer: int, depth: int, what: str) -> int:
+    """A layer's index from 0, where negative ones count from the top.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    if not -depth <= layer < depth:
+        raise UserError(f"layer {layer} of {what} does not exist; the stack has layers 0 to {depth - 1} (or -1)")
+    return layer % depth
