@@ -46,6 +46,6 @@ class RowMasks(NamedTuple):
 
 
 def row_masks(site: str, relation: str, segments: Segments) -> RowMasks:
-    """The masks of a relation, such as `qk`, of a site: each of its two sets of vectors is from one side of the batch."""
+    """The masks of a site's relation, such as `qk`: each of its two sets of vectors is from one side of the batch."""
     first, second = (getattr(segments, SITES[site].side(vector)) for vector in relation)
     return RowMasks(first, second, SITES[site].causal)

@@ -97,8 +97,7 @@ class Decoder(nn.Module):
         encoded: jax.Array,
         segments: jax.Array,
         encoder_segments: jax.Array,
-        tap_layers: Mapping[str, int],
-        with_head: bool,
+        reads: StackReads,
         deterministic: bool,
         frozen: bool,
     ) -> tuple[Head | None, Output]:
