@@ -1,0 +1,192 @@
+"""What a term of an objective is: a pure function of what a student and a teacher return, and of the batch.
+
+A term is a frozen dataclass; its fields are plain data and become part of a checkpoint's manifest. To add one, subclass
+`Term`, or `TokenTerm` for a loss of the distributions over the vocabulary; nothing else has to change (docs/extending.md).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.batch import Batch
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
+from endistill_jax.objectives.token_distribution import TokenDistribution
+
+Role = Literal["teacher", "student"]
+
+
+class ModelShape(Protocol):
+    """What a term must know of a model to be checked against it; every model's configuration has these."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def inner_dim(self) -> int: ...
+    @property
+    def num_encoder_layers(self) -> int: ...
+    @property
+    def num_decoder_layers(self) -> int: ...
+
+
+class Lengths(NamedTuple):
+    """Size of a batch: examples, and positions of both sides, padding included."""
+
+    batch: int
+    source: int
+    target: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A coefficient that moves linearly from `start` at step 0 to `end` at `steps`, and stays there."""
+
+    start: float = 0.0
+    end: float = 1.0
+    steps: int
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        return self.start + (self.end - self.start) * jnp.clip(step.astype(jnp.float32) / self.steps, 0.0, 1.0)
+
+
+Coefficient = float | Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermInputs:
+    """What a term is computed from.
+
+    Attributes:
+        student: with everything that the term reads of the student.
+        teacher: likewise, a constant; None where no term needs one.
+        batch: `decoder_target_tokens`, `decoder_loss_weights` [batch, target], and what `batch_segments` reads.
+        params: what `init_params` made, as it is now.
+        share: the teacher's share of interpolated targets, a scalar from 0 to 1; None for the teacher's own.
+        implementation: dense or blocked, and the mesh.
+    """
+
+    student: Output
+    teacher: Output | None
+    batch: Batch
+    params: Any = None
+    share: jax.Array | None = None
+    implementation: LossImplementation = DEFAULT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term:
+    """One summand of the loss, `coefficient(step) * sum / weight`.
+
+    Attributes:
+        coefficient: a number, or a function of the step such as a `Ramp`.
+        label: the name of its metric; None takes the term's own.
+    """
+
+    coefficient: Coefficient = 1.0
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its metric is called; no two terms of an objective may have the same."""
+        return self.label or self.default_name()
+
+    def default_name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the term reads a teacher."""
+        return True
+
+    def reads(self, role: Role) -> Reads:
+        """What must be computed of the teacher or of the student."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """The normaliser, float32 scalar, from the masks alone: rows or tokens. Known before anything has run."""
+        raise NotImplementedError
+
+    def sum(self, inputs: TermInputs) -> jax.Array:
+        """The unnormalised sum over a (micro-)batch, float32 scalar; differentiable with respect to the student."""
+        raise NotImplementedError
+
+    def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:
+        """Parameters of its own, trained beside the student's and never exported; None for none.
+
+        Leaves may be boxed by `nn.with_logical_partitioning`; those that are not are replicated.
+        """
+        return None
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        """Checks the term against the models, before anything runs.
+
+        Raises:
+            UserError: naming the term, and what would be right.
+        """
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape | None) -> int:
+        """Operations of its own matrix products, value and gradient, beyond the two models'."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenTerm(Term):
+    """A loss of the distributions over the vocabulary, summed over target tokens by their loss weights.
+
+    A subclass gives `token_loss`. It is called with all tokens (dense) or some at a time (blocked), on a device that may
+    have only some of the vocabulary's columns, and is differentiated there.
+    """
+
+    def reads(self, role: Role) -> Reads:
+        return Reads(head=role == "student" or self.needs_teacher)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
+
+    def token_loss(
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
+    ) -> jax.Array:
+        """Nats a token, [tokens]. Sums over the vocabulary are taken by `student.sum`, so that columns may be split."""
+        raise NotImplementedError
+
+    def loss_and_gradient(
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`token_loss`, and its gradient with respect to the student's logits, [tokens, columns].
+
+        Derived here; a term that can do it in fewer passes over the logits overrides this.
+        """
+
+        def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+            losses = self.token_loss(student.with_logits(logits), teacher, targets)
+            return jnp.sum(losses), losses
+
+        gradient, losses = jax.grad(total, has_aux=True)(student.logits)
+        # Every device has the whole loss, and a sum over devices transposes to a sum: each counts the others' too.
+        return losses, gradient / student.parts
+
+    def sum(self, inputs: TermInputs) -> jax.Array:
+        """The plain form over all logits; the objective computes the token terms of a loss together where it is blocked."""
+        weights = inputs.batch["decoder_loss_weights"].astype(jnp.float32).reshape(-1)
+        targets = inputs.batch["decoder_target_tokens"].reshape(-1)
+        student, teacher = (
+            None if output is None or output.head is None else TokenDistribution.of_output(output, targets, weights)
+            for output in (inputs.student, inputs.teacher)
+        )
+        losses = self.token_loss(student, teacher, targets)
+        return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        if self.needs_teacher and teacher is not None and teacher.vocab_size != student.vocab_size:
+            raise UserError(
+                f"objective.{self.name}: the vocabularies of teacher and student have {teacher.vocab_size} and "
+                f"{student.vocab_size} entries; comparing their distributions needs one for both"
+            )
