@@ -11,8 +11,9 @@ together: a teacher of I_teacher + I_student, and the student's head once more.
 
 from typing import NamedTuple
 
+from endistill_jax.models.family import ForwardFlops, Lengths, forward_flops
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import ForwardFlops, Lengths, Read, forward_flops
+from endistill_jax.models.t5.flops import Read
 from endistill_jax.objectives import Path
 from endistill_jax.objectives.objective import Role
 

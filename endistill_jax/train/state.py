@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from endistill_jax.models.family import abstract_params, init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
-from endistill_jax.sharding import abstract_params, opt_state_shardings, param_shardings
+from endistill_jax.sharding import opt_state_shardings, param_shardings
 
 
 class TrainState(flax.struct.PyTreeNode):
