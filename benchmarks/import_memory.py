@@ -73,7 +73,7 @@ def generate(folder: str, model_file: str, stored: str) -> None:
     import jax
 
     from endistill_jax.checkpoints import huggingface
-    from endistill_jax.sharding import abstract_params
+    from endistill_jax.models.family import abstract_params
 
     if (pathlib.Path(folder) / "config.json").exists():
         return

@@ -9,9 +9,9 @@ import jax
 from jax.sharding import Mesh
 from shapes import OPTIMIZER, Shape, random_batch, random_teacher
 
+from endistill_jax.models.family import Lengths, init_params
 from endistill_jax.models.t5.counted_flops import count_matmul_flops
-from endistill_jax.models.t5.flops import Lengths
-from endistill_jax.models.t5.t5 import T5, init_params
+from endistill_jax.models.t5.t5 import T5
 from endistill_jax.objectives import Computation, Path, loss_from_outputs, term_weights
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.flops import path_flops, relation_flops, step_flops

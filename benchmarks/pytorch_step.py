@@ -26,7 +26,7 @@ from pytorch_distillation import Distillation, matmul_runs
 from shapes import OPTIMIZER, Shape, add_arguments, random_batch, random_teacher, settings_of, shape_of, title_of
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.models.t5.t5 import init_params
+from endistill_jax.models.family import init_params
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train.flops import step_flops
 

@@ -7,9 +7,8 @@ import math
 import jax
 import numpy as np
 
+from endistill_jax.models.family import Lengths, init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import Lengths
-from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.objectives import Path, Site
 from endistill_jax.train.optimizer import OptimizerConfig
 

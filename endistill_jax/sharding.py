@@ -14,8 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import boxed_init
+from endistill_jax.models.family import ModelConfig, logical_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -37,9 +36,6 @@ LOGICAL_RULES = (
     ("embed_activation", None),
     ("relpos_buckets", None),
 )
-
-# The width of each logical axis that may be split, by its name in `T5Config`; `joined_kv` is split as heads are.
-_WIDTHS = {"embed": "d_model", "heads": "num_heads", "mlp": "mlp_dim", "vocab": "vocab_size"}
 
 
 def logical_rules(placement: str = "sharded") -> tuple[tuple[str, Any], ...]:
@@ -135,12 +131,7 @@ def activation_sharding(mesh: Mesh, placement: str = "sharded") -> Iterator[None
         yield
 
 
-def abstract_params(config: T5Config) -> Any:
-    """Shapes and types of a model's parameters, without computing any."""
-    return nn.meta.unbox(jax.eval_shape(lambda: boxed_init(config, jax.random.key(0))))
-
-
-def param_shardings(config: T5Config, mesh: Mesh, placement: str = "sharded", whose: str = "the model's") -> Any:
+def param_shardings(config: ModelConfig, mesh: Mesh, placement: str = "sharded", whose: str = "the model's") -> Any:
     """A `NamedSharding` for every parameter, by its logical axes.
 
     Args:
@@ -154,8 +145,7 @@ def param_shardings(config: T5Config, mesh: Mesh, placement: str = "sharded", wh
     """
     rules = logical_rules(placement)
     _check_divisible(config, mesh, dict(rules), whose)
-    boxed = jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
-    names = jax.tree.map(_whole_vectors, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    names = jax.tree.map(_whole_vectors, logical_axes(config), is_leaf=lambda x: isinstance(x, PartitionSpec))
     return nn.logical_to_mesh_sharding(names, mesh, rules)
 
 
@@ -164,12 +154,13 @@ def _whole_vectors(names: PartitionSpec) -> PartitionSpec:
     return PartitionSpec() if len([name for name in names if name != "layers"]) == 1 else names
 
 
-def _check_divisible(config: T5Config, mesh: Mesh, rules: Mapping[str, Any], whose: str) -> None:
-    for logical, name in _WIDTHS.items():
+def _check_divisible(config: ModelConfig, mesh: Mesh, rules: Mapping[str, Any], whose: str) -> None:
+    widths = config.family.widths
+    for logical, name in widths.items():
         axis, size = rules[logical], getattr(config, name)
         if axis is None or size % mesh.shape[axis] == 0:
             continue
-        together = [other for key, other in _WIDTHS.items() if rules[key] == axis]
+        together = [other for key, other in widths.items() if rules[key] == axis]
         common = math.gcd(*(getattr(config, other) for other in together))
         valid = [str(parts) for parts in range(1, mesh.size + 1) if common % parts == 0 and mesh.size % parts == 0]
         raise UserError(

@@ -20,7 +20,10 @@ CORE = sorted(
 )  # fmt: skip
 OUTSIDE = {"jax", "flax", "optax", "numpy"}
 # No files, no processes, no network: what remains of the standard library is for describing and computing.
-STANDARD = {"abc", "collections", "contextlib", "dataclasses", "enum", "functools", "itertools", "math", "re", "typing"}
+STANDARD = {
+    "abc", "collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re",
+    "types", "typing", "importlib", "pkgutil",  # the last two find model families
+}  # fmt: skip
 
 
 def imported_modules(tree):
@@ -87,7 +90,8 @@ import jax
 import numpy as np
 from endistill_jax.objectives import Path, Site
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.sharding import abstract_params, make_mesh, place_batch
+from endistill_jax.sharding import make_mesh, place_batch
+from endistill_jax.models.family import abstract_params
 from endistill_jax.train.loop import train_loop
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import init_state

@@ -16,11 +16,10 @@ from endistill_jax.configuration import files
 from endistill_jax.configuration.loading import config_text, load
 from endistill_jax.core.errors import Stopped, StorageFailure, UserError
 from endistill_jax.main import main
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.objectives import Path, Site
 from endistill_jax.reports.run_files import Launch, started_by, write_run_files
-from endistill_jax.sharding import abstract_params
 
 HEAD = """
 from __gin__ import dynamic_registration

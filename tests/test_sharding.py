@@ -10,11 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import abstract_params, init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.sharding import (
     MESH_AXES,
-    abstract_params,
     batch_sharding,
     make_mesh,
     opt_state_shardings,

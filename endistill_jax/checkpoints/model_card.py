@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from endistill_jax import __version__
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.objectives.objective import SITES
 from endistill_jax.reports.table import format_count
-from endistill_jax.sharding import abstract_params
 
 _HELD_OUT = {
     "loss": "loss, nats a token",

@@ -17,8 +17,9 @@ from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
 from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.sharding import abstract_params, param_shardings
+from endistill_jax.sharding import param_shardings
 from endistill_jax.storage import stored_path
 
 BUNDLED = "bundled"

@@ -12,8 +12,8 @@ from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.assistants import check_assistants, non_embedding_params, plan_assistants
 from endistill_jax.interpolation.settings import Interpolation, StageSettings
+from endistill_jax.models.family import Lengths
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import Lengths
 from endistill_jax.objectives import Path
 from endistill_jax.reports.table import Column, plain_table
 from endistill_jax.train.flops import step_flops

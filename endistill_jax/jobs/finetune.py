@@ -9,13 +9,12 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import as_tuple, is_positive, whole_numbers
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics, scoring_facts
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.objectives import Path
 from endistill_jax.reports.results import merge_seeds, tell
 from endistill_jax.reports.table import Column
-from endistill_jax.sharding import abstract_params
 from endistill_jax.train.description import describe
 from endistill_jax.train.finished import finished
 from endistill_jax.train.optimizer import OptimizerConfig

@@ -26,11 +26,11 @@ from endistill_jax.checkpoints.models import (
     tell_notes,
 )
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.multihost.initialize import require_one_process
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
-from endistill_jax.sharding import abstract_params, make_mesh, param_shardings
+from endistill_jax.sharding import make_mesh, param_shardings
 
 
 def import_checkpoint(

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.stages import Stage, stages_table
+from endistill_jax.models.family import Lengths
 from endistill_jax.models.t5.attention import ATTENTION_BYTES
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import Lengths
 from endistill_jax.objectives import Path
 from endistill_jax.objectives.relations_blocked import GROUP_BYTES
 from endistill_jax.objectives.vocabulary import CHUNK_BYTES

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from endistill_jax.models.family import Lengths
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import Lengths
 from endistill_jax.objectives import Computation, Path
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.train.compiler_options import CompilerOptions

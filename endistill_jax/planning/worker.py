@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.planning import topologies
 from endistill_jax.planning.collectives import read_collectives
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.planning.operations import matmul_flops
 from endistill_jax.planning.request import StepRequest
-from endistill_jax.sharding import abstract_params, batch_sharding, check_rows, make_mesh, param_shardings
+from endistill_jax.sharding import batch_sharding, check_rows, make_mesh, param_shardings
 from endistill_jax.train.optimizer import make_optimizer
 from endistill_jax.train.state import abstract_state, state_shardings
 from endistill_jax.train.step import make_train_step

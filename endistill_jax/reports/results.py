@@ -6,10 +6,9 @@ from typing import Any
 import jax
 
 from endistill_jax.evaluation.denoising import DenoisingReport
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.reports.table import Column, print_table, write_table
-from endistill_jax.sharding import abstract_params
 
 DENOISING_COLUMNS = (
     Column(key="model", title="model"),

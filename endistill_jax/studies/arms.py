@@ -15,10 +15,9 @@ from endistill_jax.interpolation.chain import Chain, plan_chain
 from endistill_jax.interpolation.settings import Interpolation
 from endistill_jax.interpolation.stages import lengths
 from endistill_jax.jobs.finetune import Finetuning, check_runs, plan_runs
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.objectives import Path, coefficients
-from endistill_jax.sharding import abstract_params
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.settings import Data, Run

@@ -13,10 +13,9 @@ from endistill_jax.evaluation.job_probe import Probe
 from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.interpolation.chain import StageResult, run_chain
 from endistill_jax.jobs.finetune import Finetuning, metric_names, prepare_evaluation, run_all
-from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Path
 from endistill_jax.reports.files import json_text
-from endistill_jax.sharding import abstract_params
 from endistill_jax.studies.arms import StudyRun
 from endistill_jax.studies.report import raw_file, read_raw
 from endistill_jax.train.finished import Finished, finished, has_ended

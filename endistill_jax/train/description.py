@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.reports.table import format_count
-from endistill_jax.sharding import abstract_params
 from endistill_jax.train.training import Training
 
 

@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 
 
 @pytest.fixture(scope="session")

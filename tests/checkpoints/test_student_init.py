@@ -10,9 +10,10 @@ import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit, cut_params, evenly_spaced, init_from_teacher
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import abstract_params, init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import T5, init_params
-from endistill_jax.sharding import abstract_params, make_mesh
+from endistill_jax.models.t5.t5 import T5
+from endistill_jax.sharding import make_mesh
 
 TEACHER = T5Config(
     vocab_size=23,

@@ -16,12 +16,12 @@ import pytest
 from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5.t5 import T5
 from endistill_jax.objectives import Path, Site, coefficients, combine, term_sums, term_weights
-from endistill_jax.sharding import abstract_params
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 needs_t5x = pytest.mark.skipif(not HAS_T5X, reason="needs T5X: docs/t5x.md says how to install it")

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, t5_logits, with_wrong_inputs
 from endistill_jax.evaluation.ngrams import NgramCounter
+from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 
 VOCAB, SOURCE, TARGET = 32, 6, 5
 SENTINELS = range(28, 32)

@@ -9,8 +9,8 @@ import pytest
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.probe import evaluate_probe, make_probe_step
 from endistill_jax.evaluation.report import JointEvaluation
+from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.objectives import Path, Site, term_sums, term_weights
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train.step import forward

@@ -15,9 +15,10 @@ from endistill_jax.evaluation.metrics import accuracy, rouge
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.evaluation.rank import choices_of_each_input, make_score_step
 from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, check_tasks, make_evaluators
+from endistill_jax.models.family import init_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import T5, init_params
+from endistill_jax.models.t5.t5 import T5
 from endistill_jax.sharding import make_mesh
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task
 

@@ -9,9 +9,8 @@ import pytest
 from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.assistants import check_assistants, non_embedding_params, plan_assistants, ratios
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import count_params
-from endistill_jax.sharding import abstract_params
 
 SIZES = ("d_model", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers", "num_decoder_layers")
 XL, V1_0_3B, LARGE, BASE = (

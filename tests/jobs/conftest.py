@@ -15,8 +15,8 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
 from endistill_jax.evaluation.metrics import accuracy
 from endistill_jax.jobs import Data, Run, distill
+from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.objectives import Path, Site
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task

@@ -22,7 +22,7 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation import chain, products
 from endistill_jax.jobs import Interpolation, Run, StageSettings, export, interpolate
 from endistill_jax.jobs import plan as plan_job
-from endistill_jax.models.t5.t5 import init_params
+from endistill_jax.models.family import init_params
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 

@@ -8,7 +8,7 @@ from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprin
 from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import bundled_vocabulary, padded_vocab_size
-from endistill_jax.models.t5.t5 import count_params
+from endistill_jax.models.family import count_params
 from endistill_jax.sharding import make_mesh, param_shardings
 
 

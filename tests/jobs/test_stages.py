@@ -9,7 +9,7 @@ from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.stages import equal_compute_steps, plan_stages, stages_table
 from endistill_jax.jobs import Data, Interpolation, Run, StageSettings
-from endistill_jax.models.t5.flops import Lengths
+from endistill_jax.models.family import Lengths
 from endistill_jax.objectives import Path, Site
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig

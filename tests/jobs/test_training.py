@@ -13,10 +13,9 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import demo, distill, export, pretrain, train_vocabulary
-from endistill_jax.models.t5.t5 import count_params, init_params
+from endistill_jax.models.family import abstract_params, count_params, init_params
 from endistill_jax.objectives import InterpolatedTargets, Path
 from endistill_jax.reports.table import format_count
-from endistill_jax.sharding import abstract_params
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.training import Training

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.sharding import abstract_params
 
 CONFIG = T5Config(
     vocab_size=23,

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from endistill_jax.models.family import Lengths, abstract_params, forward_flops
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.counted_flops import count_matmul_flops
-from endistill_jax.models.t5.flops import Lengths, Read, forward_flops
+from endistill_jax.models.t5.flops import Read
 from endistill_jax.models.t5.t5 import SITES, T5
-from endistill_jax.sharding import abstract_params
 
 # Every size another number, so that the position biases' products are known by the length that they contract: the
 # buckets, and in their gradient the examples and all pairs of positions.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from endistill_jax.models.family import abstract_params, boxed_init, count_params, init_params
 from endistill_jax.models.t5.layout import unstack_layers
-from endistill_jax.models.t5.t5 import boxed_init, count_params, init_params
-from endistill_jax.sharding import LOGICAL_RULES, abstract_params
+from endistill_jax.sharding import LOGICAL_RULES
 
 
 def _shapes(params):

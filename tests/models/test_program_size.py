@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import SITES, T5
-from endistill_jax.sharding import abstract_params
 
 LAST = dict.fromkeys(SITES, -1)
 MODEL = T5Config(

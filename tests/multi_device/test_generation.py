@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.generation.generation import Decoding, make_decoder
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.sharding import abstract_params, batch_sharding, make_mesh, param_shardings
+from endistill_jax.sharding import batch_sharding, make_mesh, param_shardings
 
 CONFIG = T5Config(
     vocab_size=40,

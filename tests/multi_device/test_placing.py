@@ -10,9 +10,10 @@ import pytest
 from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import HeldOut
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Path
-from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
+from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.settings import Data, Run
 from endistill_jax.train.state import abstract_state, init_state, state_shardings

@@ -6,9 +6,9 @@ import pytest
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
+from endistill_jax.models.family import init_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import init_params
 from endistill_jax.sharding import make_mesh
 
 CONFIG = T5Config(

@@ -16,10 +16,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Computation, InterpolatedTargets, Path, Site
 from endistill_jax.planning.hlo import parse_program
-from endistill_jax.sharding import abstract_params, make_mesh, param_shardings, place_batch
+from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
 from endistill_jax.train.step import make_train_step

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit, cut_params, init_from_teacher
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.sharding import abstract_params, make_mesh, param_shardings
+from endistill_jax.sharding import make_mesh, param_shardings
 
 TEACHER = T5Config(
     vocab_size=40,

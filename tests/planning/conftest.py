@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from endistill_jax.models.family import Lengths
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import Lengths
 from endistill_jax.objectives import Path, Site
 from endistill_jax.planning.planned import PlannedStep
 from endistill_jax.planning.request import StepRequest

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Path, Site
-from endistill_jax.sharding import abstract_params, make_mesh
+from endistill_jax.sharding import make_mesh
 from endistill_jax.train.state import TrainState, init_state
 
 STUDENT = T5Config(

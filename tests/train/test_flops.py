@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from endistill_jax.models.family import Lengths, abstract_params
 from endistill_jax.models.t5.counted_flops import count_matmul_flops
-from endistill_jax.models.t5.flops import Lengths
 from endistill_jax.objectives import Computation, InterpolatedTargets, Path, Site
-from endistill_jax.sharding import abstract_params
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.state import abstract_state
 from endistill_jax.train.step import make_train_step

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.sharding import abstract_params
+from endistill_jax.models.family import abstract_params
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule, matrices
 
 PEAK = 0.4

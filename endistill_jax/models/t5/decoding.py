@@ -19,6 +19,7 @@ from endistill_jax.models.generation.sampling import largest
 from endistill_jax.models.t5.blocks import DecoderLayer
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
+from endistill_jax.models.t5.stack import StackReads
 from endistill_jax.models.t5.t5 import Embedding, Encoder, OutputHead
 
 START_TOKEN = 0  # T5 begins a target with the padding token
@@ -98,9 +99,8 @@ def encode(config: T5Config, params: Any, tokens: jax.Array, segments: jax.Array
         segments: int [batch, source], 0 is padding.
     """
     x = _apply(Embedding, config, params["token_embedder"], tokens)
-    arguments = (x, segments, {})
-    options = {"run_to_top": True, "deterministic": True, "frozen": True}
-    return _apply(Encoder, config, params["encoder"], *arguments, **options)[0]
+    reads = StackReads(taps={}, hidden={}, to_top=True)
+    return _apply(Encoder, config, params["encoder"], x, segments, reads, deterministic=True, frozen=True)[0]
 
 
 def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> KeysValues:

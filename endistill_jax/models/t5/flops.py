@@ -16,41 +16,11 @@ the position bias, whose product with one-hot vectors stands for a look-up, and 
 again. So these are the model's operations, fewer than the hardware's.
 """
 
-from typing import NamedTuple
-
 from endistill_jax.core.outputs import LOGITS, Reads
 from endistill_jax.core.sites import Stack
+from endistill_jax.models.family import ForwardFlops, Lengths
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.stack import stack_reads
-
-
-class Lengths(NamedTuple):
-    """Size of a batch: examples, and positions of both sides, padding included."""
-
-    batch: int
-    source: int
-    target: int
-
-
-class ForwardFlops(NamedTuple):
-    """Operations of one forward pass.
-
-    Attributes:
-        encoder: the encoder's layers.
-        decoder: the decoder's layers, without their attention to the encoder.
-        cross: that attention.
-        head: the projection to words.
-    """
-
-    encoder: int
-    decoder: int
-    cross: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self)
 
 
 def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:

@@ -164,13 +164,3 @@ def boxed_init(config: T5Config, key: jax.Array) -> Any:
     tokens = jnp.ones((1, 2), jnp.int32)
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
     return T5(config, parent=None).init({"params": key}, dict.fromkeys(names, tokens))["params"]
-
-
-def init_params(config: T5Config, key: jax.Array) -> Any:
-    """Freshly initialised float32 parameters: a nested dict of arrays, layers stacked on a leading axis."""
-    return nn.meta.unbox(boxed_init(config, key))
-
-
-def count_params(params: Any) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
