@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from endistill_jax.core.batch import Batch, batch_segments, visible_keys
+from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads, Tap
 from endistill_jax.core.sites import RowMasks, row_masks
@@ -16,7 +16,7 @@ from endistill_jax.objectives.implementation import MeshAxes
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relation_rows import MASKED_SCORE
 from endistill_jax.objectives.relations import SiteTerm, categorical_kl
-from endistill_jax.objectives.term import Lengths, ModelShape, Role, TermInputs
+from endistill_jax.objectives.term import ModelShape, Role, TermInputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

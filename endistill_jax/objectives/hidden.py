@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import Batch, segment_ids
+from endistill_jax.core.batch import Batch, Lengths, segment_ids
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads, resolve_layer
 from endistill_jax.core.settings import require_choice
 from endistill_jax.core.sites import STACKS
-from endistill_jax.objectives.term import Lengths, ModelShape, Role, Term, TermInputs
+from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
 
 ENCODED = "encoded"
 DISTANCES = ("cosine", "l2")
@@ -86,7 +86,7 @@ class HiddenDistance(Term):
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
         if self.of != ENCODED:
             for role, model in (("teacher", teacher), ("student", student)):
-                depth = getattr(model, f"num_{self.of}_layers")
+                depth = model.depth(self.of)
                 resolve_layer(self._layer(role), depth, f"{self.name} in the {role}")
         if not self.project and student.d_model != teacher.d_model:
             raise UserError(

@@ -11,14 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import Batch, batch_segments, visible_keys
+from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads, resolve_layer
 from endistill_jax.core.settings import require_choice
 from endistill_jax.core.sites import SITES, row_masks
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
-from endistill_jax.objectives.term import Lengths, ModelShape, Role, Term, TermInputs
+from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
 
 RELATIONS = ("qq", "kk", "vv", "qk")
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
@@ -52,7 +52,7 @@ class SiteTerm(Term):
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
         for role, model in (("teacher", teacher), ("student", student)):
-            depth = getattr(model, f"num_{SITES[self.site].stack}_layers")
+            depth = model.depth(SITES[self.site].stack)
             resolve_layer(self.layer(role), depth, f"{self.name} in the {role}")
 
 

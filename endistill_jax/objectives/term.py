@@ -6,12 +6,12 @@ A term is a frozen dataclass; its fields are plain data and become part of a che
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import Batch
+from endistill_jax.core.batch import Batch, Lengths
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads
 from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
@@ -31,18 +31,8 @@ class ModelShape(Protocol):
     def num_heads(self) -> int: ...
     @property
     def inner_dim(self) -> int: ...
-    @property
-    def num_encoder_layers(self) -> int: ...
-    @property
-    def num_decoder_layers(self) -> int: ...
 
-
-class Lengths(NamedTuple):
-    """Size of a batch: examples, and positions of both sides, padding included."""
-
-    batch: int
-    source: int
-    target: int
+    def depth(self, stack: str) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

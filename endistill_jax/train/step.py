@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.sites import STACKS
-from endistill_jax.models.family import ModelConfig, apply, platform_attention_bytes
+from endistill_jax.core.groups import platform_attention_bytes
+from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
