@@ -20,7 +20,7 @@ from endistill_jax.evaluation.denoising import (
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
-from endistill_jax.train.settings import Data
+from endistill_jax.train.experiment import Data
 
 # Held-out texts are corrupted the same way in every run, so that figures of different seeds are of the same examples.
 EVALUATION_SEED = 0

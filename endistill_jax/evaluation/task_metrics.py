@@ -14,7 +14,7 @@ from endistill_jax.evaluation.report import TaskResult
 from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, check_tasks, make_evaluators
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.train.settings import Data
+from endistill_jax.train.experiment import Data
 
 MEAN = "mean"
 

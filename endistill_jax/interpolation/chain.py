@@ -24,7 +24,7 @@ from endistill_jax.train.best import Best
 from endistill_jax.train.finished import check_same_run, is_finished, last_facts, what_was_found
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 from endistill_jax.train.training import Training
 
 

@@ -11,7 +11,7 @@ from endistill_jax.interpolation.assistants import LARGEST_RATIO
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Path
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Run
+from endistill_jax.train.experiment import Run
 
 KEEP = ("params", "all")
 # Of settings that list things: what, and which are right.

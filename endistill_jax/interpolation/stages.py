@@ -18,7 +18,7 @@ from endistill_jax.objectives import Path
 from endistill_jax.reports.table import Column, plain_table
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 
 COLUMNS = (
     Column(key="stage", title="stage"),

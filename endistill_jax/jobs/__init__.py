@@ -21,7 +21,7 @@ from endistill_jax.jobs.pretrain import pretrain
 from endistill_jax.jobs.study import study
 from endistill_jax.jobs.train_vocabulary import train_vocabulary
 from endistill_jax.studies.arms import Arm
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 
 __all__ = [
     "Arm",

@@ -14,7 +14,7 @@ from endistill_jax.reports.results import merge_seeds, model_row, reference_rows
 from endistill_jax.train.description import describe
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 from endistill_jax.train.training import Training
 
 

@@ -18,7 +18,7 @@ from endistill_jax.models.t5.config import T5Config
 from endistill_jax.reports.results import tell
 from endistill_jax.reports.table import Column
 from endistill_jax.train.description import describe
-from endistill_jax.train.settings import check_folder_names
+from endistill_jax.train.experiment import check_folder_names
 
 
 def downstream(

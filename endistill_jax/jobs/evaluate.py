@@ -18,7 +18,7 @@ from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.reports.table import Column
 from endistill_jax.sharding import make_mesh, param_shardings
 from endistill_jax.train.metrics import MetricWriter
-from endistill_jax.train.settings import Data
+from endistill_jax.train.experiment import Data
 from endistill_jax.train.training import check_same_vocabulary, check_vocabularies
 
 COLUMNS = (

@@ -19,7 +19,7 @@ from endistill_jax.train.description import describe
 from endistill_jax.train.finished import finished
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 from endistill_jax.train.training import Training
 
 Rows = list[dict[str, Any]]

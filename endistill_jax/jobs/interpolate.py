@@ -24,7 +24,7 @@ from endistill_jax.storage import stored_path
 from endistill_jax.train.description import describe
 from endistill_jax.train.finished import is_finished
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 
 TEACHER_FILE = "teacher.json"
 

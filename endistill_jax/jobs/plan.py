@@ -22,7 +22,7 @@ from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
 from endistill_jax.storage import check_folder
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 
 
 def plan_training(

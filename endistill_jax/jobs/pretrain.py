@@ -8,7 +8,7 @@ from endistill_jax.reports.results import model_row, reference_rows, tell
 from endistill_jax.train.description import describe
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 from endistill_jax.train.training import Training
 
 

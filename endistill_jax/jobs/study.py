@@ -29,7 +29,7 @@ from endistill_jax.studies.runs import (
 from endistill_jax.train.description import describe
 from endistill_jax.train.metrics import TENSORBOARD
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run, check_folder_names
+from endistill_jax.train.experiment import Data, Run, check_folder_names
 
 
 def study(

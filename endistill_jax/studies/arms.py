@@ -20,7 +20,7 @@ from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Path, coefficients
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 from endistill_jax.train.training import Training
 
 

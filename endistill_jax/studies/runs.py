@@ -21,7 +21,7 @@ from endistill_jax.studies.report import raw_file, read_raw
 from endistill_jax.train.finished import Finished, finished, has_ended
 from endistill_jax.train.metrics import FILE_NAME, read_metrics
 from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.settings import Data
+from endistill_jax.train.experiment import Data
 
 HELD_OUT = "held_out/"
 

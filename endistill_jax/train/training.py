@@ -19,7 +19,7 @@ from endistill_jax.sharding import check_rows, make_mesh, param_shardings
 from endistill_jax.storage import check_writable_place
 from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Run
 
 # What of an identity is a fingerprint of another model's parameters.
 CONTENTS = ("teacher", "initial")
