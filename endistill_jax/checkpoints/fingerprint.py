@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.t5.layout import STACKS
 
-_ABSENT = "absent"
 _BLOCK = 1 << 22  # elements looked at together
 
 
@@ -88,30 +87,6 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     return _sha256([json.dumps(content, sort_keys=True).encode(), *_CONTENTS[kind](vocabulary)])
 
 
-def check_facts(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
-    """Refuses to go on from a checkpoint that was made for something else.
-
-    Args:
-        saved: the facts kept with the checkpoint; nested dictionaries of plain values.
-        current: the same facts about this run.
-        where: what to call the checkpoint in the message.
-
-    Raises:
-        UserError: naming every difference, nested names joined by dots, with both values.
-    """
-    before, now = flatten_facts(saved), flatten_facts(current)
-    differences = [
-        f"{name} is {before.get(name, _ABSENT)} there and {now.get(name, _ABSENT)} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
-    ]
-    if differences:
-        raise UserError(
-            f"{where} was made with other settings: {'; '.join(differences)}. "
-            "Give the settings it was made with, or another model directory"
-        )
-
-
 def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         here = (*path, str(key))
@@ -151,14 +126,3 @@ def _sha256(parts: Any) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def flatten_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested facts as dotted names and JSON texts: a tuple equals the list it becomes in a file."""
-    flat = {}
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten_facts(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
-    return flat

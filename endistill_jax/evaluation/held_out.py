@@ -77,7 +77,7 @@ class HeldOut:
         return apply
 
 
-def judged_on(data: Data) -> dict[str, Any]:
+def eval_spec(data: Data) -> dict[str, Any]:
     """What held-out figures depend on besides the model, as plain values."""
     from endistill_jax.data.registry import resolve_task
 

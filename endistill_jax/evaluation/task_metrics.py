@@ -150,7 +150,7 @@ def check_task_metrics(data: Data, scored_by: str) -> None:
     check_tasks(task, split=data.eval_split, lengths=data.feature_lengths, scored_by=scored_by)
 
 
-def scoring_facts(data: Data, scored_by: str, decoding: Decoding | None) -> dict[str, Any]:
+def scoring_spec(data: Data, scored_by: str, decoding: Decoding | None) -> dict[str, Any]:
     """How examples are scored, as plain values: see `prepare_task_metrics`."""
     return {"scored_by": scored_by, "decoding": dataclasses.asdict(decoding or likeliest(data))}
 

@@ -5,7 +5,7 @@ import dataclasses
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.folder import check_free, local_folder
 from endistill_jax.checkpoints.model_card import model_card
-from endistill_jax.checkpoints.models import DTYPES, choose_vocabulary, open_model, tell_notes
+from endistill_jax.checkpoints.models import DTYPES, choose_vocabulary, open_model, print_notes
 from endistill_jax.core.errors import UserError
 from endistill_jax.multihost.initialize import require_one_process
 
@@ -53,7 +53,7 @@ def export(
     vocabulary = choose_vocabulary(trained, vocabulary_file, extra_ids)
     target = local_folder(folder)
     check_free(target if format == "huggingface" else target / f"checkpoint_{trained.step}")
-    tell_notes(trained)
+    print_notes(trained)
     if dry_run:
         tokenizer = "no tokenizer" if vocabulary is None else f"tokenizer {vocabulary.path}"
         print(f"would write {model} to {folder} for {format}, in {dtype}, {tokenizer}:\n  {trained.config}")

@@ -23,7 +23,7 @@ from endistill_jax.checkpoints.models import (
     fingerprint_of,
     keep_tokenizer,
     open_model,
-    tell_notes,
+    print_notes,
 )
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import abstract_params, count_params
@@ -75,7 +75,7 @@ def import_checkpoint(
     numbers = count_params(abstract_params(opened.config))
     _check_room(target, numbers * jax.numpy.dtype(dtype).itemsize)
     print(f"{source}: {format_count(numbers)} parameters\n  {opened.config}")
-    tell_notes(opened)
+    print_notes(opened)
     if vocabulary is None:
         print("no vocabulary lies beside it: exports will have no tokenizer; give one with vocabulary_file")
     if dry_run:

@@ -1,7 +1,7 @@
 """An objective: the terms that a student is trained with, as plain data."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -102,22 +102,7 @@ class Objective:
         for term in self.terms:
             term.validate(student, teacher)
 
-    def plain(self) -> dict[str, Any]:
-        """The objective as plain values, for a manifest: each term by its name, with its type."""
-        terms = {term.name: _plain(term) for term in self.terms}
-        targets = self.interpolated_targets
-        return {"terms": terms} | ({} if targets is None else {"interpolated_targets": _plain(targets)})
-
-
-def _plain(settings: Any) -> Any:
-    """A dataclass with its type and those fields that differ from their defaults; functions by their names."""
-    if not dataclasses.is_dataclass(settings):
-        return f"{settings.__module__}.{settings.__qualname__}" if isinstance(settings, Callable) else settings
-    fields = dataclasses.fields(settings)
-    given = {field.name: getattr(settings, field.name) for field in fields}
-    differing = {
-        field.name: _plain(given[field.name])
-        for field in fields
-        if field.default is dataclasses.MISSING or given[field.name] != field.default
-    }
-    return {"type": type(settings).__name__} | differing
+    def described(self) -> dict[str, Any]:
+        """Its parts by name, for a manifest: the order of the terms is no part of it."""
+        terms = {term.name: term for term in self.terms}
+        return {"terms": terms, "interpolated_targets": self.interpolated_targets}

@@ -119,9 +119,7 @@ def encoder(
     return Objective(terms=terms, interpolated_targets=interpolated_targets)
 
 
-def objective(
-    *, terms: tuple[Term, ...], interpolated_targets: InterpolatedTargets | None = None
-) -> Objective:
+def objective(*, terms: tuple[Term, ...], interpolated_targets: InterpolatedTargets | None = None) -> Objective:
     """Any terms; a tuple among them, such as `relations(...)` gives, counts as its members."""
     flat = tuple(each for term in terms for each in (term if isinstance(term, tuple) else (term,)))
     return Objective(terms=flat, interpolated_targets=interpolated_targets)

@@ -49,7 +49,9 @@ def merge_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: merged([row[key] for row in rows]) for key in rows[0]}
 
 
-def tell(model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS) -> None:
+def print_results(
+    model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS
+) -> None:
     """Prints the table and writes it as results.md and results.json, on the first host only."""
     if jax.process_index() == 0:
         print_table(rows, columns, title=title)

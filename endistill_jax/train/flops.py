@@ -33,9 +33,7 @@ class StepFlops(NamedTuple):
         return sum(self)
 
 
-def step_flops(
-    student: ModelConfig, teacher: ModelConfig | None, objective: Objective, lengths: Lengths
-) -> StepFlops:
+def step_flops(student: ModelConfig, teacher: ModelConfig | None, objective: Objective, lengths: Lengths) -> StepFlops:
     """Operations of one training step on a batch; micro-batches and devices do not change them."""
     own = forward_flops(student, lengths, objective.reads("student"))
     forward, target = 0, teacher

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+import jax
+
 from endistill_jax.core.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.storage import stored_path
@@ -175,8 +177,8 @@ class Progress:
         self.close()
 
 
-class Unheard:
-    """In place of a `MetricWriter` and a `Progress` on all hosts but the first: tells nothing."""
+class NullWriter:
+    """In place of a `MetricWriter` and a `Progress` on all hosts but the first: writes nothing."""
 
     def write(self, *_: object, **__: object) -> None:
         """Writes nothing."""
@@ -187,8 +189,22 @@ class Unheard:
     def say(self, *_: object) -> None:
         """Prints nothing."""
 
-    def __enter__(self) -> "Unheard":
+    def __enter__(self) -> "NullWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def open_metrics(directory: str, *, resume_step: int | None, tensorboard: bool) -> MetricWriter | NullWriter:
+    """The writer of this process: that of the run on the first host, else one that writes nothing."""
+    if jax.process_index():
+        return NullWriter()
+    return MetricWriter(directory, resume_step=resume_step, tensorboard=tensorboard)
+
+
+def open_progress(total_steps: int, *, first_step: int, description: str) -> Progress | NullWriter:
+    """The progress display of this process, likewise."""
+    if jax.process_index():
+        return NullWriter()
+    return Progress(total_steps, first_step=first_step, description=description)

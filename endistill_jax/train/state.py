@@ -132,9 +132,7 @@ def init_state(
         params = jax.device_put(params, shardings.params)
         make = jax.jit(lambda params, key: create_state(params, optimizer, carried(key)), out_shardings=shardings)
         return make(params, key)
-    make = jax.jit(
-        lambda key: create_state(init_params(config, key), optimizer, carried(key)), out_shardings=shardings
-    )
+    make = jax.jit(lambda key: create_state(init_params(config, key), optimizer, carried(key)), out_shardings=shardings)
     return make(key)
 
 

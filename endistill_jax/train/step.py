@@ -13,19 +13,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
 from endistill_jax.core.groups import platform_attention_bytes
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
 from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
-from endistill_jax.train.state import TrainState, state_shardings, trainable
+from endistill_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -90,9 +91,7 @@ class LossFunction:
             rules = logical_rules(self.teacher_sharding) if self.implementation.axes else nn.get_logical_axis_rules()
             with nn.logical_axis_rules(rules):
                 reads, limit = objective.reads("teacher"), self._teacher_attention_bytes()
-                teacher_out = apply(
-                    self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit
-                )
+                teacher_out = apply(self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit)
             teacher_out = jax.lax.stop_gradient(teacher_out)
         key = dropout_key if student.dropout_rate else None
         student_out = apply(student, params, batch, objective.reads("student"), dropout_key=key)
@@ -244,3 +243,13 @@ def _metrics(
         "update_norm": (optax.global_norm(updates), one),
         "parameter_norm": (optax.global_norm(trained), one),
     }
+
+
+def window_means(window: list[Metrics]) -> dict[str, float]:
+    """Mean of every metric over some steps: summed sums over summed weights, in float64."""
+    fetched = jax.device_get(window)
+    means = {}
+    for name in fetched[0]:
+        sums, weights = np.asarray([metrics[name] for metrics in fetched], np.float64).T
+        means[name] = float(sums.sum() / weights.sum()) if weights.sum() else float("nan")
+    return means
