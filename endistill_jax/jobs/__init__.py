@@ -7,12 +7,11 @@ from typing import Any
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.settings import Interpolation, StageSettings
+from endistill_jax.jobs.convert import export, import_checkpoint
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill
 from endistill_jax.jobs.evaluate import evaluate
-from endistill_jax.jobs.export import export
 from endistill_jax.jobs.finetune import downstream, finetune
-from endistill_jax.jobs.import_checkpoint import import_checkpoint
 from endistill_jax.jobs.infer import Reading, infer
 from endistill_jax.jobs.interpolate import interpolate
 from endistill_jax.jobs.plan import PlanOptions
