@@ -6,6 +6,8 @@ from typing import Any
 
 from endistill_jax.core.errors import UserError
 
+DTYPES = ("float32", "bfloat16")  # of parameters and computations
+
 
 def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
     """A setting that lists things, as a tuple.
