@@ -36,8 +36,7 @@ def relation_kl_blocked(
     blocks = _Blocks(
         heads=relation_heads,
         causal=masks.causal,
-        block_bytes=implementation.relation_bytes
-        or RELATION_BYTES.get(implementation.platform, RELATION_BYTES["gpu"]),
+        block_bytes=implementation.relation_bytes or RELATION_BYTES.get(implementation.platform, RELATION_BYTES["gpu"]),
         axes=implementation.sharded_axes,
     )
     constants = (tuple(teacher), (masks.query_segments, masks.key_segments))

@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
 from endistill_jax.core.groups import platform_attention_bytes
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
 from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
-from endistill_jax.train.state import TrainState, state_shardings, trainable
+from endistill_jax.train.state import TrainState, split_trainable, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -82,17 +82,14 @@ class LossFunction:
             share: state of adaptive interpolated targets.
         """
         objective, student = self.objective, self.student
-        own = trained.get("objective") if "student" in trained else None
-        params = trained["student"] if "student" in trained else trained
+        params, own = split_trainable(trained)
         teacher_out = None
         if objective.needs_teacher:
             # Without axes the mesh and its rules are another system's, such as T5X's.
             rules = logical_rules(self.teacher_sharding) if self.implementation.axes else nn.get_logical_axis_rules()
             with nn.logical_axis_rules(rules):
                 reads, limit = objective.reads("teacher"), self._teacher_attention_bytes()
-                teacher_out = apply(
-                    self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit
-                )
+                teacher_out = apply(self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit)
             teacher_out = jax.lax.stop_gradient(teacher_out)
         key = dropout_key if student.dropout_rate else None
         student_out = apply(student, params, batch, objective.reads("student"), dropout_key=key)
@@ -171,9 +168,9 @@ def make_train_step(
         compiler_options: by platform, for XLA; see `options_of_platform`.
 
     Returns:
-        The step. Its metrics are (sum, weight) pairs: every term of the objective by name, `loss`, `cross_entropy` of the
-        student and `teacher_cross_entropy` where the vocabulary is read, the norms of gradient (also by stack), parameters
-        and update, and the `teacher_share` of interpolated targets.
+        The step. Its metrics are (sum, weight) pairs: every term of the objective by name, `loss`, `cross_entropy` of
+        the student and `teacher_cross_entropy` where the vocabulary is read, the norms of gradient (also by stack),
+        parameters and update, and the `teacher_share` of interpolated targets.
     """
     if objective.needs_teacher and teacher is None:
         raise UserError("the objective compares with a teacher, but no teacher is given")
@@ -204,10 +201,8 @@ def make_train_step(
             )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trained = optax.apply_updates(state.trainable, updates)
-            carried = dict(state.objective)
-            params = trained
-            if "params" in carried:
-                params, carried["params"] = trained["student"], trained["objective"]
+            params, own = split_trainable(trained)
+            carried = dict(state.objective) | ({"params": own} if own else {})
             metrics = _metrics(batch, loss, sums, weights, grads, updates, trained)
             if objective.interpolated_targets is not None:
                 targets, share = objective.interpolated_targets, state.objective.get("share")
@@ -236,7 +231,7 @@ def _metrics(
 ) -> Metrics:  # fmt: skip
     tokens, one = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32), jnp.ones((), jnp.float32)
     metrics = {name: (value, weights.get(name, tokens)) for name, value in sums.items()}
-    norms = norms_by_stack(grads["student"] if "student" in grads else grads)
+    norms = norms_by_stack(split_trainable(grads)[0])
     return metrics | {
         "loss": (loss, one),
         "gradient_norm": (optax.global_norm(grads), one),
