@@ -88,9 +88,5 @@ def require_between(settings: Any, name: str, low: float, high: float, *, open_e
     value = getattr(settings, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = number and (low < value < high if open_ends else low <= value <= high)
-    require(
-        settings,
-        name,
-        fits,
-        f"it must be {'between' if open_ends else 'from'} {low} {'and' if open_ends else 'to'} {high}",
-    )
+    wanted = f"it must be between {low} and {high}" if open_ends else f"it must be from {low} to {high}"
+    require(settings, name, fits, wanted)
