@@ -18,7 +18,7 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.errors import UserError
 from endistill_jax.engines.t5x.adapter import Transformer, logical_axes
 from endistill_jax.models.family import ModelConfig, boxed_init
-from endistill_jax.models.t5.layout import stack_layers
+from endistill_jax.models.layout import stack_layers
 from endistill_jax.objectives import Objective
 from endistill_jax.train.state import init_objective
 from endistill_jax.train.step import LossFunction
