@@ -91,7 +91,6 @@ class LossFunction:
             with nn.logical_axis_rules(rules):
                 reads, limit = objective.reads("teacher"), self._teacher_attention_bytes()
                 teacher_out = apply(self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit)
-            teacher_out = jax.lax.stop_gradient(teacher_out)
         key = dropout_key if student.dropout_rate else None
         student_out = apply(student, params, batch, objective.reads("student"), dropout_key=key)
         targets = objective.interpolated_targets

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from endistill_jax.objectives.vocabulary import vocabulary_loss
+from endistill_jax.objectives.vocabulary_tokens import Head
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.objectives.implementation import Computation, Placement
 from endistill_jax.objectives.relations import relation_kl
 from endistill_jax.objectives.relations_blocked import relation_kl_grouped
-from endistill_jax.objectives.vocabulary import vocabulary_loss
-from endistill_jax.objectives.vocabulary_tokens import Head
 from endistill_jax.sharding import make_mesh
 
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2), "2x4x1": (2, 4, 1), "1x2x4": (1, 2, 4)}

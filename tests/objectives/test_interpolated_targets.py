@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from endistill_jax.objectives.divergence import categorical_kl
+from endistill_jax.objectives.logits_kl import logits_kl
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.objectives import (
@@ -18,8 +20,6 @@ from endistill_jax.objectives import (
     loss_from_outputs,
     term_weights,
 )
-from endistill_jax.objectives.divergence import categorical_kl
-from endistill_jax.objectives.logits_kl import logits_kl
 from endistill_jax.objectives.relations import MASKED_SCORE, relation_scores, visible_keys
 
 HEADS, VOCABULARY, LENGTHS = 2, 11, {"source": 5, "target": 4}
