@@ -1,4 +1,4 @@
-"""One step gives the same on every mesh: terms, gradients, moments and parameters; and all is placed where it should be.
+"""One step gives the same on every mesh: terms, gradients, moments, parameters; and all is where it should be.
 
 The first moment after one step of Adam from zero is (1 - b1) times the gradient, so the state tells it. The examples
 are packed and uneven: whole devices hold padding alone, so averaging per device, or per micro-batch, would show. All is
