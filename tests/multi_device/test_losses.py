@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from endistill_jax.objectives.vocabulary_tokens import Head
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError

@@ -109,10 +109,9 @@ def test_groups_are_within_their_size_and_divide_what_they_split(batch, heads, l
 @pytest.mark.parametrize("block_bytes", BLOCK_BYTES.values(), ids=BLOCK_BYTES)
 def test_value_alone_equals_the_value_beside_the_gradient(block_bytes):
     teacher, student, masks = _inputs("packed causal")
-    (expected, _), _ = _value_and_gradients(teacher, student, **masks, block_bytes=block_bytes)
-    alone, _ = relation_kl_grouped(
-        teacher, student, relation_heads=HEADS, computation=Computation(block_bytes=block_bytes), **masks
-    )
+    expected, _ = _value_and_gradients(teacher, student, **masks, block_bytes=block_bytes)
+    implementation = LossImplementation(relation_bytes=block_bytes)
+    alone = relation_kl_blocked(teacher, student, HEADS, RowMasks(**masks), implementation)
     np.testing.assert_allclose(3 * alone, expected, rtol=1e-6)
 
 
