@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
@@ -38,12 +39,12 @@ class AttentionKL(SiteTerm):
     def reads(self, role: Role) -> Reads:
         return Reads(taps={(self.site, self.layer(role)): "qk"})
 
-    def weight(self, batch: Batch) -> jax.Array:
+    def weight(self, batch: Batch) -> Float[Array, ""]:
         """Rows: real query positions with at least one visible key."""
         visible = visible_keys(*row_masks(self.site, "qk", batch_segments(batch)))
         return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
 
-    def sum(self, inputs: TermInputs) -> jax.Array:
+    def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         student, teacher = self._tap(inputs.student, "student"), self._tap(inputs.teacher, "teacher")
         if inputs.share is not None:
             teacher = self._interpolated(teacher, student, inputs.share)
@@ -57,7 +58,7 @@ class AttentionKL(SiteTerm):
         tap = output.taps[self.site, self.layer(role)]
         return Tap(tap.query, tap.key, None, tap.bias)
 
-    def _interpolated(self, teacher: Tap, student: Tap, share: jax.Array) -> Tap:
+    def _interpolated(self, teacher: Tap, student: Tap, share: Float[Array, ""]) -> Tap:
         query, key = (
             joined(ours, own, share, self.num_heads, keep_scale=True)
             for ours, own in zip(teacher[:2], student[:2], strict=True)
@@ -78,11 +79,11 @@ class AttentionKL(SiteTerm):
         return self.score_flops("qk", lengths, student, teacher)
 
 
-def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> jax.Array:
-    """The plain form, of any number of examples: the sum over rows, float32 scalar."""
+def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> Float[Array, ""]:
+    """The plain form, of any number of examples: the sum over rows, float32."""
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
-    def masked_scores(tap: Tap) -> jax.Array:
+    def masked_scores(tap: Tap) -> Float[Array, "batch heads query key"]:
         # Padding is cleared before the arithmetic, so that what is not finite there spoils no gradient.
         query, key = (
             jnp.where(segments[:, :, None] != 0, x.astype(jnp.float32), 0.0)
@@ -95,7 +96,9 @@ def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> jax.Array
     return jnp.sum(categorical_kl(masked_scores(teacher), masked_scores(student))) / heads
 
 
-def _blocked(heads: int, causal: bool, axes: MeshAxes | None, student: Tap, teacher: Tap, segments: tuple) -> jax.Array:
+def _blocked(
+    heads: int, causal: bool, axes: MeshAxes | None, student: Tap, teacher: Tap, segments: tuple
+) -> Float[Array, ""]:
     """An example at a time, its gradient formed beside its value: only one example's scores are ever in memory."""
     parts = 1 if axes is None or heads % axes.model_parts else axes.model_parts
 
