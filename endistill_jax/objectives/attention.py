@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
+from endistill_jax.core.batch import visible_keys
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Output, Reads, Tap
-from endistill_jax.core.sites import RowMasks, row_masks
+from endistill_jax.core.outputs import Output, Tap
+from endistill_jax.core.sites import RowMasks
 from endistill_jax.objectives.blocked import per_device, with_formed_gradient
 from endistill_jax.objectives.implementation import MeshAxes
 from endistill_jax.objectives.interpolated_targets import joined
@@ -36,19 +36,15 @@ class AttentionKL(SiteTerm):
     def default_name(self) -> str:
         return self.named(f"{self.site}/attention")
 
-    def reads(self, role: Role) -> Reads:
-        return Reads(taps={(self.site, self.layer(role)): "qk"})
-
-    def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Rows: real query positions with at least one visible key."""
-        visible = visible_keys(*row_masks(self.site, "qk", batch_segments(batch)))
-        return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
+    @property
+    def vectors(self) -> str:
+        return "qk"
 
     def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         student, teacher = self._tap(inputs.student, "student"), self._tap(inputs.teacher, "teacher")
         if inputs.share is not None:
             teacher = self._interpolated(teacher, student, inputs.share)
-        masks = row_masks(self.site, "qk", batch_segments(inputs.batch))
+        masks = self.masks(inputs.batch)
         if inputs.implementation.blocks("relations", len(masks.query_segments)):
             axes = inputs.implementation.sharded_axes
             return _blocked(self.num_heads, masks.causal, axes, student, teacher, masks[:2])
@@ -74,9 +70,6 @@ class AttentionKL(SiteTerm):
                 f"{self.name}: num_heads is {self.num_heads}, and teacher and student have {teacher.num_heads} and "
                 f"{student.num_heads}; attention is compared head by head. Compare relations of models with other heads"
             )
-
-    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        return self.score_flops("qk", lengths, student, teacher)
 
 
 def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> Float[Array, ""]:

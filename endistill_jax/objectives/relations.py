@@ -51,10 +51,26 @@ class SiteTerm(Term):
         layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
         return what + layers
 
-    def score_flops(self, relation: str, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+    @property
+    def vectors(self) -> str:
+        """Which two kinds of vectors are compared, such as "qk"."""
+        raise NotImplementedError
+
+    def reads(self, role: Role) -> Reads:
+        return Reads(taps={(self.site, self.layer(role)): self.vectors})
+
+    def masks(self, batch: Batch) -> RowMasks:
+        """Of the rows that are compared."""
+        return row_masks(self.site, self.vectors, batch_segments(batch))
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Rows: real query positions with at least one visible key."""
+        return jnp.sum(jnp.any(visible_keys(*self.masks(batch)), axis=-1), dtype=jnp.float32)
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
         """2 B Q K (I_teacher + 3 I_student): all scores, masked or not, and two products for the student's gradient."""
         sides = {"encoder": lengths.source, "decoder": lengths.target}
-        queries, keys = (sides[SITES[self.site].side(vector)] for vector in relation)
+        queries, keys = (sides[SITES[self.site].side(vector)] for vector in self.vectors)
         return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
@@ -83,13 +99,9 @@ class RelationKL(SiteTerm):
     def default_name(self) -> str:
         return self.named(f"{self.site}/{self.relation}")
 
-    def reads(self, role: Role) -> Reads:
-        return Reads(taps={(self.site, self.layer(role)): self.relation})
-
-    def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Rows: real query positions with at least one visible key."""
-        visible = visible_keys(*row_masks(self.site, self.relation, batch_segments(batch)))
-        return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
+    @property
+    def vectors(self) -> str:
+        return self.relation
 
     def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         student, teacher = self._pair(inputs.student, "student"), self._pair(inputs.teacher, "teacher")
@@ -97,7 +109,7 @@ class RelationKL(SiteTerm):
             teacher = tuple(
                 joined(ours, own, inputs.share, self.relation_heads) for ours, own in zip(teacher, student, strict=True)
             )
-        masks = row_masks(self.site, self.relation, batch_segments(inputs.batch))
+        masks = self.masks(inputs.batch)
         if inputs.implementation.blocks("relations", len(masks.query_segments)):
             return relation_kl_blocked(teacher, student, self.relation_heads, masks, inputs.implementation)
         return relation_kl(teacher, student, self.relation_heads, masks)
@@ -117,9 +129,6 @@ class RelationKL(SiteTerm):
                 f"(num_heads * head_dim) {teacher.inner_dim} of the teacher and {student.inner_dim} of the student; "
                 f"choose one of {choices}"
             )
-
-    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        return self.score_flops(self.relation, lengths, student, teacher)
 
 
 def relation_scores(
