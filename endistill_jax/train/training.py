@@ -7,11 +7,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.interchange import Params, VocabularyFile
+from endistill_jax.checkpoints.interchange import VocabularyFile
 from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
+from endistill_jax.models.family import Params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.objectives import Path
