@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
 
 _BLOCK = 1 << 22  # elements looked at together
 
@@ -92,9 +91,9 @@ def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> 
         here = (*path, str(key))
         if isinstance(value, Mapping):
             yield from _interchange_leaves(value, here)
-        elif len(here) > 2 and here[0] in STACKS and here[1] == "layers":
+        elif "layers" in here:  # the first axis is theirs
             for index in range(value.shape[0]):
-                yield "/".join((here[0], f"layers_{index}", *here[2:])), value[index]
+                yield "/".join(f"layers_{index}" if part == "layers" else part for part in here), value[index]
         else:
             yield "/".join(here), value
 

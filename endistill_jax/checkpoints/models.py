@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
-from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile, assemble
+from endistill_jax.checkpoints.interchange import Source, VocabularyFile, assemble
 from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
 from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step, restore_params
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import abstract_params
+from endistill_jax.models.family import Params, abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import param_shardings
 from endistill_jax.storage import stored_path
@@ -186,7 +186,7 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
                 "give its own, or leave vocabulary_file out"
             )
     if found is not None:
-        check_vocabulary(found, model.config.vocab_size)
+        check_vocabulary(found, model.config)
     return found
 
 

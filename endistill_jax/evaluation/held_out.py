@@ -15,7 +15,7 @@ from endistill_jax.evaluation.denoising import (
     DenoisingReport,
     evaluate_denoising,
     make_denoising_step,
-    t5_logits,
+    model_logits,
 )
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
 from endistill_jax.models.t5.config import T5Config
@@ -55,7 +55,9 @@ class HeldOut:
         """
         if (config, placement) not in self._steps:
             logits = self._logits(config, placement)
-            self._steps[config, placement] = make_denoising_step(logits, sentinel_ids=self.sentinel_ids)
+            self._steps[config, placement] = make_denoising_step(
+                logits, sentinel_ids=self.sentinel_ids, eos_id=config.eos_id
+            )
         params = jax.device_put(params, param_shardings(config, self.mesh, placement))
         return evaluate_denoising(
             self._steps[config, placement],
@@ -72,7 +74,7 @@ class HeldOut:
     def _logits(self, config: T5Config, placement: str) -> ApplyLogits:
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             with activation_sharding(self.mesh, placement):
-                return t5_logits(config)(params, batch)
+                return model_logits(config)(params, batch)
 
         return apply
 
