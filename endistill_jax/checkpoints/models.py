@@ -16,6 +16,7 @@ from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile
 from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
 from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.checkpoints.tokenizer import load_tokenizer
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import abstract_params, param_shardings
@@ -174,12 +175,10 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
     Raises:
         UserError: if the model was trained with another one, or has fewer ids.
     """
-    from endistill_jax.data.vocabulary import load_vocabulary
-
     found = model.vocabulary_file
     if file is not None:
         found = VocabularyFile(file, extra_ids)
-        if model.has_other_vocabulary(load_vocabulary(file, extra_ids=extra_ids)):
+        if model.has_other_vocabulary(load_tokenizer(file, extra_ids=extra_ids)):
             raise UserError(
                 f"{model.source} was trained with another vocabulary than {file} with {extra_ids} extra ids; "
                 "give its own, or leave vocabulary_file out"
@@ -211,9 +210,7 @@ def find_run(source: str) -> tuple[epath.Path, int] | None:
 
 def fingerprint_of(file: VocabularyFile | None) -> str | None:
     """The fingerprint of a vocabulary file with its sentinels."""
-    from endistill_jax.data.vocabulary import load_vocabulary
-
-    return None if file is None else fingerprint_vocabulary(load_vocabulary(file.path, extra_ids=file.extra_ids))
+    return None if file is None else fingerprint_vocabulary(load_tokenizer(file.path, extra_ids=file.extra_ids))
 
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
