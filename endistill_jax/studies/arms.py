@@ -19,6 +19,7 @@ from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import count_params
 from endistill_jax.objectives import Path, coefficients
 from endistill_jax.sharding import abstract_params
+from endistill_jax.studies.plots import check_packages
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.settings import Data, Run
@@ -145,8 +146,9 @@ def plan_study(
     """A run for every seed and arm, seed after seed, so that a study that goes on has whole comparisons.
 
     Raises:
-        UserError: an arm's interpolation does not fit.
+        UserError: an arm's interpolation does not fit, or what plots are drawn with is not installed.
     """
+    check_packages()
 
     def planned(name: str, arm: Arm, seed: int) -> StudyRun:
         folder, config = f"{model_dir}/{name}/seed_{seed}", arm.student or student
