@@ -1,6 +1,10 @@
 """What needs no text pipeline works without TensorFlow, SeqIO and TFDS; what needs one that is missing says which."""
 
+import sys
+
 import pytest
+
+from endistill_jax.core.errors import UserError
 
 TEXT_PIPELINE = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "clu")
 
@@ -84,3 +88,24 @@ def test_a_job_that_reads_text_names_the_missing_package_in_one_line(tmp_path, w
 def test_what_an_extra_installs_is_asked_for_by_the_name_of_the_extra(without_modules, program, absent, message):
     ended = without_modules(program, absent=(absent,))
     assert ended.stderr.splitlines()[-1] == f"endistill_jax.core.errors.UserError: {message}"
+
+
+def test_a_study_asks_for_its_plots_before_it_trains(monkeypatch):
+    import endistill_jax.jobs  # noqa: F401  before studies, which import it and which it imports
+    from endistill_jax.studies.arms import plan_study
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    settings = dict.fromkeys(("data", "optimizer", "run", "seeds", "tasks"))
+    with pytest.raises(UserError, match=r"endistill-jax\[studies\]"):
+        plan_study("study", None, None, {}, **settings)
+
+
+def test_a_task_asks_for_its_metrics_before_a_model_is_trained(monkeypatch):
+    pytest.importorskip("seqio")
+    from endistill_jax.data.registry import resolve_task
+    from endistill_jax.evaluation.seqio_evaluation import check_tasks
+
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    task, lengths = resolve_task("python_docs_stdlib_summary_v1"), {"inputs": 128, "targets": 32}
+    with pytest.raises(UserError, match=r"endistill-jax\[metrics\]"):
+        check_tasks(task, split="validation", lengths=lengths)
