@@ -69,7 +69,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     rules. For bytes: the number of extra ids.
 
     Args:
-        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`.
+        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`, or the
+            `Tokenizer` of the same content, which has the same fingerprint.
 
     Returns:
         64 hexadecimal digits.
@@ -78,7 +79,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
         UserError: for a kind of vocabulary whose content is not known here.
     """
     # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
-    kind = next((c.__name__ for c in type(vocabulary).__mro__ if c.__name__ in _CONTENTS), None)
+    names = (_SEQIO_NAMES.get(kind.__name__, kind.__name__) for kind in type(vocabulary).__mro__)
+    kind = next((name for name in names if name in _CONTENTS), None)
     if kind is None:
         known = ", ".join(_CONTENTS)
         raise UserError(f"vocabulary is a {type(vocabulary).__name__}, whose content cannot be compared; use {known}")
@@ -118,6 +120,10 @@ _CONTENTS = {
     "ByteVocabulary": _sizes_say_all,
     "PassThroughVocabulary": _sizes_say_all,
 }
+
+
+# `checkpoints.tokenizer` has the same content without SeqIO.
+_SEQIO_NAMES = {"SentencePieceTokenizer": "SentencePieceVocabulary", "ByteTokenizer": "ByteVocabulary"}
 
 
 def _sha256(parts: Any) -> str:
