@@ -27,8 +27,8 @@ from endistill_jax.checkpoints import huggingface, t5x  # noqa: E402
 from endistill_jax.checkpoints.fingerprint import fingerprint_params  # noqa: E402
 from endistill_jax.checkpoints.interchange import assemble  # noqa: E402
 from endistill_jax.models.family import init_params  # noqa: E402
+from endistill_jax.models.layout import unstack_layers  # noqa: E402
 from endistill_jax.models.t5.config import T5Config  # noqa: E402
-from endistill_jax.models.t5.layout import unstack_layers  # noqa: E402
 
 
 class Row(NamedTuple):

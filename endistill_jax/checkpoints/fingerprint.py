@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.layout import STACKS
+from endistill_jax.core.sites import STACKS
 
 _BLOCK = 1 << 22  # elements looked at together
 

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import STACKS
 
 Params = dict[str, Any]
 

@@ -24,7 +24,6 @@ from endistill_jax.sharding import param_shardings
 from endistill_jax.storage import stored_path
 
 BUNDLED = "bundled"
-DTYPES = ("float32", "bfloat16")
 BUNDLED_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher"
 # Within the model directory of a run or of an import:
 CHECKPOINTS = "checkpoints"

@@ -34,9 +34,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import as_tuple, is_whole
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.family import boxed_init
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import STACKS
 from endistill_jax.sharding import param_shardings
 
 KINDS = ("random", "layers", "slice")

@@ -6,6 +6,8 @@ from typing import Any
 
 from endistill_jax.core.errors import UserError
 
+DTYPES = ("float32", "bfloat16")  # of parameters and computations
+
 
 def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
     """A setting that lists things, as a tuple.
@@ -86,9 +88,5 @@ def require_between(settings: Any, name: str, low: float, high: float, *, open_e
     value = getattr(settings, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = number and (low < value < high if open_ends else low <= value <= high)
-    require(
-        settings,
-        name,
-        fits,
-        f"it must be {'between' if open_ends else 'from'} {low} {'and' if open_ends else 'to'} {high}",
-    )
+    wanted = f"it must be between {low} and {high}" if open_ends else f"it must be from {low} to {high}"
+    require(settings, name, fits, wanted)

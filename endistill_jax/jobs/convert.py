@@ -20,7 +20,6 @@ from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.model_card import model_card
 from endistill_jax.checkpoints.models import (
     CHECKPOINTS,
-    DTYPES,
     TrainedModel,
     choose_vocabulary,
     fingerprint_of,
@@ -29,6 +28,7 @@ from endistill_jax.checkpoints.models import (
     print_notes,
 )
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.settings import DTYPES
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.multihost.initialize import require_one_process
 from endistill_jax.reports.files import json_text

@@ -35,7 +35,7 @@ class CrossEntropy(TokenTerm):
     def token_loss(
         self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
     ) -> jax.Array:
-        # A comparison and a sum rather than a gather: its gradient is no scatter, and stays local where columns are split.
+        # A comparison and a sum rather than a gather: its gradient is no scatter, and stays where the columns are.
         target = student.sum(jnp.where(student.is_target, student.logits, 0.0))
         normalizer = student.log_normalizer
         losses = normalizer - target + self.z_loss * jnp.square(normalizer)

@@ -1,7 +1,7 @@
 """Divergences between the teacher's and the student's distributions over the vocabulary, softened by a temperature.
 
-All are multiplied by `temperature^2`, which keeps the size of the gradient about the same at all temperatures (Hinton et
-al., arXiv 1503.02531). With p the teacher's and q the student's softened distribution:
+All are multiplied by `temperature^2`, which keeps the size of the gradient about the same at all temperatures (Hinton
+et al., arXiv 1503.02531). With p the teacher's and q the student's softened distribution:
 
     ForwardKL        KL(p || q)
     ReverseKL        KL(q || p)

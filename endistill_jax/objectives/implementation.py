@@ -50,9 +50,9 @@ class LossImplementation:
             wherever the examples split evenly over the mesh.
         relation_bytes: most that the float32 scores of one model in one block take; None chooses by platform.
         vocabulary: "dense" holds the logits of both models at once, "blocked" those of some tokens; "auto" as above.
-        vocabulary_bytes: most that the float32 logits of one model in one block take on a device; None chooses by platform.
-        attention_bytes: most that the float32 scores of the teacher's attention take at a time on a device; None chooses
-            by platform. The student's is a setting of its own, in its configuration.
+        vocabulary_bytes: most that the float32 logits of one model in one block take on a device; None as above.
+        attention_bytes: most that the float32 scores of the teacher's attention take at a time on a device; None as
+            above. The student's is a setting of its own, in its configuration.
         axes: the mesh that the arrays are sharded over; None for one device.
     """
 

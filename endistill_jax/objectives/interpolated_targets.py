@@ -5,9 +5,9 @@ With the teacher's share t of the scores, of a relation's rows as of a token's l
     target = softmax((1 - t) * student scores + t * teacher scores),    a constant,    loss = KL(target || student)
 
 (the reading of TAID, Shing et al., arXiv 2501.16937, for logits; for relations it is ours). No score is formed for it.
-Scores are products, and a weighted sum of two products is one product of longer vectors: [x, y] . [x', y'] = x . x' + y . y'.
-So the target is the output of a model whose vectors are both models' put together, and every form of the losses takes
-it for a teacher.
+Scores are products, and a weighted sum of two products is one product of longer vectors: [x, y] . [x', y'] = x . x' +
+y . y'. So the target is the output of a model whose vectors are both models' put together, and every form of the losses
+takes it for a teacher.
 
 The share grows linearly, or faster where the loss falls (TAID's adaptive schedule): with J the loss,
 

@@ -48,9 +48,9 @@ def loss_and_sums(
         implementation: dense or blocked, and the mesh.
 
     Returns:
-        The loss, in which a term of weight 0 adds nothing; and by name, not yet divided, the sums of the terms and, where
-        distributions over the vocabulary are read, `cross_entropy` and `teacher_cross_entropy`, whose weight is that of
-        the loss weights: float32 scalars in nats.
+        The loss, in which a term of weight 0 adds nothing; and by name, not yet divided, the sums of the terms and,
+        where distributions over the vocabulary are read, `cross_entropy` and `teacher_cross_entropy`, whose weight is
+        that of the loss weights: float32 scalars in nats.
     """
     if share is not None and teacher.head is not None:
         teacher = teacher._replace(head=joined_head(teacher.head, student.head, share))

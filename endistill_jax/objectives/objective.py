@@ -66,6 +66,12 @@ class Objective:
         """
         return {term.name: term.weight(batch) for term in self.terms}
 
+    def coefficients(self, step: jax.Array | None = None) -> dict[str, jax.Array | float]:
+        """Each term's coefficient by name, at a step that counts from 0; None is the first."""
+        step = jnp.zeros((), jnp.int32) if step is None else step
+        given = {term.name: term.coefficient for term in self.terms}
+        return {name: each(step) if callable(each) else each for name, each in given.items()}
+
     def factors(self, weights: Mapping[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         """What each term's sum is multiplied by in the loss: `coefficient / weight`, or 0 where the weight is 0.
 
@@ -73,14 +79,12 @@ class Objective:
             weights: of the whole batch.
             step: by which scheduled coefficients move; None is the first.
         """
-        step = jnp.zeros((), jnp.int32) if step is None else step
 
-        def factor(term: Term) -> jax.Array:
-            coefficient = term.coefficient(step) if callable(term.coefficient) else term.coefficient
-            empty = weights[term.name] == 0
-            return jnp.where(empty, 0.0, coefficient / jnp.where(empty, 1.0, weights[term.name]))
+        def factor(coefficient: jax.Array | float, weight: jax.Array) -> jax.Array:
+            empty = weight == 0
+            return jnp.where(empty, 0.0, coefficient / jnp.where(empty, 1.0, weight))
 
-        return {term.name: factor(term) for term in self.terms}
+        return {name: factor(each, weights[name]) for name, each in self.coefficients(step).items()}
 
     def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> dict[str, Any]:
         """By name, the parameters of the terms that own some; boxed where they have logical axes."""

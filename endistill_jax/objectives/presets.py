@@ -2,8 +2,8 @@
 
 From the MiniEnD paper (Zhang et al., arXiv 2305.12330) and its poster, every weight 1: `scratch`, `logits` (its MlmKD),
 `minilm` (its MiniLM), `implicit` (MlmKD+MiniLM), `miniend_d` and `miniend_e` with and without logits. Ours is `union`,
-both directions of MiniEnD at once. Which relations a site has, how many relation heads and which layer are not known of the
-paper and are ours everywhere: `qq kk vv` for self-attention, `qk vv` for cross-attention, of the last layers.
+both directions of MiniEnD at once. Which relations a site has and how many relation heads is not known of the paper
+and is ours everywhere: `qq kk vv` for self-attention, `qk vv` for cross-attention, of the last layers.
 
     preset        decoder_self    encoder_self    cross    logits
     scratch                                                          the language model's own loss

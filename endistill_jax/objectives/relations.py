@@ -119,7 +119,7 @@ class RelationKL(SiteTerm):
 
 
 def relation_scores(pair: Pair, segments: tuple[jax.Array, jax.Array], relation_heads: int) -> jax.Array:
-    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)` without a mask: float32 [batch, relation_heads, query, key].
+    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)` without a mask: [batch, relation_heads, query, key].
 
     Args:
         pair: [batch, query_length, inner] and [batch, key_length, inner], heads joined.

@@ -1,7 +1,8 @@
 """What a term of an objective is: a pure function of what a student and a teacher return, and of the batch.
 
 A term is a frozen dataclass; its fields are plain data and become part of a checkpoint's manifest. To add one, subclass
-`Term`, or `TokenTerm` for a loss of the distributions over the vocabulary; nothing else has to change (docs/extending.md).
+`Term`, or `TokenTerm` for a loss of the distributions over the vocabulary; nothing else has to change. See
+docs/extending.md.
 """
 
 import dataclasses
@@ -131,8 +132,8 @@ class Term:
 class TokenTerm(Term):
     """A loss of the distributions over the vocabulary, summed over target tokens by their loss weights.
 
-    A subclass gives `token_loss`. It is called with all tokens (dense) or some at a time (blocked), on a device that may
-    have only some of the vocabulary's columns, and is differentiated there.
+    A subclass gives `token_loss`. It is called with all tokens (dense) or some at a time (blocked), on a device that
+    may have only some of the vocabulary's columns, and is differentiated there.
     """
 
     def reads(self, role: Role) -> Reads:
@@ -164,7 +165,7 @@ class TokenTerm(Term):
         return losses, gradient / student.parts
 
     def sum(self, inputs: TermInputs) -> jax.Array:
-        """The plain form over all logits; the objective computes the token terms of a loss together where it is blocked."""
+        """The plain form over all logits; where it is blocked, a loss computes its token terms together instead."""
         weights = inputs.batch["decoder_loss_weights"].astype(jnp.float32).reshape(-1)
         targets = inputs.batch["decoder_target_tokens"].reshape(-1)
         student, teacher = (

@@ -42,7 +42,7 @@ class TokenDistribution:
         return shifted - jnp.log(total)[:, None]
 
     def softened(self, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Logits less the largest of each token, their exponentials [tokens, columns], and the sum of those [tokens]."""
+        """Logits less each token's largest, their exponentials [tokens, columns], and the sum of those [tokens]."""
         if temperature == 1:
             return self.shifted, self.exp, self.exp_sum
         shifted = self.shifted / temperature

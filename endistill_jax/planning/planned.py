@@ -77,7 +77,7 @@ class PlannedStep:
     def model_flops(self) -> int:
         """Of the whole step by our formula; see `train/flops.py`."""
         request = self.request
-        return step_flops(request.student, request.teacher, request.path, request.lengths).total
+        return step_flops(request.student, request.teacher, request.objective, request.lengths).total
 
     @property
     def load(self) -> Load:
@@ -112,6 +112,7 @@ class PlannedStep:
         """Everything, as plain data."""
         request = dataclasses.asdict(self.request)
         request["topology"]["name"] = self.request.topology.name
+        request["objective"] = self.request.objective.plain()
         known = self.seconds is not None
         return {
             "topology": self.request.topology.name,

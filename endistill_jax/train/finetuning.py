@@ -6,14 +6,14 @@ from typing import Any
 
 from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import as_tuple, is_positive, whole_numbers
+from endistill_jax.core.settings import DTYPES, as_tuple, is_positive, whole_numbers
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics, scoring_spec
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.objectives import presets
 from endistill_jax.reports.results import merge_seeds
-from endistill_jax.train.experiment import DTYPES, Data, Experiment, Run
+from endistill_jax.train.experiment import Data, Experiment, Run
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
 from endistill_jax.train.training import Training, finished

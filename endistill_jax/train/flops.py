@@ -2,9 +2,10 @@
 
     step    teacher forward + 3 x student forward + terms
 
-The teacher runs forward only and computes what the objective reads. The student's backward pass is two forward passes. A
-term counts its own products, such as a relation's scores; the heads' are the models'. The scores of interpolated targets
-are products of both models' vectors put together: a teacher of both inner widths, and the student's head once more.
+The teacher runs forward only and computes what the objective reads. The student's backward pass is two forward passes.
+A term counts its own products, such as a relation's scores; the heads' are the models'. The scores of interpolated
+targets are products of both models' vectors put together: a teacher of both inner widths, and the student's head once
+more.
 """
 
 from typing import NamedTuple

@@ -22,8 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
         step: updates made so far, int32 scalar.
         params: the student's parameters, float32.
         opt_state: the optimizer's state.
-        objective: `params` of the terms by name, which are trained beside the student's; `share` of interpolated targets,
-            where it adapts. Only what there is.
+        objective: `params` of the terms by name, which are trained beside the student's; `share` of interpolated
+            targets, where it adapts. Only what there is.
     """
 
     step: jax.Array
@@ -45,6 +45,13 @@ class TrainState(flax.struct.PyTreeNode):
 def trainable(params: Any, objective: Mapping[str, Any]) -> Any:
     """The student's parameters; with those of the terms, where there are any."""
     return {"student": params, "objective": objective["params"]} if "params" in objective else params
+
+
+def split_trainable(trained: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """The student's part of what `trainable` put together, and the terms'; None where there is none."""
+    if trained.keys() == {"student", "objective"}:
+        return trained["student"], trained["objective"]
+    return trained, None
 
 
 def create_state(

@@ -26,7 +26,7 @@ from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, lo
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
 from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
-from endistill_jax.train.state import TrainState, state_shardings
+from endistill_jax.train.state import TrainState, split_trainable, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -83,8 +83,7 @@ class LossFunction:
             share: state of adaptive interpolated targets.
         """
         objective, student = self.objective, self.student
-        own = trained.get("objective") if "student" in trained else None
-        params = trained["student"] if "student" in trained else trained
+        params, own = split_trainable(trained)
         teacher_out = None
         if objective.needs_teacher:
             # Without axes the mesh and its rules are another system's, such as T5X's.
@@ -170,9 +169,9 @@ def make_train_step(
         compiler_options: by platform, for XLA; see `options_of_platform`.
 
     Returns:
-        The step. Its metrics are (sum, weight) pairs: every term of the objective by name, `loss`, `cross_entropy` of the
-        student and `teacher_cross_entropy` where the vocabulary is read, the norms of gradient (also by stack), parameters
-        and update, and the `teacher_share` of interpolated targets.
+        The step. Its metrics are (sum, weight) pairs: every term of the objective by name, `loss`, `cross_entropy` of
+        the student and `teacher_cross_entropy` where the vocabulary is read, the norms of gradient (also by stack),
+        parameters and update, and the `teacher_share` of interpolated targets.
     """
     if objective.needs_teacher and teacher is None:
         raise UserError("the objective compares with a teacher, but no teacher is given")
@@ -203,10 +202,8 @@ def make_train_step(
             )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trained = optax.apply_updates(state.trainable, updates)
-            carried = dict(state.objective)
-            params = trained
-            if "params" in carried:
-                params, carried["params"] = trained["student"], trained["objective"]
+            params, own = split_trainable(trained)
+            carried = dict(state.objective) | ({"params": own} if own else {})
             metrics = _metrics(batch, loss, sums, weights, grads, updates, trained)
             if objective.interpolated_targets is not None:
                 targets, share = objective.interpolated_targets, state.objective.get("share")
@@ -235,7 +232,7 @@ def _metrics(
 ) -> Metrics:  # fmt: skip
     tokens, one = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32), jnp.ones((), jnp.float32)
     metrics = {name: (value, weights.get(name, tokens)) for name, value in sums.items()}
-    norms = norms_by_stack(grads["student"] if "student" in grads else grads)
+    norms = norms_by_stack(split_trainable(grads)[0])
     return metrics | {
         "loss": (loss, one),
         "gradient_norm": (optax.global_norm(grads), one),

@@ -5,7 +5,7 @@ import pytest
 
 from endistill_jax.checkpoints.fingerprint import check_facts, fingerprint_params, fingerprint_vocabulary
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.layout import unstack_layers
+from endistill_jax.models.layout import unstack_layers
 
 seqio = pytest.importorskip("seqio")
 

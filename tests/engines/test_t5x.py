@@ -17,9 +17,9 @@ from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import abstract_params
+from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5.t5 import T5
 from endistill_jax.objectives import Path, Site, coefficients, combine, term_sums, term_weights
 

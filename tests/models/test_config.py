@@ -15,8 +15,8 @@ from endistill_jax.core.errors import UserError
         ("num_heads", 0, "at least 1"),
         ("head_dim", -2, "at least 1"),
         ("mlp_dim", 0, "at least 1"),
-        ("num_encoder_layers", 0, "at least one layer"),
-        ("num_decoder_layers", 0, "at least one layer"),
+        ("num_encoder_layers", 0, "at least 1"),
+        ("num_decoder_layers", -1, "0 for an encoder alone"),
         ("mlp_activations", (), "one or two of"),
         ("mlp_activations", ("gelu", "linear", "relu"), "one or two of"),
         ("mlp_activations", ("swish",), "silu"),
@@ -28,6 +28,10 @@ from endistill_jax.core.errors import UserError
         ("dtype", "float16", "bfloat16"),
         ("remat", "some", "dots"),
         ("attention_bytes", 0, "at least 1"),
+        ("pad_id", 23, "0 to 22"),
+        ("eos_id", -1, "0 to 22"),
+        ("decoder_start_id", 40, "0 to 22"),
+        ("eos_id", 0, "could not be told from padding"),
     ],
 )
 def test_impossible_setting_is_refused_in_one_line_with_what_would_be_right(config, setting, value, advice):
@@ -55,5 +59,10 @@ def test_architecture_names_what_decides_the_function_and_not_how_it_is_executed
         "head_init_scale": 0.1,
     }
     assert dataclasses.replace(config, **execution).architecture() == config.architecture()
+    # Of what was added later only what has not its default, so that manifests from before stay equal.
+    added = {"bias_per_layer": True, "pad_id": 3, "eos_id": 2, "decoder_start_id": 4}
     decisive = {field.name for field in dataclasses.fields(config)} - set(execution)
-    assert set(config.architecture()) == decisive
+    assert set(config.architecture()) == decisive - set(added)
+    for name, value in added.items():
+        changed = dataclasses.replace(config, **{name: value}).architecture()
+        assert changed == config.architecture() | {name: value}

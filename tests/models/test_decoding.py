@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.generation import search
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.t5 import T5
 
@@ -31,7 +32,15 @@ def tied_and_gated(config):
     return dataclasses.replace(config, tied_head=True, scan_layers=False)
 
 
-KINDS = pytest.mark.parametrize("kind", [v1_0, v1_1, unrolled, tied_and_gated])
+def umt5(config):
+    return dataclasses.replace(config, bias_per_layer=True)
+
+
+def umt5_unrolled(config):
+    return dataclasses.replace(config, bias_per_layer=True, scan_layers=False)
+
+
+KINDS = pytest.mark.parametrize("kind", [v1_0, v1_1, unrolled, tied_and_gated, umt5, umt5_unrolled])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,7 @@ def test_each_step_gives_the_logits_of_the_whole_forward_pass(config, make_param
     segments = jnp.asarray(tokens != 0, jnp.int32)
     cross = decoding.cross_keys_values(config, params, decoding.encode(config, params, tokens, segments))
     step = jax.jit(decoding.decode_step, static_argnums=0)
-    cache = decoding.init_cache(config, len(tokens), targets.shape[1])
+    cache = decoding.init_cache(config, len(tokens), targets.shape[1], split=False)
     inputs = np.pad(targets, ((0, 0), (1, 0)))
     for index in range(targets.shape[1]):
         logits, cache = step(config, params, cache, cross, inputs[:, index], segments)
@@ -101,13 +110,13 @@ def test_greedy_is_the_argmax_of_whole_passes(config, params, source):
     lengths = (expected != 0).sum(axis=1)
     assert len(set(lengths)) > 1, f"examples should end at different lengths, and all have {lengths}"
     for variant in (config, unrolled(config)):
-        np.testing.assert_array_equal(decoding.greedy(variant, params, source, LENGTH, EOS), expected)
+        np.testing.assert_array_equal(search.greedy(variant, params, source, LENGTH, EOS), expected)
 
 
 def test_greedy_does_not_depend_on_padding(config, params, source):
     padded = {name: np.pad(tokens, ((0, 0), (0, 5))) for name, tokens in source.items()}
-    expected = decoding.greedy(config, params, source, LENGTH)
-    np.testing.assert_array_equal(decoding.greedy(config, params, padded, LENGTH), expected)
+    expected = search.greedy(config, params, source, LENGTH)
+    np.testing.assert_array_equal(search.greedy(config, params, padded, LENGTH), expected)
 
 
 def test_search_stops_when_every_example_has_ended(small, make_params, source):
@@ -116,7 +125,7 @@ def test_search_stops_when_every_example_has_ended(small, make_params, source):
     def third_is_end(logits, state):
         return jnp.where(state.cache.index == 2, EOS, jnp.full(len(logits), 5, jnp.int32))
 
-    state = decoding.search(small, params, source, LENGTH, EOS, third_is_end)
+    state = search.search(small, params, source, LENGTH, EOS, third_is_end)
     assert state.cache.index == 3
     np.testing.assert_array_equal(state.tokens, [[5, 5, EOS] + [0] * (LENGTH - 3)] * 4)
 
@@ -127,7 +136,7 @@ def test_an_ended_example_stays_ended_while_others_go_on(small, make_params, sou
     def by_row(logits, state):
         return jnp.where(jnp.arange(4) == state.cache.index, EOS, 5)
 
-    state = decoding.search(small, params, source, LENGTH, EOS, by_row)
+    state = search.search(small, params, source, LENGTH, EOS, by_row)
     assert state.cache.index == 4
     expected = np.array([[EOS, 0, 0, 0], [5, EOS, 0, 0], [5, 5, EOS, 0], [5, 5, 5, EOS]])
     np.testing.assert_array_equal(state.tokens[:, :4], expected)
@@ -135,14 +144,14 @@ def test_an_ended_example_stays_ended_while_others_go_on(small, make_params, sou
 
 
 def test_search_ends_at_the_given_length(small, make_params, source):
-    state = decoding.search(small, make_params(small), source, 3, EOS, lambda logits, state: jnp.full(4, 5, jnp.int32))
+    state = search.search(small, make_params(small), source, 3, EOS, lambda logits, state: jnp.full(4, 5, jnp.int32))
     np.testing.assert_array_equal(state.tokens, np.full((4, 3), 5))
     assert not state.finished.any()
 
 
 def test_packed_batches_are_refused(small, make_params, make_batch):
     with pytest.raises(UserError, match="packed"):
-        decoding.greedy(small, make_params(small), make_batch([[0, 1], [2, 3]], 9, 9, packed=True), 3)
+        search.greedy(small, make_params(small), make_batch([[0, 1], [2, 3]], 9, 9, packed=True), 3)
 
 
 def test_cache_is_laid_out_layers_first_then_examples(config):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.generation import generation
+from endistill_jax.models.generation import generation, search
 from endistill_jax.models.generation.generation import Decoding, make_decoder
-from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.t5 import T5
 
 EOS = 1
@@ -100,7 +99,7 @@ def test_layers_in_a_loop_or_not_give_the_same(found, config, ending_params, tok
 
 
 def test_greedy_is_the_argmax_search_and_so_is_drawing_from_one(config, decoders, ending_params, tokens):
-    expected = decoding.greedy(config, ending_params, {"encoder_input_tokens": tokens}, LENGTH, EOS)
+    expected = search.greedy(config, ending_params, {"encoder_input_tokens": tokens}, LENGTH, EOS)
     greedy = decoders["greedy"](ending_params, tokens)
     np.testing.assert_array_equal(greedy.tokens, expected)
     one = make_decoder(config, dataclasses.replace(SEARCHES["sample"], top_k=1))
@@ -131,7 +130,6 @@ def test_one_beam_without_penalty_is_greedy(config, decoders, ending_params, tok
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ({"beams": 0}, "beams is 0; it must be at least 1"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
-        ({"eos_id": 0}, "eos_id is 0; it must be at least 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, told):
@@ -144,5 +142,30 @@ def test_settings_that_do_not_fit_the_model_are_refused(config, ending_params, t
         make_decoder(config, Decoding(max_length=4, strategy="beam", beams=12))
     with pytest.raises(UserError, match="eos_id is 23, and the model's vocabulary has 23 tokens"):
         make_decoder(config, Decoding(max_length=4, eos_id=23))
+    with pytest.raises(UserError, match="eos_id is 0, which the model pads with"):
+        make_decoder(config, Decoding(max_length=4, eos_id=0))
+    with pytest.raises(UserError, match="encoder alone and generates no text"):
+        make_decoder(dataclasses.replace(config, num_decoder_layers=0), Decoding(max_length=4))
     with pytest.raises(UserError, match="was given no key"):
         make_decoder(config, SEARCHES["sample"])(ending_params, tokens)
+
+
+@pytest.mark.parametrize("name", ["greedy", "beam"])
+def test_ids_of_padding_start_and_end_are_the_model_s(config, decoders, ending_params, tokens, name):
+    """A model whose tokens have other ids says the same in those."""
+    new_id = np.arange(config.vocab_size)
+    new_id[:3] = [1, 2, 0]  # padding and start 1, the end 2
+    old_id = np.argsort(new_id)
+    embedding, kernel = (
+        ending_params["token_embedder"]["embedding"],
+        ending_params["decoder"]["logits_dense"]["kernel"],
+    )
+    renamed_params = {
+        **ending_params,
+        "token_embedder": {"embedding": embedding[old_id]},
+        "decoder": ending_params["decoder"] | {"logits_dense": {"kernel": kernel[:, old_id]}},
+    }
+    renamed = dataclasses.replace(config, pad_id=1, eos_id=2, decoder_start_id=1)
+    expected = decoders[name](ending_params, tokens)
+    found = make_decoder(renamed, SEARCHES[name])(renamed_params, new_id[tokens])
+    assert_same(found, expected._replace(tokens=new_id[np.asarray(expected.tokens)]))

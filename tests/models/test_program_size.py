@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from endistill_jax.core.outputs import Reads
+from endistill_jax.core.sites import SITES
 from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import SITES, T5
+from endistill_jax.models.t5.t5 import T5
 
-LAST = dict.fromkeys(SITES, -1)
+LAST = dict.fromkeys(SITES, -1)  # site -> layer
 MODEL = T5Config(
     vocab_size=96,
     d_model=64,
@@ -39,10 +41,11 @@ def abstract_batch():
     }
 
 
-def lower(config, taps, with_logits, gradient=False, frozen=False):
+def lower(config, taps, head, gradient=False, frozen=False):
+    reads = Reads(taps=dict.fromkeys(taps.items(), "qkv"), head=head)
+
     def apply(params, batch):
-        model = T5(config)
-        return model.apply({"params": params}, batch, tap_layers=taps, with_logits=with_logits, frozen=frozen)
+        return T5(config).apply({"params": params}, batch, reads, frozen=frozen)
 
     def loss(params, batch):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(apply(params, batch)))
@@ -95,8 +98,8 @@ def test_rematerialisation_computes_again_what_the_policy_does_not_keep_in_a_loo
 
 
 @functools.cache
-def flops(config, taps, with_logits=False):
-    return lower(config, dict(taps), with_logits).compile(COUNTED).cost_analysis()["flops"]
+def flops(config, taps, head=False):
+    return lower(config, dict(taps), head).compile(COUNTED).cost_analysis()["flops"]
 
 
 def test_tapping_the_first_encoder_layer_costs_its_three_projections():

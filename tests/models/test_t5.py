@@ -9,17 +9,25 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.outputs import Reads
+from endistill_jax.models.family import Lengths, abstract_params, forward_flops
 from endistill_jax.models.t5.layers import relative_position_buckets
-from endistill_jax.models.t5.t5 import SITES, T5
+from endistill_jax.models.t5.t5 import T5
 
+SITES = ("encoder_self", "decoder_self", "cross")
 FIRST = (("encoder_self", 0), ("decoder_self", 0), ("cross", 0))
 LAST = (("encoder_self", -1), ("decoder_self", -1), ("cross", -1))
 
 
+def reads(taps, head=True, **others):
+    """All vectors of some (site, layer), with the head."""
+    return Reads(taps=dict.fromkeys(taps, "qkv"), head=head, **others)
+
+
 @functools.cache
-def forward(config, taps=(), with_logits=True):
+def forward(config, taps=(), head=True):
     def apply(params, batch):
-        return T5(config).apply({"params": params}, batch, tap_layers=dict(taps), with_logits=with_logits)
+        return T5(config).apply({"params": params}, batch, reads(taps, head))
 
     return jax.jit(apply)
 
@@ -41,25 +49,26 @@ def real_rows(output, batch):
         return [np.asarray(a)[s == number] for a, s in zip(array, segments[stack], strict=True) for number in count]
 
     found = {"logits": rows(output.logits, "decoder"), "encoded": rows(output.encoded, "encoder")}
-    for site, tap in output.taps.items():
-        for name, array in tap._asdict().items():
+    for (site, _), tap in output.taps.items():
+        for name in ("query", "key", "value"):
             of_decoder = site == "decoder_self" or (site == "cross" and name == "query")
-            found[f"{site}/{name}"] = rows(array, "decoder" if of_decoder else "encoder")
+            found[f"{site}/{name}"] = rows(getattr(tap, name), "decoder" if of_decoder else "encoder")
     return {name: [rows for rows in arrays if rows.size] for name, arrays in found.items()}
 
 
 # --- one function, however the layers are run ---
 
 
-@pytest.fixture(scope="module")
-def every_tap(params, batch, config):
+@pytest.fixture(scope="module", params=[False, True], ids=["bias per stack", "bias per layer"])
+def every_tap(request, make_params, batch, config):
     """Outputs that together expose every layer of every site, by scan and unrolled."""
+    config = dataclasses.replace(config, bias_per_layer=request.param)
+    params = make_params(config)
     taps = [(0, 0, 2), (1, 1, 1), (2, 2, 0), (3, -3, -1)]  # decoder layers both in and out of order
 
     def outputs(cfg, frozen=False):
         def apply(params, batch, layers):
-            tap_layers = dict(zip(SITES, layers, strict=True))
-            return T5(cfg).apply({"params": params}, batch, tap_layers=tap_layers, frozen=frozen)
+            return T5(cfg).apply({"params": params}, batch, reads(zip(SITES, layers, strict=True)), frozen=frozen)
 
         return jax.jit(lambda *arguments: [apply(*arguments, layers) for layers in taps])(params, batch)
 
@@ -85,10 +94,37 @@ def test_logits_do_not_depend_on_what_is_tapped(every_tap):
 
 def test_every_layer_exposes_another_tap_and_negative_layers_count_from_the_end(every_tap):
     first, second, third, last = every_tap[True]
-    assert not np.allclose(first.taps["encoder_self"].query, second.taps["encoder_self"].query)
-    assert_close(last.taps["decoder_self"], first.taps["decoder_self"], rtol=1e-4, atol=1e-5)
-    assert_close(last.taps["cross"], first.taps["cross"], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(third.taps["cross"].key, last.taps["cross"].key)
+    assert not np.allclose(first.taps["encoder_self", 0].query, second.taps["encoder_self", 1].query)
+    assert_close(last.taps["decoder_self", -3], first.taps["decoder_self", 0], rtol=1e-4, atol=1e-5)
+    assert_close(last.taps["cross", -1], first.taps["cross", 2], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(third.taps["cross", 0].key, last.taps["cross", -1].key)
+
+
+def test_self_attention_s_tap_has_the_bias_that_the_model_adds_and_cross_has_none(config, make_params, batch):
+    for per_layer in (False, True):
+        cfg = dataclasses.replace(config, bias_per_layer=per_layer)
+        params = make_params(cfg)
+        taps = forward(cfg, (*FIRST, ("encoder_self", 2)))(params, batch).taps
+        for (site, layer), length in ((("encoder_self", 0), 6), (("encoder_self", 2), 6), (("decoder_self", 0), 5)):
+            stack, _ = site.split("_")
+            settings = {"bidirectional": stack == "encoder", "buckets": 8, "max_distance": 12}
+            buckets = relative_position_buckets(length, length, **settings)
+            owner = params[stack]["layers"] if per_layer else params[stack]
+            table = owner["relpos_bias"]["rel_embedding"]
+            expected = (table[layer] if per_layer else table)[:, buckets][None]
+            np.testing.assert_allclose(taps[site, layer].bias, expected, rtol=1e-6)
+        assert taps["cross", 0].bias is None
+
+
+def test_bias_of_each_layer_equal_to_the_stack_s_is_the_same_function(config, params, batch):
+    per_layer = dataclasses.replace(config, bias_per_layer=True)
+    repeated = dict(params)
+    for stack, depth in (("encoder", 4), ("decoder", 3)):
+        rest = dict(params[stack])
+        table = rest.pop("relpos_bias")["rel_embedding"]
+        rest["layers"] = rest["layers"] | {"relpos_bias": {"rel_embedding": np.stack([table] * depth)}}
+        repeated[stack] = rest
+    assert_close(forward(per_layer, LAST)(repeated, batch), forward(config, LAST)(params, batch), rtol=1e-4, atol=1e-5)
 
 
 VARIANTS = {
@@ -100,11 +136,12 @@ VARIANTS = {
 
 @functools.cache
 def with_gradients(config):
-    taps = {"encoder_self": 2, "decoder_self": 0, "cross": 0}  # with a loop of two layers below, and one above
+    # With a loop of two layers below, and one above.
+    exposed = reads([("encoder_self", 2), ("decoder_self", 0), ("cross", 0)], hidden=frozenset({("encoder", 0)}))
 
     @jax.jit
     def run(params, batch):
-        output, pullback = jax.vjp(lambda p: T5(config).apply({"params": p}, batch, tap_layers=taps), params)
+        output, pullback = jax.vjp(lambda p: T5(config).apply({"params": p}, batch, exposed), params)
         rng = np.random.default_rng(0)
         direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), output)
         return output, pullback(direction)[0]
@@ -112,13 +149,13 @@ def with_gradients(config):
     return run
 
 
-@pytest.fixture(scope="module")
-def gradients(config, make_params, make_batch):
+@pytest.fixture(scope="module", params=[False, True], ids=["bias per stack", "bias per layer"])
+def gradients(request, config, make_params, make_batch):
     """Output and gradient of a random direction, by every way to run the layers; one row is empty, padding alone."""
     batch = make_batch([[0], [1], []], 6, 5, packed=False)
     found = {}
     for name, changes in VARIANTS.items():
-        variant = dataclasses.replace(config, num_encoder_layers=3, **changes)
+        variant = dataclasses.replace(config, num_encoder_layers=3, bias_per_layer=request.param, **changes)
         found[name] = with_gradients(variant)(make_params(variant), batch)
     return found
 
@@ -270,7 +307,7 @@ def test_taps_of_the_first_layer_are_the_unscaled_projections_of_the_normalised_
     ):
         scale = params[stack]["layers"][f"pre_{module}_layer_norm"]["scale"][0]
         x = _normalise(embedding[batch[f"{stack}_input_tokens"]], scale)
-        for tap, kernel in zip(taps[site], _kernels(params, stack, module), strict=False):
+        for tap, kernel in zip(taps[site, 0][:3], _kernels(params, stack, module), strict=False):
             np.testing.assert_allclose(tap, x @ kernel, rtol=1e-4, atol=1e-5)
 
 
@@ -293,7 +330,7 @@ def test_cross_tap_asks_with_the_decoder_after_its_self_attention_and_answers_wi
     x = x + np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], 12) @ out
     cross_query, cross_key, cross_value, _ = _kernels(params, "decoder", "encoder_decoder_attention")
     asked = _normalise(x, layers["pre_cross_attention_layer_norm"]["scale"][0]) @ cross_query
-    tap = output.taps["cross"]
+    tap = output.taps["cross", 0]
     np.testing.assert_allclose(np.asarray(tap.query)[real], asked[real], rtol=1e-4, atol=1e-4)
     encoded = np.asarray(output.encoded, np.float64)
     np.testing.assert_allclose(tap.key, encoded @ cross_key, rtol=1e-4, atol=1e-5)
@@ -313,15 +350,17 @@ def test_embeddings_are_not_scaled_and_both_stacks_share_them(config, params, ba
     taps = forward(config, FIRST)(params, batch).taps
     doubled = params | {"token_embedder": {"embedding": 2 * params["token_embedder"]["embedding"]}}
     # The first normalisation removes the scale, in both stacks.
-    for site in ("encoder_self", "decoder_self"):
-        assert_close(forward(config, FIRST)(doubled, batch).taps[site], taps[site], rtol=1e-4, atol=1e-4)
+    for key in FIRST[:2]:
+        assert_close(forward(config, FIRST)(doubled, batch).taps[key], taps[key], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(small, make_params, batch):
     params = make_params(small)
     rounded = forward(dataclasses.replace(small, dtype="bfloat16"), LAST)(params, batch)
     assert rounded.logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves((rounded.taps, rounded.encoded))} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(([tap[:3] for tap in rounded.taps.values()], rounded.encoded))} == {
+        jnp.dtype("bfloat16")
+    }
     expected = forward(small, LAST)(params, batch).logits
     error = np.sqrt(np.mean((rounded.logits - expected) ** 2) / np.mean(expected**2))
     # Each product rounds its factors to 8 bits (a relative 2^-9 on average or less); some twenty follow each other.
@@ -335,8 +374,8 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(small, make_para
 def test_stacks_have_depths_of_their_own(config, make_params, batch, encoder_layers, decoder_layers):
     cfg = dataclasses.replace(config, num_encoder_layers=encoder_layers, num_decoder_layers=decoder_layers)
     params = make_params(cfg)
-    taps = {"encoder_self": encoder_layers - 1, "decoder_self": decoder_layers - 1}
-    output = jax.eval_shape(lambda: T5(cfg).apply({"params": params}, batch, tap_layers=taps))
+    exposed = reads([("encoder_self", encoder_layers - 1), ("decoder_self", decoder_layers - 1)])
+    output = jax.eval_shape(lambda: T5(cfg).apply({"params": params}, batch, exposed))
     assert output.logits.shape == (4, 5, 23)
     assert {len(leaf) for leaf in jax.tree.leaves(params["encoder"]["layers"])} == {encoder_layers}
     assert {len(leaf) for leaf in jax.tree.leaves(params["decoder"]["layers"])} == {decoder_layers}
@@ -345,7 +384,7 @@ def test_stacks_have_depths_of_their_own(config, make_params, batch, encoder_lay
 def test_taps_have_the_heads_width_and_the_lengths_of_their_sides(config, params, batch):
     output = jax.eval_shape(forward(config, LAST), params, batch)
     assert output.encoded.shape == (4, 6, 10)
-    shapes = {site: [leaf.shape for leaf in tap] for site, tap in output.taps.items()}
+    shapes = {site: [leaf.shape for leaf in tap[:3]] for (site, _), tap in output.taps.items()}
     assert shapes == {
         "encoder_self": [(4, 6, 12)] * 3,
         "decoder_self": [(4, 5, 12)] * 3,
@@ -353,22 +392,69 @@ def test_taps_have_the_heads_width_and_the_lengths_of_their_sides(config, params
     }
 
 
-def test_encoder_alone_needs_no_decoder_features(config, params, batch):
+def test_encoder_needs_no_decoder_features(config, params, batch):
     encoder_side = {"encoder_input_tokens": batch["encoder_input_tokens"]}
-    output = jax.eval_shape(forward(config, FIRST[:1], with_logits=False), params, encoder_side)
-    assert output.encoded is None and output.logits is None and set(output.taps) == {"encoder_self"}
+    output = jax.eval_shape(forward(config, FIRST[:1], head=False), params, encoder_side)
+    assert output.encoded is None and output.logits is None and set(output.taps) == {("encoder_self", 0)}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_residual_streams_are_those_after_a_layer(config, params, batch, scan_layers):
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    wanted = frozenset({("encoder", -1), ("encoder", 1), ("decoder", 0), ("decoder", 2)})
+    output = T5(config).apply({"params": params}, batch, Reads(hidden=wanted, encoded=True))
+    assert set(output.hidden) == wanted and output.head is None
+    # The encoder's output is its last residual stream, normalised.
+    last = np.asarray(output.hidden["encoder", -1], np.float64)
+    np.testing.assert_allclose(
+        output.encoded, _normalise(last, params["encoder"]["encoder_norm"]["scale"]), rtol=1e-4, atol=1e-5
+    )
+    # A tap of a layer is of the stream before it.
+    tap = T5(config).apply({"params": params}, batch, reads([("encoder_self", 2)], head=False)).taps["encoder_self", 2]
+    layer = params["encoder"]["layers"]
+    x = _normalise(np.asarray(output.hidden["encoder", 1]), layer["pre_attention_layer_norm"]["scale"][2])
+    np.testing.assert_allclose(tap.query, x @ layer["attention"]["query"]["kernel"][2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("taps", "advice"),
+    ("tap", "advice"),
     [
-        ({"encoder": 0}, "encoder_self, decoder_self, cross"),
-        ({"encoder_self": 4}, "0 to 3"),
-        ({"encoder_self": -5}, "0 to 3"),
-        ({"decoder_self": 3}, "0 to 2"),
-        ({"cross": 3}, "0 to 2"),
+        (("encoder", 0), "encoder_self, decoder_self, cross"),
+        (("encoder_self", 4), "0 to 3"),
+        (("encoder_self", -5), "0 to 3"),
+        (("decoder_self", 3), "0 to 2"),
+        (("cross", 3), "0 to 2"),
     ],
 )
-def test_tap_that_does_not_exist_is_refused_with_those_that_do(config, params, batch, taps, advice):
+def test_tap_that_does_not_exist_is_refused_with_those_that_do(config, params, batch, tap, advice):
     with pytest.raises(UserError, match=advice):
-        jax.eval_shape(lambda: T5(config).apply({"params": params}, batch, tap_layers=taps))
+        jax.eval_shape(lambda: T5(config).apply({"params": params}, batch, reads([tap], head=False)))
+
+
+# --- an encoder alone ---
+
+
+def test_encoder_alone_is_the_encoder_of_the_whole_model(config, params, batch):
+    alone = dataclasses.replace(config, num_decoder_layers=0)
+    own = {name: tree for name, tree in params.items() if name != "decoder"}
+    assert jax.tree.structure(abstract_params(alone)) == jax.tree.structure(own)
+    exposed = reads([("encoder_self", -1)], head=False, encoded=True, hidden=frozenset({("encoder", 0)}))
+    encoder_side = {"encoder_input_tokens": batch["encoder_input_tokens"]}
+    expected = T5(config).apply({"params": params}, batch, exposed)
+    assert_close(T5(alone).apply({"params": own}, encoder_side, exposed), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (Reads(head=True), "the head's logits"),
+        (reads([("cross", -1)], head=False), "cross of layer -1"),
+        (Reads(hidden=frozenset({("decoder", 0)})), "the residual stream of decoder layer 0"),
+    ],
+)
+def test_what_needs_a_decoder_is_refused_of_an_encoder_alone(config, params, batch, asked, named):
+    alone = dataclasses.replace(config, num_decoder_layers=0)
+    with pytest.raises(UserError, match=f"an encoder alone .num_decoder_layers is 0.: {named} cannot be read of it"):
+        jax.eval_shape(lambda: T5(alone).apply({"params": params}, batch, asked))
+    with pytest.raises(UserError, match=named):
+        forward_flops(alone, Lengths(2, 3, 4), asked)

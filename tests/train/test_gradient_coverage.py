@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.models.t5.layout import unstack_layers
+from endistill_jax.models.layout import unstack_layers
 from endistill_jax.objectives import Path, Site, coefficients, term_sums, term_weights
 from endistill_jax.train.step import forward
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from endistill_jax.checkpoints.t5x.locating import Location
 from endistill_jax.checkpoints.t5x.names import BIAS, Layout
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import STACKS
 
 EMBEDDING = "token_embedder/embedding"
 HEAD = "decoder/logits_dense/kernel"

@@ -9,8 +9,8 @@ layer, and, when scanned, stacks all layers of a tensor in one array: `encoder/e
 from typing import NamedTuple
 
 from endistill_jax.checkpoints.interchange import Parameter
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import STACKS
 
 BIAS = ("relpos_bias", "rel_embedding")
 

@@ -10,8 +10,8 @@ from endistill_jax.checkpoints.t5x.configuration import infer
 from endistill_jax.checkpoints.t5x.locating import Location, locate
 from endistill_jax.checkpoints.t5x.names import Layout, Place, bias_places, insert_axis, place, tensor_shapes
 from endistill_jax.core.errors import StorageFailure, UserError
+from endistill_jax.core.sites import STACKS
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layout import STACKS
 from endistill_jax.storage import is_remote, reading_failure
 
 

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import boxed_init
+from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import KeysValues
-from endistill_jax.models.t5.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5.t5 import T5
 
 try:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.models.generation.sampling import largest
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.decoding import START_TOKEN, Cache, init_cache, read_source, read_tokens
 
 
 class Hypotheses(NamedTuple):
@@ -39,7 +38,7 @@ class BeamState(NamedTuple):
         done: bool [batch], whether an example's answer is found.
     """
 
-    cache: Cache
+    cache: Any
     running: Hypotheses
     ancestors: jax.Array
     ended: Hypotheses
@@ -47,23 +46,23 @@ class BeamState(NamedTuple):
 
 
 def beam_search(
-    config: T5Config, params: Any, tokens: jax.Array, max_length: int, eos_id: int, beams: int, length_penalty: float
+    config: ModelConfig, params: Any, tokens: jax.Array, max_length: int, eos_id: int, beams: int, length_penalty: float
 ) -> tuple[jax.Array, jax.Array]:
     """The best text of each example that the search finds.
 
     Args:
         config: the model's settings; its vocabulary has at least `2 * beams` tokens.
         params: all its parameters.
-        tokens: int [batch, source], 0 is padding; an example without input gets no text and the score 0.
+        tokens: int [batch, source], padded with `pad_id`; an example without input gets no text and the score 0.
         max_length: tokens generated at most, the end included; what has not ended by then ends there.
         eos_id: the token that ends an example.
         beams: how many beginnings are followed.
         length_penalty: the score of n tokens is their log-probability / n ** length_penalty.
 
     Returns:
-        int32 [batch, max_length] up to and with the end, then 0; and the penalised scores, float32 [batch].
+        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalised scores, float32 [batch].
     """
-    source = read_source(config, params, tokens)
+    source = config.family.read_source(config, params, tokens)
     rows = len(tokens)
 
     def unfinished(state: BeamState) -> jax.Array:
@@ -72,8 +71,8 @@ def beam_search(
     def generate(state: BeamState) -> BeamState:
         position = state.cache.index
         last = state.running.tokens[:, :, jnp.maximum(position - 1, 0)]
-        read = jnp.where(position == 0, START_TOKEN, last)
-        logits, cache = read_tokens(config, source, state.cache, read, state.ancestors)
+        read = jnp.where(position == 0, config.decoder_start_id, last)
+        logits, cache = config.family.read_tokens(config, source, state.cache, read, state.ancestors)
         scores, beam, token = _best_continuations(logits, state.running.scores, 2 * beams)
         texts = _set_at(_of_beam(state.running.tokens, beam), position, token)
         ends = (token == eos_id) | (position + 1 == max_length)
@@ -89,11 +88,11 @@ def beam_search(
         done = state.done | (running_scores[:, 0] / penalty <= ended.scores[:, -1])
         return BeamState(cache, Hypotheses(running_scores, _of_beam(texts, kept)), ancestors, ended, done)
 
-    nothing = jnp.zeros((rows, beams, max_length), jnp.int32)
+    nothing = jnp.full((rows, beams, max_length), config.pad_id, jnp.int32)
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # equal beginnings count once
-    ancestors = nothing.at[:, :, 0].set(jnp.arange(beams))
+    ancestors = jnp.zeros_like(nothing).at[:, :, 0].set(jnp.arange(beams))
     start = BeamState(
-        cache=init_cache(config, rows, max_length, beams, split=not config.scan_layers),
+        cache=config.family.init_cache(config, rows, max_length, beams),
         running=Hypotheses(jnp.broadcast_to(first, (rows, beams)), nothing),
         ancestors=ancestors,
         ended=Hypotheses(jnp.full((rows, beams), -jnp.inf), nothing),

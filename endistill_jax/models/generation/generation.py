@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.models.generation.beam_search import beam_search
 from endistill_jax.models.generation.sampling import draw, filter_logits
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.decoding import SearchState, most_likely, search
+from endistill_jax.models.generation.search import SearchState, most_likely, search
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
 
 STRATEGIES = ("greedy", "sample", "beam")
@@ -34,7 +34,7 @@ class Decoding:
         length_penalty: of "beam": a text of n tokens, the end included, has the score log-probability /
             n ** length_penalty, as in Hugging Face's `generate` (T5X and Flax take ((5 + n) / 6) ** alpha instead).
             0 compares log-probabilities, 1 means per token; more favours long texts.
-        eos_id: the token that ends a text.
+        eos_id: the token that ends a text; None takes the model's.
     """
 
     max_length: int
@@ -44,12 +44,12 @@ class Decoding:
     top_p: float = 1.0
     beams: int = 4
     length_penalty: float = 1.0
-    eos_id: int = 1
+    eos_id: int | None = None
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
             raise UserError(f"Decoding.strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
-        for name, least in (("max_length", 1), ("top_k", 0), ("beams", 1), ("eos_id", 1)):
+        for name, least in (("max_length", 1), ("top_k", 0), ("beams", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"Decoding.{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0.0 < self.temperature < float("inf"):
@@ -61,15 +61,19 @@ class Decoding:
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"Decoding.length_penalty is {self.length_penalty}; it must be a finite number")
 
-    def validate(self, config: T5Config) -> None:
+    def validate(self, config: ModelConfig) -> None:
         """Checks the settings against a model's.
 
         Raises:
-            UserError: if the vocabulary is too small for them.
+            UserError: if the model has no decoder, or its vocabulary is too small for them.
         """
+        if not config.depth("decoder"):
+            raise UserError("the model is an encoder alone and generates no text; give one with a decoder")
         size = config.vocab_size
-        if self.eos_id >= size:
+        if self.eos_id is not None and not 0 <= self.eos_id < size:
             raise UserError(f"Decoding.eos_id is {self.eos_id}, and the model's vocabulary has {size} tokens")
+        if self.eos_id == config.pad_id:
+            raise UserError(f"Decoding.eos_id is {self.eos_id}, which the model pads with; give the token of the end")
         if self.strategy == "beam" and size < 2 * self.beams:
             raise UserError(
                 f"Decoding.beams is {self.beams}, and the model's vocabulary has {size} tokens; it must have at least "
@@ -81,7 +85,7 @@ class Decoded(NamedTuple):
     """Generated text.
 
     Attributes:
-        tokens: int32 [batch, max_length], up to and with the end, then 0.
+        tokens: int32 [batch, max_length], up to and with the end, then the model's `pad_id`.
         scores: float32 [batch], the sum of the log-probabilities that the model gives to the tokens (when sampling too:
             before temperature and filters); of beam search divided by n ** length_penalty.
     """
@@ -94,7 +98,7 @@ Decode = Callable[..., Decoded]
 
 
 def make_decoder(
-    config: T5Config, decoding: Decoding, *, mesh: Mesh | None = None, placement: str = "sharded"
+    config: ModelConfig, decoding: Decoding, *, mesh: Mesh | None = None, placement: str = "sharded"
 ) -> Decode:
     """Builds the jitted search; make it once for a model and keep it, or it compiles again. It compiles once a shape.
 
@@ -107,9 +111,9 @@ def make_decoder(
 
     Returns:
         A function (params, tokens, key=None, row_ids=None) -> `Decoded`: `tokens` are int [batch, source], one example
-        a row, 0 is padding, and a row of nothing but padding stays empty, with score 0. `key`, of "sample" alone, and
-        `row_ids`, int [batch], by default 0, 1, ..., decide together what is drawn for a row: give rows their number
-        in the whole data, and they do not depend on how it is cut into batches.
+        a row, padded with the model's `pad_id`, and a row of nothing but padding stays empty, with score 0. `key`, of
+        "sample" alone, and `row_ids`, int [batch], by default 0, 1, ..., decide together what is drawn for a row: give
+        rows their number in the whole data, and they do not depend on how it is cut into batches.
 
     Raises:
         UserError: if settings and model do not go together; by the function, if it is to sample without a key.
@@ -143,7 +147,7 @@ def make_decoder(
 
 
 def generate(
-    config: T5Config,
+    config: ModelConfig,
     decoding: Decoding,
     params: Any,
     tokens: jax.Array,
@@ -151,7 +155,8 @@ def generate(
     row_ids: jax.Array | None = None,
 ) -> Decoded:
     """What `make_decoder` jits: a pure function, for programs of which generating is a part."""
-    length, eos_id = decoding.max_length, decoding.eos_id
+    length = decoding.max_length
+    eos_id = config.eos_id if decoding.eos_id is None else decoding.eos_id
     if decoding.strategy == "beam":
         found = beam_search(config, params, tokens, length, eos_id, decoding.beams, decoding.length_penalty)
         return Decoded(*found)

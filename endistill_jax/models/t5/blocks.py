@@ -1,4 +1,7 @@
-"""One layer of each stack: residual blocks of attention and MLP."""
+"""One layer of each stack: residual blocks of attention and MLP.
+
+A layer is given its stack's position bias, or has its own (umT5) and is given None.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +11,7 @@ import jax
 
 from endistill_jax.core.outputs import Tap
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layers import MLP, Attention, KeysValues, RMSNorm
+from endistill_jax.models.t5.layers import MLP, Attention, KeysValues, RelativePositionBias, RMSNorm
 
 
 class EncoderLayer(nn.Module):
@@ -20,6 +23,8 @@ class EncoderLayer(nn.Module):
     def __call__(self, x, mask, position_bias, deterministic: bool) -> tuple[jax.Array, dict[str, Tap]]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
+        if cfg.bias_per_layer:
+            position_bias = RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(x.shape[1], x.shape[1])
         y = RMSNorm(cfg, name="pre_attention_layer_norm")(x)
         y, tap = Attention(cfg, name="attention")(y, y, mask, position_bias, deterministic)
         x = x + drop(y, deterministic=deterministic)
@@ -42,10 +47,14 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(cfg)
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout_rate)
+        if cfg.bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
 
     def __call__(
         self, x, encoded, mask, position_bias, cross_mask, deterministic: bool
     ) -> tuple[jax.Array, dict[str, Tap]]:
+        if self.config.bias_per_layer:
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1])
         x, self_tap, cross_tap = self._blocks(
             x,
             lambda y: self.self_attention(y, y, mask, position_bias, deterministic),

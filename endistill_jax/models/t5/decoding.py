@@ -1,8 +1,8 @@
 """Generating text: the decoder one token at a time, with the keys and values of earlier tokens kept.
 
-Everything here is a pure function of the stacked parameters. A search encodes once, computes the encoder's keys and
-values once, and then repeats `read_tokens`. Beams of one example are several tokens at the same position: they share
-the encoder's keys and values, and each sees, of the tokens before, those of its own hypothesis.
+Everything here is a pure function of the stacked parameters. A search (`models.generation`) encodes once, computes the
+encoder's keys and values once, and then repeats `read_tokens`. Beams of one example are several tokens at the same
+position: they share the encoder's keys and values, and each sees, of the tokens before, those of its own hypothesis.
 """
 
 import functools
@@ -13,16 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import Batch
-from endistill_jax.core.errors import UserError
-from endistill_jax.models.generation.sampling import largest
+from endistill_jax.core.outputs import LOGITS
 from endistill_jax.models.t5.blocks import DecoderLayer
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
-from endistill_jax.models.t5.stack import StackReads
+from endistill_jax.models.t5.stack import StackReads, check_reads
 from endistill_jax.models.t5.t5 import Embedding, Encoder, OutputHead
-
-START_TOKEN = 0  # T5 begins a target with the padding token
 
 # Of all layers: one array with the layers first, for a compiled loop over layers, or one entry a layer.
 OfLayers = KeysValues | tuple[KeysValues, ...]
@@ -56,26 +52,13 @@ class Source(NamedTuple):
     segments: jax.Array
 
 
-class SearchState(NamedTuple):
-    """What a search carries from one token to the next.
+def init_cache(
+    config: T5Config, batch_size: int, max_length: int, beams: int = 1, *, split: bool | None = None
+) -> Cache:
+    """An empty cache for `max_length` positions of each example.
 
-    Attributes:
-        cache: of the tokens read so far.
-        token: int32 [batch], the one to be read next.
-        tokens: int32 [batch, max_length], what was generated, then padding.
-        scores: float32 [batch], the sum of the log-probabilities of what was generated.
-        finished: bool [batch], whether the end was generated.
+    `split` by layers or all layers in one array; None splits where layers run one by one.
     """
-
-    cache: Cache
-    token: jax.Array
-    tokens: jax.Array
-    scores: jax.Array
-    finished: jax.Array
-
-
-def init_cache(config: T5Config, batch_size: int, max_length: int, beams: int = 1, *, split: bool = False) -> Cache:
-    """An empty cache for `max_length` positions of each example; `split` by layers or all layers in one array."""
     shape = (batch_size, config.num_heads, max_length * beams, config.head_dim)
     axes = ("batch", "heads", "length", None)
 
@@ -84,7 +67,7 @@ def init_cache(config: T5Config, batch_size: int, max_length: int, beams: int = 
         return nn.with_logical_constraint(jnp.zeros((*layers, *shape), config.dtype), names)
 
     index = jnp.zeros((), jnp.int32)
-    if split:
+    if not config.scan_layers if split is None else split:
         return Cache(tuple(KeysValues(zeros(), zeros()) for _ in range(config.num_decoder_layers)), index)
     return Cache(KeysValues(zeros(config.num_decoder_layers), zeros(config.num_decoder_layers)), index)
 
@@ -120,11 +103,15 @@ def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> Keys
 
 
 def read_source(config: T5Config, params: Any, tokens: jax.Array) -> Source:
-    """Encodes [batch, source] tokens, once for a whole search.
+    """Encodes [batch, source] tokens, once for a whole search; what has the id `pad_id` is padding.
 
     Without a loop over layers the decoder's parameters are taken apart here, once, and not at every token.
+
+    Raises:
+        UserError: if the model has no decoder.
     """
-    segments = jnp.asarray(tokens != 0, jnp.int32)
+    check_reads(config, LOGITS)
+    segments = jnp.asarray(tokens != config.pad_id, jnp.int32)
     cross = cross_keys_values(config, params, encode(config, params, tokens, segments))
     if config.scan_layers:
         return Source(params, cross, segments)
@@ -142,7 +129,7 @@ def decode_step(
         params: all its parameters.
         cache: of the tokens before; must not be full.
         cross: from `cross_keys_values`.
-        tokens: int [batch], `START_TOKEN` first.
+        tokens: int [batch], `decoder_start_id` first.
         encoder_segments: int [batch, source], 0 is padding.
 
     Returns:
@@ -171,12 +158,14 @@ def read_tokens(
     """
     params, beams = source.params, tokens.shape[1]
     x = _apply(Embedding, config, params["token_embedder"], tokens)
-    context = _self_attention_context(config, params, cache, beams, ancestors)
+    mask = _self_attention_mask(cache, beams, ancestors)
+    bias_of_stack = None if config.bias_per_layer else _bias_row(config, params["decoder"], cache, beams)
     cross_mask = (source.segments != 0)[:, None, None]  # [batch, 1, 1, source]
     start = (0, 0, cache.index * beams, 0)
 
     def run(x: jax.Array, layer_params: Any, layer_cross: KeysValues, write: Callable) -> tuple[jax.Array, KeysValues]:
-        return _apply(DecoderLayer, config, layer_params, x, write, layer_cross, *context, cross_mask, method="step")
+        bias = _bias_row(config, layer_params, cache, beams) if config.bias_per_layer else bias_of_stack
+        return _apply(DecoderLayer, config, layer_params, x, write, layer_cross, mask, bias, cross_mask, method="step")
 
     def run_of_stack(carry: tuple[jax.Array, KeysValues], xs: tuple) -> tuple[tuple[jax.Array, KeysValues], None]:
         x, kept = carry
@@ -212,83 +201,24 @@ def read_tokens(
     return _logits(config, params, x), Cache(kept=kept, index=cache.index + 1)
 
 
-def search(
-    config: T5Config,
-    params: Any,
-    batch: Batch,
-    max_length: int,
-    eos_id: int,
-    choose: Callable[[jax.Array, SearchState], jax.Array],
-) -> SearchState:
-    """Generates until every example has ended or `max_length` tokens were generated.
-
-    An example without input, which fills a batch up, has ended before it begins.
-
-    Args:
-        config: the model's settings.
-        params: all its parameters.
-        batch: `encoder_input_tokens` [batch, source]; not packed.
-        max_length: tokens generated at most, the end included.
-        eos_id: the token that ends an example.
-        choose: from float32 logits [batch, vocab_size] and the state before, the next token of each example.
-
-    Raises:
-        UserError: if the batch is packed.
-    """
-    if "encoder_segment_ids" in batch:
-        raise UserError("text is generated for one example a row, and this batch is packed; give it unpacked")
-    source = read_source(config, params, batch["encoder_input_tokens"])
-    rows = len(source.segments)
-
-    def unfinished(state: SearchState) -> jax.Array:
-        return (state.cache.index < max_length) & ~jnp.all(state.finished)
-
-    def generate(state: SearchState) -> SearchState:
-        logits, cache = read_tokens(config, source, state.cache, state.token[:, None])
-        logits = logits[:, 0]
-        token = jnp.where(state.finished, 0, choose(logits, state))
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        return SearchState(
-            cache=cache,
-            token=token,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.cache.index)),
-            scores=state.scores + jnp.where(state.finished, 0.0, chosen),
-            finished=state.finished | (token == eos_id),
-        )
-
-    start = SearchState(
-        cache=init_cache(config, rows, max_length, split=not config.scan_layers),
-        token=jnp.full(rows, START_TOKEN, jnp.int32),
-        tokens=jnp.zeros((rows, max_length), jnp.int32),
-        scores=jnp.zeros(rows, jnp.float32),
-        finished=jnp.all(source.segments == 0, axis=1),
-    )
-    return jax.lax.while_loop(unfinished, generate, start)
-
-
-def most_likely(logits: jax.Array, state: SearchState) -> jax.Array:
-    """The greedy choice: int32 [batch] from [batch, vocab_size]."""
-    return largest(logits, 1)[1][:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "max_length", "eos_id"))
-def greedy(config: T5Config, params: Any, batch: Batch, max_length: int, eos_id: int = 1) -> jax.Array:
-    """The most likely token at every step: int32 [batch, max_length], up to and with `eos_id`, then padding (0)."""
-    return search(config, params, batch, max_length, eos_id, most_likely).tokens
-
-
-def _self_attention_context(
-    config: T5Config, params: Any, cache: Cache, beams: int, ancestors: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """What a position sees of those before: mask [.., beams, positions * beams], bias [1, num_heads, 1, the same]."""
-    positions = jax.tree.leaves(cache.kept)[0].shape[-2] // beams
-    bias_of_decoder = functools.partial(RelativePositionBias, bidirectional=False)
-    bias = _apply(bias_of_decoder, config, params["decoder"]["relpos_bias"], cache.index, positions, method="row")
-    mask = jnp.arange(positions) <= cache.index
+def _self_attention_mask(cache: Cache, beams: int, ancestors: jax.Array | None) -> jax.Array:
+    """What a position sees of those before: bool [.., beams, positions * beams]."""
+    mask = jnp.arange(_positions(cache, beams)) <= cache.index
     if ancestors is None:
-        return mask, bias
+        return mask
     own = (ancestors[..., None] == jnp.arange(beams)) & mask[:, None]  # [batch, beams, positions, beams]
-    return own.reshape(len(own), 1, beams, positions * beams), jnp.repeat(bias, beams, axis=-1)
+    return own.reshape(len(own), 1, beams, -1)
+
+
+def _bias_row(config: T5Config, owner: Any, cache: Cache, beams: int) -> jax.Array:
+    """The position bias of a stack's or a layer's parameters: [1, num_heads, 1, positions * beams]."""
+    bias_of_decoder = functools.partial(RelativePositionBias, bidirectional=False)
+    arguments = (cache.index, _positions(cache, beams))
+    return jnp.repeat(_apply(bias_of_decoder, config, owner["relpos_bias"], *arguments, method="row"), beams, axis=-1)
+
+
+def _positions(cache: Cache, beams: int) -> int:
+    return jax.tree.leaves(cache.kept)[0].shape[-2] // beams
 
 
 def _logits(config: T5Config, params: Any, x: jax.Array) -> jax.Array:

@@ -20,15 +20,16 @@ from endistill_jax.core.outputs import LOGITS, Reads
 from endistill_jax.core.sites import Stack
 from endistill_jax.models.family import ForwardFlops, Lengths
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.stack import stack_reads
+from endistill_jax.models.t5.stack import check_reads, stack_reads
 
 
 def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:
     """Operations of a forward pass that computes only what is read: nothing above the highest of it.
 
     Raises:
-        UserError: if a layer does not exist.
+        UserError: if a layer, or the decoder, does not exist.
     """
+    check_reads(config, reads)
     decoder_taps = _indexed(reads, "decoder", config.num_decoder_layers)
     encoder_taps = _indexed(reads, "encoder", config.num_encoder_layers)
 

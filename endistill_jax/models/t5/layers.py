@@ -202,7 +202,7 @@ def relative_position_buckets(
 
 
 class RelativePositionBias(nn.Module):
-    """The one position bias of a stack: [1, num_heads, query_length, key_length], float32.
+    """The position bias of a stack or of a layer: [1, num_heads, query_length, key_length], float32.
 
     Packed examples need no positions of their own: distances inside one example are those of the packed row.
     """

@@ -12,8 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads, Tap, resolve_layer
 from endistill_jax.core.sites import SITES, Stack
+from endistill_jax.models.t5.config import T5Config
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
@@ -30,6 +32,23 @@ class StackReads(NamedTuple):
     taps: Mapping[tuple[str, int], int]
     hidden: Mapping[tuple[str, int], int]
     to_top: bool
+
+
+def check_reads(config: T5Config, reads: Reads) -> None:
+    """Refuses to read of a site, or of a decoder, that is not there.
+
+    Raises:
+        UserError: naming what is.
+    """
+    for site, _ in reads.taps:
+        if site not in SITES:
+            raise UserError(f"there is no attention site {site!r}; choose one of {', '.join(SITES)}")
+    if config.num_decoder_layers or not reads.decoder:
+        return
+    what = [f"{site} of layer {layer}" for site, layer in reads.taps if SITES[site].stack == "decoder"]
+    what += [f"the residual stream of decoder layer {layer}" for stack, layer in reads.hidden if stack == "decoder"]
+    what += ["the head's logits"] * reads.head
+    raise UserError(f"the model is an encoder alone (num_decoder_layers is 0): {what[0]} cannot be read of it")
 
 
 def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> StackReads:

@@ -15,7 +15,7 @@ from endistill_jax.core.outputs import LOGITS, Head, Output, Reads
 from endistill_jax.models.t5.blocks import DecoderLayer, EncoderLayer
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import RelativePositionBias, RMSNorm
-from endistill_jax.models.t5.stack import StackReads, run_layers, stack_reads, stacked_init
+from endistill_jax.models.t5.stack import StackReads, check_reads, run_layers, stack_reads, stacked_init
 
 
 class Embedding(nn.Module):
@@ -69,7 +69,9 @@ class Encoder(nn.Module):
     ) -> tuple[jax.Array, Output]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
-        bias = RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(x.shape[1], x.shape[1])
+        bias = None
+        if not cfg.bias_per_layer:
+            bias = RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(x.shape[1], x.shape[1])
         context = (visible_keys(segments, segments, causal=False)[:, None], bias)
         x = drop(x, deterministic=deterministic)
         layer = EncoderLayer(cfg, parent=None)
@@ -104,7 +106,9 @@ class Decoder(nn.Module):
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
         length = x.shape[1]
-        bias = RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(length, length)
+        bias = None
+        if not cfg.bias_per_layer:
+            bias = RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(length, length)
         self_mask = visible_keys(segments, segments, causal=True)[:, None]
         context = (encoded, self_mask, bias, visible_keys(segments, encoder_segments, causal=False)[:, None])
         x = drop(x, deterministic=deterministic)
@@ -119,7 +123,7 @@ class Decoder(nn.Module):
 
 
 class T5(nn.Module):
-    """An encoder-decoder model; call it through `T5(config).apply({"params": params}, batch, ...)`."""
+    """An encoder-decoder, or an encoder alone; call it through `T5(config).apply({"params": params}, batch, ...)`."""
 
     config: T5Config
 
@@ -138,9 +142,10 @@ class T5(nn.Module):
             frozen: the parameters are constants; see `run_layers`.
 
         Raises:
-            UserError: if a layer does not exist.
+            UserError: if a layer, or the decoder, does not exist.
         """
         cfg = self.config
+        check_reads(cfg, reads)
         of_encoder = stack_reads(reads, "encoder", cfg.num_encoder_layers, to_top=reads.encoded or reads.decoder)
         of_decoder = stack_reads(reads, "decoder", cfg.num_decoder_layers, to_top=reads.head)
 
@@ -163,4 +168,5 @@ def boxed_init(config: T5Config, key: jax.Array) -> Any:
     """Parameters in Flax's boxes, which carry the logical axis names; see `sharding.py`."""
     tokens = jnp.ones((1, 2), jnp.int32)
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-    return T5(config, parent=None).init({"params": key}, dict.fromkeys(names, tokens))["params"]
+    reads = LOGITS if config.num_decoder_layers else Reads(encoded=True)
+    return T5(config, parent=None).init({"params": key}, dict.fromkeys(names, tokens), reads)["params"]

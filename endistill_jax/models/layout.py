@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-STACKS = ("encoder", "decoder")
+from endistill_jax.core.sites import STACKS
+
 _LAYER = re.compile(r"layers_(\d+)")
 
 Params = dict[str, Any]
@@ -17,7 +18,7 @@ Params = dict[str, Any]
 def unstack_layers(params: Mapping[str, Any]) -> Params:
     """`encoder/layers/...` [layers, ...] -> `encoder/layers_0/...`, `encoder/layers_1/...`, in T5X's names."""
     params = dict(params)
-    for stack in STACKS:
+    for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
         rest = dict(params[stack])
         layers = rest.pop("layers")
         depth = len(jax.tree.leaves(layers)[0])
@@ -34,7 +35,7 @@ def stack_layers(params: Mapping[str, Any]) -> Params:
         ValueError: if a stack's layers are not numbered 0, 1, 2, ... without a gap.
     """
     params = dict(params)
-    for stack in STACKS:
+    for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
         rest = dict(params[stack])
         layers = {int(m.group(1)): rest.pop(name) for name in list(rest) if (m := _LAYER.fullmatch(name))}
         if sorted(layers) != list(range(len(layers))) or not layers:
