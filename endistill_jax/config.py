@@ -114,20 +114,20 @@ def _leave_open() -> None:
 def _check(settings: dict[Key, Any]) -> None:
     """Refuses what gin would find late, or never."""
     references = [each for each in gin_config.iterate_references(settings) if each.config_key[1] != CONSTANT]
-    macros = {key[0]: value for key, value in settings.items() if key[1] == MACRO}
+    macros = {scope for scope, selector, _ in settings if selector == MACRO}
     used = {each.config_key[0] for each in references if each.config_key[1] == MACRO}
-    scopes = {part for each in references for part in each.scopes} | set(macros)
+    scopes = macros.union(*(each.scopes for each in references))  # what a macro refers to is built in its name's scope
     for key in settings:
         # A file may set what its runs use now and then; a flag that nothing uses, or a near miss, is a mistake.
-        if key[1] == MACRO and key[0] not in used and (key[0] in dict(_read["flags"]) or _near(key[0], used, 0.8)):
-            raise UserError(f"{_sets(key)[0]}: nothing uses {key[0]}{_hint(_near(key[0], used))}")
-        for part in key[0].split("/") if key[0] and key[1] != MACRO else ():
-            if part not in scopes:
-                hint = _hint(_near(part, scopes))
-                raise UserError(f"{_sets(key)[0]}: nothing uses the scope {part} of {_name(key)}{hint}")
-    for name in sorted(used - set(macros)):
-        hint = _hint(_near(name, macros))
-        raise UserError(f"{_uses(f'%{name}')}: %{name} is not set; give --gin.{name}=..., or set it in a file{hint}")
+        name, by_flag = key[0], key[0] in dict(_read["flags"])
+        if key[1] == MACRO and name not in used and (by_flag or _near(name, used, 0.8) and not _uses(f"%{name}")):
+            raise UserError(f"{_sets(key)[0]}: nothing uses {name}{_hint(name, used)}")
+        for part in set(name.split("/")) - scopes if name and key[1] != MACRO else ():
+            if not _uses(f"[@/]{part}"):  # a value that a later file replaced may have used it
+                raise UserError(f"{_sets(key)[0]}: nothing uses the scope {part} of {_name(key)}{_hint(part, scopes)}")
+    for name in sorted(used - macros):
+        hint = f"give --gin.{name}=..., or set it in a file{_hint(name, macros)}"
+        raise UserError(f"{_uses(f'%{name}')}: %{name} is not set; {hint}")
     if missing := [key for key, value in settings.items() if _is_required(value)]:
         flags = ", ".join(f"--gin.{_name(key)}=...{_sets(key)[1]}" for key in missing)
         raise UserError(f"{', '.join(map(_name, missing))} must be set: give {flags}")
@@ -169,7 +169,8 @@ def _near(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=2, cutoff=cutoff)
 
 
-def _hint(near: Sequence[str]) -> str:
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = _near(name, names)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -181,8 +182,8 @@ class _Unresolved(config_parser.ParserDelegate):
         return f"%{name}"
 
 
-def _statements(files: Sequence[str]) -> Iterator[tuple[Key, Any, str, str]]:
-    """Key, value, place and comment of all that files set, to tell where a mistake is; gin keeps no places."""
+def _statements(files: Sequence[str]) -> Iterator[tuple[Key, Any, tuple[str, str]]]:
+    """Key, value, and place with comment of all that files set, to say where a mistake is: gin keeps no places."""
     for path in (find(name, _read["search_paths"]) for name in files):
         with open(path, encoding="utf-8") as file:
             for each in config_parser.ConfigParser(file, _Unresolved()):
@@ -192,25 +193,25 @@ def _statements(files: Sequence[str]) -> Iterator[tuple[Key, Any, str, str]]:
                     macro = "/".join(filter(None, (each.scope, each.selector)))
                     key = (each.scope, each.selector, each.arg_name) if each.arg_name else (macro, MACRO, "value")
                     _, hash_sign, comment = each.location.line_content.partition(" # ")
-                    yield key, each.value, f"{path}:{each.location.line_num}", f" ({comment.strip()})" * bool(hash_sign)
+                    comment = f" ({comment.strip()})" if hash_sign else ""
+                    yield key, each.value, (f"{path}:{each.location.line_num}", comment)
 
 
-def _last(fits: Callable[[Key, Any], bool]) -> tuple[str, str]:
-    """Place and comment of the last statement that fits, in flags, which win, or else in files."""
+def _last(fits: Callable[[Key, Any], Any]) -> tuple[str, str]:
+    """Place and comment of the last statement that fits, in flags, which win, or else in files; empty if none does."""
     for name, value in reversed(_read["flags"]):
         scope, selector, parameter = config_parser.parse_binding_key(name)
         if fits((scope, selector, parameter) if parameter else (name, MACRO, "value"), value):
             return f"--gin.{name}", ""
-    found = [(place, comment) for key, value, place, comment in _statements(_read["files"]) if fits(key, value)]
-    return found[-1] if found else (", ".join(_read["files"]), "")
+    return next((found for *said, found in reversed([*_statements(_read["files"])]) if fits(*said)), ("", ""))
 
 
 def _sets(key: Key) -> tuple[str, str]:
     return _last(lambda other, _: [part.split(".")[-1] for part in other] == [part.split(".")[-1] for part in key])
 
 
-def _uses(name: str) -> str:
-    return _last(lambda _, value: re.search(rf"(?<!\w){re.escape(name)}\b", str(value)))[0]
+def _uses(pattern: str) -> str:
+    return _last(lambda _, value: re.search(rf"{pattern}(?!\w)", str(value)))[0]
 
 
 @contextlib.contextmanager
@@ -231,20 +232,20 @@ def _in_one_line(source: str, kinds: tuple[type[Exception], ...] = (Exception,))
         raise UserError(f"{source}: its files include one another without end") from None
     except kinds as error:
         message, _, added = str(error).partition("\n  In ")
-        message = " ".join(message.split())
+        message = " ".join(message.split()).rstrip(".")
         if at := re.search(r'file "(.+)", line (\d+)', added):
             source = source if source.startswith("--") else f"{at[1]}:{at[2]}"
         elif argument := re.search(r"unexpected keyword argument '(\w+)'", message):
             source = _last(lambda key, _: key[2] == argument[1])[0]
         elif (called := re.search("call to configurable '(.+?)'", added)) and not isinstance(error, UserError):
-            source = _uses(called[1])
+            source = _uses(rf"\b{called[1]}")
         raise UserError((f"{source}: " if source else "") + message + _suggestion(message)) from None
 
 
 def _suggestion(message: str) -> str:
     if found := re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", message):
-        return _hint(_near(found[2], vars(sys.modules[found[1]])))
+        return _hint(found[2], vars(sys.modules[found[1]]))
     if found := re.search(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
         with contextlib.suppress(ValueError, KeyError):
-            return _hint(_near(found[2], inspect.signature(gin.get_configurable(found[1])).parameters))
+            return _hint(found[2], inspect.signature(gin.get_configurable(found[1])).parameters)
     return ""
