@@ -134,10 +134,10 @@ def test_the_worker_hands_on_every_setting_of_the_training_step(make_request, mo
         return make_train_step(**settings)
 
     monkeypatch.setattr(worker, "make_train_step", spy)
-    request = make_request("cpu:1", micro_batches=2, teacher_placement="replicated")
+    request = make_request("cpu:1", micro_batches=2, teacher_sharding="replicated")
     found = worker.compile_step(request)
     assert set(given) == set(inspect.signature(make_train_step).parameters)
-    assert (given["micro_batches"], given["teacher_placement"]) == (2, "replicated")
+    assert (given["micro_batches"], given["teacher_sharding"]) == (2, "replicated")
     held = found["held"]
     assert held["student"] == 4 * found["student_params"]
     assert 2 * held["student"] < held["optimizer"] < 2 * held["student"] + 64
