@@ -9,9 +9,8 @@ import jax
 from jax.sharding import Mesh
 from shapes import OPTIMIZER, Shape, random_batch, random_teacher
 
-from endistill_jax.models.family import Lengths, init_params
+from endistill_jax.models.family import Lengths, apply, init_params
 from endistill_jax.models.t5.counted_flops import count_matmul_flops
-from endistill_jax.models.t5.t5 import T5
 from endistill_jax.objectives import Computation, Path, loss_from_outputs, term_weights
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.flops import path_flops, relation_flops, step_flops
@@ -124,8 +123,7 @@ def teacher_forward(shape: Shape) -> Program:
 
     @jax.jit
     def forward(params: Any, batch: dict) -> tuple:
-        taps, logits = path.tap_layers("teacher"), path.needs_logits("teacher")
-        output = T5(shape.teacher).apply({"params": params}, batch, tap_layers=taps, with_logits=logits)
+        output = apply(shape.teacher, params, batch, path.reads("teacher"))
         return output.taps, output.logits
 
     arguments = (random_teacher(shape), jax.device_put(random_batch(shape)))
@@ -163,14 +161,13 @@ def relation_losses(shape: Shape) -> Program:
 
 
 def _taps(shape: Shape, role: str, batch: dict) -> Any:
-    config, layers = getattr(shape, role), shape.path.tap_layers(role)
+    config, reads = getattr(shape, role), dataclasses.replace(shape.path.reads(role), head=False)
 
     @jax.jit
-    def apply(key: jax.Array) -> Any:
-        params = init_params(config, key)
-        return T5(config).apply({"params": params}, batch, tap_layers=layers, with_logits=False).taps
+    def taps(key: jax.Array) -> Any:
+        return apply(config, init_params(config, key), batch, reads).taps
 
-    return apply(jax.random.key(2))
+    return taps(jax.random.key(2))
 
 
 def positions(lengths: Lengths) -> int:
