@@ -54,7 +54,7 @@ def row_of(file: pathlib.Path, planned: dict[str, Any]) -> dict[str, Any]:
     row = {
         "file": file.name,
         "chips": planned["topology"],
-        "teacher": asked["teacher_placement"],
+        "teacher": asked["teacher_sharding"],
         "batch_per_chip": planned["batch_per_chip"],
     }
     found = planned["found"]

@@ -3,22 +3,24 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from shapes import OPTIMIZER, Shape, random_batch, random_teacher
 
-from endistill_jax.models.family import Lengths, apply, init_params
+from endistill_jax.core.batch import Lengths
+from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.models.family import apply, forward_flops, init_params
 from endistill_jax.models.t5.counted_flops import count_matmul_flops
-from endistill_jax.objectives import Computation, Path, loss_from_outputs, term_weights
+from endistill_jax.objectives import LossImplementation, Objective, RelationKL, loss_and_sums, presets
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
-from endistill_jax.train.flops import path_flops, relation_flops, step_flops
+from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import make_optimizer
 from endistill_jax.train.state import init_state
 from endistill_jax.train.step import make_train_step
 
-LM = Path(lm_weight=1.0)
+SCRATCH = presets.scratch()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,24 +72,24 @@ class Training:
     def __init__(
         self,
         shape: Shape,
-        path: Path,
+        objective: Objective,
         mesh: Mesh,
         teacher_params: Any,
         params: Any = None,
-        computation: Computation | None = None,
+        implementation: LossImplementation | None = None,
     ):
         optimizer = make_optimizer(OPTIMIZER, steps=1_000_000)
-        teacher = shape.teacher if path.needs_teacher else None
+        teacher = shape.teacher if objective.needs_teacher else None
         self.step = make_train_step(
             student=shape.student,
             teacher=teacher,
-            path=path,
+            objective=objective,
             optimizer=optimizer,
             mesh=mesh,
-            computation=computation,
+            implementation=implementation,
         )
         self.state = init_state(shape.student, optimizer, mesh, jax.random.key(0), params)
-        self.teacher_params = teacher_params if path.needs_teacher else None
+        self.teacher_params = teacher_params if objective.needs_teacher else None
         self.batch = place_batch(random_batch(shape), mesh)
         self.losses: list[jax.Array] = []
 
@@ -101,73 +103,56 @@ class Training:
         return self.state, self.teacher_params, self.batch
 
 
-def whole_step(shape: Shape, mesh: Mesh | None = None, computation: Computation | None = None) -> Program:
+def whole_step(shape: Shape, mesh: Mesh | None = None, implementation: LossImplementation | None = None) -> Program:
     """Distillation: the teacher's forward pass, the student's step, the losses in the form asked for."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     teacher_params = random_teacher(shape, param_shardings(shape.teacher, mesh))
-    training = Training(shape, shape.path, mesh, teacher_params, computation=computation)
-    flops = step_flops(shape.student, shape.teacher, shape.path, shape.lengths).total
+    training = Training(shape, shape.objective, mesh, teacher_params, implementation=implementation)
+    flops = step_flops(shape.student, shape.teacher, shape.objective, shape.lengths).total
     return compile_program(training.step, training.arguments(), flops, training)
 
 
 def student_step(shape: Shape) -> Program:
     """Pretraining of the student on the same batch: forward pass, cross-entropy, backward pass, update."""
-    training = Training(shape, LM, make_mesh(devices=jax.devices()[:1]), None)
-    flops = step_flops(shape.student, None, LM, shape.lengths).total
+    training = Training(shape, SCRATCH, make_mesh(devices=jax.devices()[:1]), None)
+    flops = step_flops(shape.student, None, SCRATCH, shape.lengths).total
     return compile_program(training.step, training.arguments(), flops, training)
 
 
 def teacher_forward(shape: Shape) -> Program:
-    """The teacher's taps and logits that the path reads."""
-    path, lengths = shape.path, shape.lengths
+    """The teacher's taps and logits that the objective reads."""
+    reads = shape.objective.reads("teacher")
 
     @jax.jit
     def forward(params: Any, batch: dict) -> tuple:
-        output = apply(shape.teacher, params, batch, path.reads("teacher"))
+        output = apply(shape.teacher, params, batch, reads)
         return output.taps, output.logits
 
     arguments = (random_teacher(shape), jax.device_put(random_batch(shape)))
-    flops = path_flops(shape.teacher, path, "teacher", lengths).total
+    flops = forward_flops(shape.teacher, shape.lengths, reads).total
     return compile_program(forward, arguments, flops, lambda: jax.block_until_ready(forward(*arguments)))
 
 
-class _TapsAlone(NamedTuple):
-    """What a model returns, without its words."""
-
-    taps: dict[str, Any]
-    logits: None = None
-    head: None = None
-
-
 def relation_losses(shape: Shape) -> Program:
-    """All relations of the path on given taps: their sum, and its gradient by the student's taps."""
-    path = dataclasses.replace(shape.path, logits_weight=0.0)
+    """All relations of the objective on given taps: their sum, and its gradient by the student's taps."""
+    objective = Objective(terms=tuple(term for term in shape.objective.terms if isinstance(term, RelationKL)))
 
     @jax.jit
-    def value_and_gradient(student_taps: Any, teacher_taps: Any, batch: dict) -> tuple:
-        weights = term_weights(path, batch)
-
-        def loss(taps: Any) -> jax.Array:
-            return loss_from_outputs(path, _TapsAlone(taps), _TapsAlone(teacher_taps), batch, weights)[0]
-
-        return jax.value_and_grad(loss)(student_taps)
+    def value_and_gradient(student: Output, teacher: Output, batch: dict) -> tuple:
+        weights = objective.weights(batch)
+        return jax.value_and_grad(lambda taken: loss_and_sums(objective, taken, teacher, batch, weights)[0])(student)
 
     batch = jax.device_put(random_batch(shape))
-    arguments = (_taps(shape, "student", batch), _taps(shape, "teacher", batch), batch)
-    flops = relation_flops(path, shape.lengths, shape.teacher.inner_dim, shape.student.inner_dim)
+    outputs = [_taps(getattr(shape, role), objective.reads(role), batch) for role in ("student", "teacher")]
+    arguments = (*outputs, batch)
+    flops = step_flops(shape.student, shape.teacher, objective, shape.lengths).terms
     return compile_program(
         value_and_gradient, arguments, flops, lambda: jax.block_until_ready(value_and_gradient(*arguments))
     )
 
 
-def _taps(shape: Shape, role: str, batch: dict) -> Any:
-    config, reads = getattr(shape, role), dataclasses.replace(shape.path.reads(role), head=False)
-
-    @jax.jit
-    def taps(key: jax.Array) -> Any:
-        return apply(config, init_params(config, key), batch, reads).taps
-
-    return taps(jax.random.key(2))
+def _taps(config: Any, reads: Reads, batch: dict) -> Output:
+    return jax.jit(lambda key: apply(config, init_params(config, key), batch, reads))(jax.random.key(2))
 
 
 def positions(lengths: Lengths) -> int:

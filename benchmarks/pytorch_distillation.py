@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import transformers
 
-from endistill_jax.objectives import Path
+from endistill_jax.core.sites import SITES
+from endistill_jax.objectives import ForwardKL, Objective, RelationKL
 from endistill_jax.train.optimizer import OptimizerConfig
 
 _VECTORS = {"q": "query", "k": "key", "v": "value"}
@@ -24,7 +25,7 @@ class Distillation:
     Args:
         teacher: a folder; frozen, in evaluation mode, in `dtype`.
         student: a folder; parameters in float32, computed in `dtype` by autocast.
-        path: sites at their last layers, logits; as ours.
+        objective: relations of the last layers and `ForwardKL` at temperature 1; as ours.
         batch: SeqIO's features, not packed.
         settings: of AdamW and clipping; constant learning rate.
         dtype: float32 or bfloat16.
@@ -37,7 +38,7 @@ class Distillation:
         self,
         teacher: str,
         student: str,
-        path: Path,
+        objective: Objective,
         batch: Mapping[str, np.ndarray],
         settings: OptimizerConfig,
         *,
@@ -46,7 +47,7 @@ class Distillation:
         attention: str,
         compiled: bool,
     ):
-        self.path, self.device, self.dtype = path, device, getattr(torch, dtype)
+        self.objective, self.device, self.dtype = objective, device, getattr(torch, dtype)
         self.teacher, self.teacher_taps = self._load(teacher, attention, self.dtype)
         self.student, self.student_taps = self._load(student, attention, torch.float32)
         self.teacher.requires_grad_(False)
@@ -86,9 +87,9 @@ class Distillation:
             "decoder_self": model.decoder.block[-1].layer[0].SelfAttention,
             "cross": model.decoder.block[-1].layer[1].EncDecAttention,
         }
-        for site in self.path.sites:
+        for site, module in sites.items():
             for vector in _VECTORS:
-                getattr(sites[site], vector).register_forward_hook(_keep(taps, f"{site}/{vector}"))
+                getattr(module, vector).register_forward_hook(_keep(taps, f"{site}/{vector}"))
         return model, taps
 
     def _loss(self) -> torch.Tensor:
@@ -106,17 +107,21 @@ class Distillation:
         half = self.dtype != torch.float32
         with torch.autocast(self.device, self.dtype) if half else contextlib.nullcontext():
             student_logits = self.student(**inputs).logits
-        loss = self.path.logits_weight * _logits_kl(teacher_logits, student_logits, target_mask)
-        for name, site in self.path.sites.items():
-            sides = dict.fromkeys("qkv", source_mask if name == "encoder_self" else target_mask)
-            if name == "cross":
-                sides |= dict.fromkeys("kv", source_mask)
-            for relation in site.relations:
-                names = [f"{name}/{vector}" for vector in relation]
-                teacher, student = ([taps[each] for each in names] for taps in (self.teacher_taps, self.student_taps))
-                masks = [sides[vector] for vector in relation]
-                divergence = _relation_kl(teacher, student, site.relation_heads, masks, name == "decoder_self")
-                loss = loss + site.weight / len(site.relations) * divergence
+        sides = {"encoder": source_mask, "decoder": target_mask}
+        loss = 0.0
+        for term in self.objective.terms:
+            match term:
+                case ForwardKL():
+                    divergence = _logits_kl(teacher_logits, student_logits, target_mask)
+                case RelationKL():
+                    site = SITES[term.site]
+                    names = [f"{term.site}/{vector}" for vector in term.relation]
+                    teacher, student = (
+                        [taps[each] for each in names] for taps in (self.teacher_taps, self.student_taps)
+                    )
+                    masks = [sides[site.side(vector)] for vector in term.relation]
+                    divergence = _relation_kl(teacher, student, term.relation_heads, masks, site.causal)
+            loss = loss + term.coefficient * divergence
         return loss
 
 
@@ -152,7 +157,7 @@ def _decayed(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _logits_kl(teacher: torch.Tensor, student: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """KL of the words at temperature 1, mean over real target tokens."""
+    """KL of the token distributions at temperature 1, mean over real target tokens."""
     teacher, student = (x.float().log_softmax(-1) for x in (teacher, student))
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     return (divergence * real).sum() / real.sum()

@@ -54,12 +54,12 @@ def build(shape: Shape, given: argparse.Namespace, folder: str) -> dict:
     teacher, student = random_teacher(shape), jax.jit(init_params, static_argnums=0)(shape.student, jax.random.key(0))
     huggingface.save(f"{folder}/teacher", jax.tree.map(np.asarray, teacher), shape.teacher)
     huggingface.save(f"{folder}/student", jax.tree.map(np.asarray, student), shape.student)
-    runs = {OURS: Training(shape, shape.path, make_mesh(devices=jax.devices()[:1]), teacher, student)}
+    runs = {OURS: Training(shape, shape.objective, make_mesh(devices=jax.devices()[:1]), teacher, student)}
     for name in given.pytorch:
         runs[f"PyTorch {name}"] = Distillation(
             f"{folder}/teacher",
             f"{folder}/student",
-            shape.path,
+            shape.objective,
             random_batch(shape),
             OPTIMIZER,
             dtype=given.dtype,
@@ -120,7 +120,7 @@ def main() -> None:
         times = interleave(runs, given.rounds)
 
     ceiling = {OURS: ceilings(times)[given.dtype], "PyTorch": ceilings(times, "torch_matmul")[given.dtype]}
-    flops = step_flops(shape.student, shape.teacher, shape.path, shape.lengths).total
+    flops = step_flops(shape.student, shape.teacher, shape.objective, shape.lengths).total
     reference = statistics.median(times[OURS])
     rows = []
     for name in steps:

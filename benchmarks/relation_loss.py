@@ -1,10 +1,10 @@
-"""The relation loss alone, value and gradient: the grouped form against the dense one, time and memory.
+"""The relation loss alone, value and gradient: the blocked form against the dense one, time and memory.
 
     python benchmarks/relation_loss.py --lengths=128,256,512,1024 --relation_heads=12,64
 
 times both forms of every shape in turn, so that whatever else the machine does falls on both, and prints medians as
 Markdown and JSON. Temporaries are the compiler's own figure. The number of tokens is the same at every length. With
---group_mib the grouped form runs at several group sizes: that is how its defaults were chosen.
+--block_mib the blocked form runs at several block sizes: that is how its defaults were chosen.
 """
 
 import argparse
@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from endistill_jax.objectives import Computation, relation_kl, relation_kl_grouped
+from endistill_jax.core.sites import RowMasks
+from endistill_jax.objectives import LossImplementation
+from endistill_jax.objectives.relations import relation_kl
+from endistill_jax.objectives.relations_blocked import relation_kl_blocked
 
 
 def make_inputs(batch: int, length: int, teacher_dim: int, student_dim: int, dtype: str) -> tuple:
@@ -31,15 +34,15 @@ def make_inputs(batch: int, length: int, teacher_dim: int, student_dim: int, dty
     return pair(student_dim), pair(teacher_dim), jnp.asarray(segments)
 
 
-def compile_form(inputs: tuple, relation_heads: int, causal: bool, group_bytes: int | None, dense: bool):
+def compile_form(inputs: tuple, relation_heads: int, causal: bool, block_bytes: int | None, dense: bool):
     """Value and gradient of one form, compiled."""
 
     def loss(student: tuple, teacher: tuple, segments: jax.Array) -> jax.Array:
-        masks = {"query_segments": segments, "key_segments": segments, "causal": causal}
+        masks = RowMasks(segments, segments, causal)
         if dense:
-            return relation_kl(teacher, student, relation_heads=relation_heads, **masks)[0]
-        computation = Computation(group_bytes=group_bytes)
-        return relation_kl_grouped(teacher, student, relation_heads=relation_heads, computation=computation, **masks)[0]
+            return relation_kl(teacher, student, relation_heads, masks)
+        implementation = LossImplementation(relation_bytes=block_bytes)
+        return relation_kl_blocked(teacher, student, relation_heads, masks, implementation)
 
     return jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile()
 
@@ -63,10 +66,10 @@ def measure(length: int, relation_heads: int, given: argparse.Namespace) -> list
     forms = {}
     if 8 * 4 * batch * relation_heads * length**2 <= given.dense_limit_gib * 2**30:
         forms["dense"] = compile_form(inputs, relation_heads, given.causal, None, dense=True)
-    for size in given.group_mib:
-        name = "grouped" if size is None else f"grouped {size:g} MiB"
-        group_bytes = None if size is None else int(size * 2**20)
-        forms[name] = compile_form(inputs, relation_heads, given.causal, group_bytes, dense=False)
+    for size in given.block_mib:
+        name = "blocked" if size is None else f"blocked {size:g} MiB"
+        block_bytes = None if size is None else int(size * 2**20)
+        forms[name] = compile_form(inputs, relation_heads, given.causal, block_bytes, dense=False)
     return [
         {
             "length": length,
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--group_mib", type=lambda text: [float(x) for x in text.split(",")], default=[None])
+    parser.add_argument("--block_mib", type=lambda text: [float(x) for x in text.split(",")], default=[None])
     parser.add_argument("--dense_limit_gib", type=float, default=4.0, help="larger dense forms are left out")
     given = parser.parse_args()
     rows = [row for length in given.lengths for heads in given.relation_heads for row in measure(length, heads, given)]

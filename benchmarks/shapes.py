@@ -1,4 +1,4 @@
-"""What the benchmarks of the step run: a teacher, a student, a path and batches of a size, by name."""
+"""What the benchmarks of the step run: a teacher, a student, an objective and batches of a size, by name."""
 
 import argparse
 import dataclasses
@@ -7,9 +7,10 @@ import math
 import jax
 import numpy as np
 
-from endistill_jax.models.family import Lengths, init_params
+from endistill_jax.core.batch import Lengths
+from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, Site
+from endistill_jax.objectives import Objective, presets
 from endistill_jax.train.optimizer import OptimizerConfig
 
 
@@ -20,13 +21,13 @@ class Shape:
     Attributes:
         teacher: the frozen model.
         student: the model that is trained.
-        path: what is compared.
+        objective: what is compared.
         lengths: examples and positions of a batch.
     """
 
     teacher: T5Config
     student: T5Config
-    path: Path
+    objective: Objective
     lengths: Lengths
 
 
@@ -93,20 +94,16 @@ def add_arguments(parser: argparse.ArgumentParser, shape: str) -> None:
 
 
 def shape_of(given: argparse.Namespace) -> Shape:
-    """The work that the arguments describe: the path is MiniEnD."""
+    """The work that the arguments describe; the objective is the union of both directions of MiniEnD."""
     teacher, student, heads, lengths = _SHAPES[given.shape]
     lengths = Lengths(*lengths)._replace(**({"batch": given.batch} if given.batch else {}))
     changes = {"dtype": given.dtype} | ({"scan_layers": given.layers == "loop"} if given.layers else {})
-    heads = given.relation_heads or heads
-    path = Path(
-        encoder_self=Site(relations=("qq", "kk", "vv"), relation_heads=heads),
-        decoder_self=Site(relations=("qq", "kk", "vv"), relation_heads=heads),
-        cross=Site(relations=("qk", "vv"), relation_heads=heads),
-        logits_weight=1.0,
-    )
+    objective = presets.union(relation_heads=given.relation_heads or heads)
     student = dataclasses.replace(student, remat=given.remat, **changes)
-    shape = Shape(teacher=dataclasses.replace(teacher, **changes), student=student, path=path, lengths=lengths)
-    path.validate(shape.student, shape.teacher)
+    shape = Shape(
+        teacher=dataclasses.replace(teacher, **changes), student=student, objective=objective, lengths=lengths
+    )
+    objective.validate(shape.student, shape.teacher)
     return shape
 
 
@@ -118,7 +115,7 @@ def title_of(given: argparse.Namespace, shape: Shape) -> str:
 
 def settings_of(given: argparse.Namespace, shape: Shape) -> dict:
     """The arguments and what they came to, as plain values."""
-    return vars(given) | shape.lengths._asdict() | {"relation_heads": shape.path.cross.relation_heads}
+    return vars(given) | shape.lengths._asdict() | {"relation_heads": shape.objective.relation_heads}
 
 
 def random_batch(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
@@ -141,7 +138,7 @@ def random_batch(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def random_teacher(shape: Shape, shardings=None):
-    """Freshly initialised parameters in the compute type, made where they shall lie."""
+    """Freshly initialised parameters in the compute type, made where they are sharded."""
 
     def init(key: jax.Array):
         return jax.tree.map(lambda leaf: leaf.astype(shape.teacher.dtype), init_params(shape.teacher, key))

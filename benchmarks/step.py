@@ -4,10 +4,10 @@
 
 times in turn, A B C A B C, after two rounds that are not counted:
 
-    teacher forward   taps and logits that the path reads
+    teacher forward   taps and logits that the objective reads
     student step      pretraining of the same student on the same batch: forward, cross-entropy, backward, update
-    whole step        distillation by the MiniEnD path, of the same function that every job trains with
-    relation losses   all relations of the path on given taps, value and gradient
+    whole step        distillation by the objective `union`, of the same function that every job trains with
+    relation losses   all relations of the objective on given taps, value and gradient
     dense losses      with --dense: the whole step with all scores and logits in memory at once
     matmul            square `jnp.dot` in both types: the ceiling is the best of the sizes
 
@@ -24,7 +24,7 @@ from measuring import Column, ceilings, interleave, machine, matmul_runs, no_com
 from programs import Program, positions, relation_losses, student_step, teacher_forward, whole_step
 from shapes import add_arguments, settings_of, shape_of, title_of
 
-from endistill_jax.objectives import Computation
+from endistill_jax.objectives.implementation import DENSE
 
 COLUMNS = (
     Column(key="name", title="What"),
@@ -67,8 +67,7 @@ def main() -> None:
         "relation losses": relation_losses(shape),
     }
     if given.dense:
-        dense = Computation(relations="dense", vocabulary="dense")
-        programs["whole step, dense losses"] = whole_step(shape, computation=dense)
+        programs["whole step, dense losses"] = whole_step(shape, implementation=DENSE)
     matmuls = matmul_runs(("float32", "bfloat16"))
     runs = {name: program.run for name, program in programs.items()} | matmuls
     for run in runs.values():

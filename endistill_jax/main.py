@@ -104,8 +104,7 @@ def _run(words: list[str]) -> None:
     from endistill_jax.multihost import shutdown as ending
 
     distributed.initialize()
-    with _held_back_stderr():
-        import seqio  # noqa: F401  TensorFlow comes with it, and writes notices to stderr that no setting silences
+    _import_text_pipeline()
     ending.watch()
     from endistill_jax.configuration.loading import bound_settings, config_text, load
     from endistill_jax.multihost.agreement import agree, code_facts
@@ -123,8 +122,7 @@ def _plan(options: argparse.Namespace, flags: list[tuple[str, str]]) -> None:
     from endistill_jax.planning.flags import plan_options
 
     planned = plan_options(options)  # before the slow imports
-    with _held_back_stderr():
-        import seqio  # noqa: F401
+    _import_text_pipeline()
     from endistill_jax.configuration.loading import load
 
     load(options.gin_file, flags, options.gin_search_paths, planning=True)(plan=planned)
@@ -203,6 +201,15 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser)
     parser.add_argument("--version", action="version", version=f"endistill-jax {__version__}")
     return parser
+
+
+def _import_text_pipeline() -> None:
+    """Imports SeqIO early: TensorFlow comes with it, and writes notices to stderr that no setting silences.
+
+    Where either is missing, the job that needs it says so.
+    """
+    with _held_back_stderr(), contextlib.suppress(ModuleNotFoundError):
+        import seqio  # noqa: F401
 
 
 @contextlib.contextmanager

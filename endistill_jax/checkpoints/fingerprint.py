@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 
 from endistill_jax.core.errors import UserError
 
-_ABSENT = "absent"
 _BLOCK = 1 << 22  # elements looked at together
 
 
@@ -70,7 +69,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     rules. For bytes: the number of extra ids.
 
     Args:
-        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`.
+        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`, or the
+            `Tokenizer` of the same content, which has the same fingerprint.
 
     Returns:
         64 hexadecimal digits.
@@ -79,36 +79,13 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
         UserError: for a kind of vocabulary whose content is not known here.
     """
     # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
-    kind = next((c.__name__ for c in type(vocabulary).__mro__ if c.__name__ in _CONTENTS), None)
+    names = (_SEQIO_NAMES.get(kind.__name__, kind.__name__) for kind in type(vocabulary).__mro__)
+    kind = next((name for name in names if name in _CONTENTS), None)
     if kind is None:
         known = ", ".join(_CONTENTS)
         raise UserError(f"vocabulary is a {type(vocabulary).__name__}, whose content cannot be compared; use {known}")
     content = {"kind": kind, "ids": int(vocabulary.vocab_size), "extra_ids": int(vocabulary.extra_ids)}
     return _sha256([json.dumps(content, sort_keys=True).encode(), *_CONTENTS[kind](vocabulary)])
-
-
-def check_facts(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
-    """Refuses to go on from a checkpoint that was made for something else.
-
-    Args:
-        saved: the facts kept with the checkpoint; nested dictionaries of plain values.
-        current: the same facts about this run.
-        where: what to call the checkpoint in the message.
-
-    Raises:
-        UserError: naming every difference, nested names joined by dots, with both values.
-    """
-    before, now = flatten_facts(saved), flatten_facts(current)
-    differences = [
-        f"{name} is {before.get(name, _ABSENT)} there and {now.get(name, _ABSENT)} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
-    ]
-    if differences:
-        raise UserError(
-            f"{where} was made with other settings: {'; '.join(differences)}. "
-            "Give the settings it was made with, or another model directory"
-        )
 
 
 def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -145,19 +122,12 @@ _CONTENTS = {
 }
 
 
+# `checkpoints.tokenizer` has the same content without SeqIO.
+_SEQIO_NAMES = {"SentencePieceTokenizer": "SentencePieceVocabulary", "ByteTokenizer": "ByteVocabulary"}
+
+
 def _sha256(parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def flatten_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested facts as dotted names and JSON texts: a tuple equals the list it becomes in a file."""
-    flat = {}
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten_facts(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
-    return flat

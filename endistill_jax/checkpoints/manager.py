@@ -1,21 +1,20 @@
 """Saving and resuming a run, on Orbax: asynchronous, atomic, with a memory of what the run was about.
 
 A step's folder holds three items that become visible together or not at all: `state` (the train state's arrays), `data`
-(the data stream's position, a file a shard) and `facts` (model, mixture, fingerprints ... as JSON). The teacher is
-never in it: only its fingerprint is, among the facts.
+(the data stream's position, a file a shard) and `facts` (the manifest, as JSON). The teacher is never in it: only its
+fingerprint is, in the manifest.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
-from endistill_jax.checkpoints.fingerprint import check_facts
-from endistill_jax.checkpoints.reading import Facts, PyTree, read_facts, unreadable
+from endistill_jax.checkpoints.manifest import Manifest
+from endistill_jax.checkpoints.reading import PyTree, read_manifest, unreadable
 from endistill_jax.checkpoints.unfinished import leave_whole_ones
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import check_writable_place, stored_path
@@ -90,7 +89,7 @@ class Checkpointer:
         step: int,
         state: PyTree,
         data_state: Mapping[str, bytes],
-        facts: Mapping[str, Any],
+        manifest: Manifest,
         metrics: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> bool:
@@ -100,7 +99,7 @@ class Checkpointer:
             step: number of finished optimizer steps.
             state: the train state; every leaf an array.
             data_state: positions by shard of the data stream; of all processes together, each shard once.
-            facts: what must be the same for the run to go on: plain values in nested dictionaries.
+            manifest: plain values in nested dictionaries; see `manifest.py`.
             metrics: values of this step; one that lacks `keep_best` is an error, None leaves the step without a rank.
             force: save even when `step` is not a multiple of `every`.
 
@@ -118,28 +117,26 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=DataStateSave(data_state),
-            facts=ocp.args.JsonSave(json.loads(json.dumps(facts))),
+            facts=ocp.args.JsonSave(json.loads(json.dumps(manifest))),
         )
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         return self._manager.save(step, args=items, metrics=numbers, force=force)
 
-    def facts(self, step: int) -> Facts:
+    def manifest(self, step: int) -> Manifest:
         """What a step was saved with, without reading any array.
 
         Raises:
             UserError: if the step is not there or cannot be read.
         """
         self._require(step)
-        return read_facts(self._directory / str(step))
+        return read_manifest(self._directory / str(step))
 
     def restore(
         self,
         step: int,
         abstract_state: PyTree,
         shards: Sequence[str] = (),
-        *,
-        expected_facts: Mapping[str, Any] | None = None,
-    ) -> tuple[PyTree, dict[str, bytes], Facts]:
+    ) -> tuple[PyTree, dict[str, bytes], Manifest]:
         """Reads a step back, each array straight onto its place.
 
         Args:
@@ -147,21 +144,17 @@ class Checkpointer:
             abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the same structure as the saved state;
                 the mesh may be another than the one that saved.
             shards: which shards of the data stream this process goes on with, by name.
-            expected_facts: this run's facts, compared before any array is read.
 
         Returns:
-            The state, the positions of those shards, and the facts.
+            The state, the positions of those shards, and the manifest.
 
         Raises:
-            UserError: naming each difference between the facts, a step that is not there, one that does not fit
-                `abstract_state`, or one whose files are damaged.
+            UserError: a step that is not there, one that does not fit `abstract_state`, or one whose files are damaged.
             StorageFailure: if its files cannot be read now.
         """
         self._require(step)
         folder = self._directory / str(step)
-        facts = read_facts(folder)
-        if expected_facts is not None:
-            check_facts(facts, expected_facts, str(folder))
+        manifest = read_manifest(folder)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=DataStateRestore(shards))
         try:
             restored = self._manager.restore(step, args=items)
@@ -173,7 +166,7 @@ class Checkpointer:
             if isinstance(found, StorageFailure) or not older:
                 raise found from error
             raise UserError(f"{found}; remove that folder to go on from step {older[-1]}") from error
-        return restored["state"], restored["data"], facts
+        return restored["state"], restored["data"], manifest
 
     def wait(self) -> None:
         """Returns when everything is on disk.

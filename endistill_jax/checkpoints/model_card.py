@@ -5,7 +5,6 @@ from typing import Any
 
 from endistill_jax import __version__
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
-from endistill_jax.objectives.objective import SITES
 from endistill_jax.reports.table import format_count
 
 _HELD_OUT = {
@@ -17,16 +16,16 @@ _HELD_OUT = {
 }
 
 
-def model_card(name: str, config: ModelConfig, facts: Mapping[str, Any], step: int) -> str:
+def model_card(name: str, config: ModelConfig, manifest: Mapping[str, Any], step: int) -> str:
     """Markdown with the header that the Hugging Face hub reads.
 
     Args:
         name: title.
         config: of the model.
-        facts: what its checkpoint was saved with; empty for a model that was only converted.
+        manifest: what its checkpoint was saved with; empty for a model that was only converted.
         step: optimizer steps it was trained for.
     """
-    teacher = facts.get("teacher")
+    teacher = manifest.get("teacher")
     tags = ["t5", "endistill-jax", *(["distillation"] if teacher else [])]
     parts = [
         "---\nlibrary_name: transformers\ntags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
@@ -34,12 +33,12 @@ def model_card(name: str, config: ModelConfig, facts: Mapping[str, Any], step: i
         _what_it_is(config, teacher),
         _usage(config),
     ]
-    if "path" in facts.get("run", {}):
-        parts.append(_training(facts, step))
-    if "import" in facts:
-        parts.append(f"Converted from `{facts['import']['source']}`.")
-    if facts.get("held_out"):
-        rows = [f"| {title} | {facts['held_out'][key]:.4g} |" for key, title in _HELD_OUT.items()]
+    if "objective" in manifest.get("run", {}):
+        parts.append(_training(manifest, step))
+    if "import" in manifest:
+        parts.append(f"Converted from `{manifest['import']['source']}`.")
+    if manifest.get("held_out"):
+        rows = [f"| {title} | {manifest['held_out'][key]:.4g} |" for key, title in _HELD_OUT.items()]
         parts.append("## Held-out text\n\n| | |\n|---|---|\n" + "\n".join(rows))
     parts.append(f"Written by endistill-jax {__version__}.")
     return "\n\n".join(parts) + "\n"
@@ -63,8 +62,8 @@ def _usage(config: ModelConfig) -> str:
     )
 
 
-def _training(facts: Mapping[str, Any], step: int) -> str:
-    run, progress, teacher = facts["run"], facts.get("progress", {}), facts.get("teacher")
+def _training(manifest: Mapping[str, Any], step: int) -> str:
+    run, progress, teacher = manifest["run"], manifest.get("progress", {}), manifest.get("teacher")
     lengths = f"{run['data']['inputs_length']} / {run['data']['targets_length']}"
     rows = {
         "task": f"`{run['task']}`, rows of {lengths} tokens, {run['data']['batch_size']} a step",
@@ -72,7 +71,7 @@ def _training(facts: Mapping[str, Any], step: int) -> str:
         "tokens": format_count(progress["tokens"]) if "tokens" in progress else None,
         "teacher": f"`{teacher['source']}`" if teacher else None,
         "teacher's fingerprint": f"`{run['teacher']}`" if teacher else None,
-        "path": _path(run["path"]),
+        "objective": _objective(run["objective"]),
         "initial parameters": _initial(run.get("student_init")),
         "optimizer": f"{run['optimizer']['name']}, learning rate {run['optimizer']['learning_rate']}",
         "seed": run["seed"],
@@ -81,18 +80,9 @@ def _training(facts: Mapping[str, Any], step: int) -> str:
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items() if v is not None)
 
 
-def _path(path: Mapping[str, Any]) -> str:
-    """The parts of a path that teach, such as "encoder_self: qq kk vv; logits (weight 1.0)"."""
-    sites = {name: path[name] for name in SITES if path[name] and path[name]["weight"] > 0}
-    parts = [
-        f"{name}: {' '.join(site['relations'])} (weight {site['weight']}, {site['relation_heads']} relation heads, "
-        f"layer {site['student_layer']} to the teacher's {site['teacher_layer']})"
-        for name, site in sites.items()
-    ]
-    for name, title in (("logits_weight", "logits"), ("lm_weight", "targets")):
-        if path[name] > 0:
-            parts.append(f"{title} (weight {path[name]})")
-    return "; ".join(parts)
+def _objective(objective: Mapping[str, Any]) -> str:
+    """Its terms with their coefficients, such as "cross/qk 0.5, cross/vv 0.5, logits 1.0"."""
+    return ", ".join(f"{name} {term['coefficient']}" for name, term in objective["terms"].items())
 
 
 def _initial(student_init: Mapping[str, Any] | None) -> str | None:

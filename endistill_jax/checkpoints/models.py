@@ -13,17 +13,17 @@ from jax.sharding import Mesh
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
 from endistill_jax.checkpoints.interchange import Source, VocabularyFile, assemble
+from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
-from endistill_jax.checkpoints.reading import Facts, finished_steps, read_facts_of_step, restore_params
+from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step, restore_params
+from endistill_jax.checkpoints.tokenizer import load_tokenizer
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import Params, abstract_params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Params, abstract_params, config_from_plain
 from endistill_jax.sharding import param_shardings
 from endistill_jax.storage import stored_path
 
 BUNDLED = "bundled"
-DTYPES = ("float32", "bfloat16")
 BUNDLED_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher"
 # Within the model directory of a run or of an import:
 CHECKPOINTS = "checkpoints"
@@ -41,16 +41,16 @@ class TrainedModel:
         config: its settings, as it shall be run.
         vocabulary_file: what lies beside it, if anything does.
         step: how far it was trained, if that is known; else 0.
-        facts: what its checkpoint tells of how it was made; empty for a foreign one.
+        manifest: of its checkpoint; empty for a foreign one.
         notes: what was assumed because the checkpoint does not say, a sentence each.
         pieces: fingerprint of its vocabulary's pieces, where no SentencePiece model tells of it.
     """
 
     source: str
-    config: T5Config
+    config: ModelConfig
     vocabulary_file: VocabularyFile | None
     step: int
-    facts: Facts
+    manifest: Manifest
     notes: tuple[str, ...] = ()
     pieces: str | None = None
     _read: Callable[[Any], tuple[Params, str]]
@@ -99,8 +99,8 @@ class TrainedModel:
     @property
     def vocabulary(self) -> str | None:
         """Fingerprint of the vocabulary it was trained with; None if nothing tells."""
-        if "run" in self.facts:
-            return self.facts["run"]["vocabulary"]
+        if "run" in self.manifest:
+            return self.manifest["run"]["vocabulary"]
         return fingerprint_of(self.vocabulary_file)
 
     def has_other_vocabulary(self, vocabulary: Any) -> bool:
@@ -126,16 +126,16 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     run = find_run(source)
     if run is not None:
         directory, step = run
-        facts = read_facts_of_step(str(directory), step)
-        config = dataclasses.replace(T5Config(**facts["run"]["model"]), **execution)
+        manifest = read_manifest_of_step(str(directory), step)
+        config = dataclasses.replace(config_from_plain(manifest["run"]["model"]), **execution)
         return TrainedModel(
             source=source,
             config=config,
             vocabulary_file=vocabulary_of(directory.parent / TOKENIZER),
             step=step,
-            facts=facts,
-            pieces=facts.get("import", {}).get("pieces"),
-            _read=lambda shardings: _read_run(str(directory), step, facts, config, shardings),
+            manifest=manifest,
+            pieces=manifest.get("import", {}).get("pieces"),
+            _read=lambda shardings: _read_run(str(directory), step, manifest, config, shardings),
         )
     path = str(BUNDLED_FOLDER) if source == BUNDLED else source
     opened = open_source(path)
@@ -146,7 +146,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         config=config,
         vocabulary_file=opened.vocabulary,
         step=opened.step,
-        facts={},
+        manifest={},
         notes=opened.notes,
         pieces=opened.pieces,
         # A source that was read is closed, and a model may be read again: then it is opened anew.
@@ -154,7 +154,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     )
 
 
-def promise_model(source: str, config: T5Config) -> TrainedModel:
+def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
     """A model that will have been trained in a model directory by the time its parameters are first read.
 
     Args:
@@ -166,7 +166,7 @@ def promise_model(source: str, config: T5Config) -> TrainedModel:
         model = open_model(source, config.dtype, config.scan_layers)
         return model.load(shardings), model.fingerprint
 
-    return TrainedModel(source=source, config=config, vocabulary_file=None, step=0, facts={}, _read=read)
+    return TrainedModel(source=source, config=config, vocabulary_file=None, step=0, manifest={}, _read=read)
 
 
 def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
@@ -175,12 +175,10 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
     Raises:
         UserError: if the model was trained with another one, or has fewer ids.
     """
-    from endistill_jax.data.vocabulary import load_vocabulary
-
     found = model.vocabulary_file
     if file is not None:
         found = VocabularyFile(file, extra_ids)
-        if model.has_other_vocabulary(load_vocabulary(file, extra_ids=extra_ids)):
+        if model.has_other_vocabulary(load_tokenizer(file, extra_ids=extra_ids)):
             raise UserError(
                 f"{model.source} was trained with another vocabulary than {file} with {extra_ids} extra ids; "
                 "give its own, or leave vocabulary_file out"
@@ -190,7 +188,7 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
     return found
 
 
-def tell_notes(model: TrainedModel) -> None:
+def print_notes(model: TrainedModel) -> None:
     """Prints what had to be assumed of a model."""
     for note in model.notes:
         print(f"{model.source}: {note}")
@@ -212,9 +210,7 @@ def find_run(source: str) -> tuple[epath.Path, int] | None:
 
 def fingerprint_of(file: VocabularyFile | None) -> str | None:
     """The fingerprint of a vocabulary file with its sentinels."""
-    from endistill_jax.data.vocabulary import load_vocabulary
-
-    return None if file is None else fingerprint_vocabulary(load_vocabulary(file.path, extra_ids=file.extra_ids))
+    return None if file is None else fingerprint_vocabulary(load_tokenizer(file.path, extra_ids=file.extra_ids))
 
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
@@ -224,14 +220,14 @@ def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
     write_tokenizer(folder, file)
 
 
-def _read_source(opened: Source, config: T5Config, shardings: Any) -> tuple[Params, str]:
+def _read_source(opened: Source, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
     with opened:
         return assemble(opened, config.dtype, shardings)
 
 
-def _read_run(directory: str, step: int, facts: Facts, config: T5Config, shardings: Any) -> tuple[Params, str]:
+def _read_run(directory: str, step: int, manifest: Manifest, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
     """Restores a run's parameters; those of an import, whose fingerprint is known, come in their final type at once."""
-    fingerprint = facts.get("import", {}).get("fingerprint")
+    fingerprint = manifest.get("import", {}).get("fingerprint")
     abstract = None
     if shardings is not None:
         abstract = jax.tree.map(

@@ -10,11 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from endistill_jax.checkpoints.manifest import Manifest, upgraded
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_remote, reading_failure, stored_path
 
 PyTree = Any
-Facts = dict[str, Any]
 
 # What a finished step cannot lack. A kill in the middle of a save or of a removal leaves folders without some of these.
 _PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "facts/metadata")
@@ -31,7 +31,7 @@ def finished_steps(directory: str) -> list[int]:
 
 def restore_params(
     directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
-) -> tuple[PyTree, Facts]:
+) -> tuple[PyTree, Manifest]:
     """Only the parameters of a finished run, for a teacher or an export; safe while the run is still going.
 
     Args:
@@ -41,7 +41,7 @@ def restore_params(
             arrays. Optimizer state is not read in either case.
 
     Returns:
-        The parameters as nested dictionaries, and the facts.
+        The parameters as nested dictionaries, and the manifest.
 
     Raises:
         UserError: if there is no such checkpoint, or its files are damaged.
@@ -53,7 +53,7 @@ def restore_params(
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise UserError(f"{root} has no {wanted}; it has {steps or 'none'}")
     folder = root / str(steps[-1] if step is None else step)
-    facts = read_facts(folder)
+    manifest = read_manifest(folder)
     try:
         # Without `ocp.Checkpointer`, which on a bucket refuses what was written locally and copied there.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
@@ -68,7 +68,7 @@ def restore_params(
             wanted = ocp.args.PyTreeRestore(
                 item={"params": abstract_params}, restore_args={"params": how}, partial_restore=True
             )
-            return reader.restore(folder / "state", args=wanted)["params"], facts
+            return reader.restore(folder / "state", args=wanted)["params"], manifest
     except Exception as error:
         raise unreadable(folder, error) from error
 
@@ -79,16 +79,16 @@ def _largest_gigabytes(stored: PyTree) -> int:
     return math.ceil(max(sizes) / 1e9)
 
 
-def read_facts_of_step(directory: str, step: int) -> Facts:
+def read_manifest_of_step(directory: str, step: int) -> Manifest:
     """What a finished step was saved with; no array is read.
 
     Raises:
         UserError: if it cannot be read.
     """
-    return read_facts(stored_path(directory) / str(step))
+    return read_manifest(stored_path(directory) / str(step))
 
 
-def read_facts(folder: epath.Path) -> Facts:
+def read_manifest(folder: epath.Path) -> Manifest:
     """What a step's folder was saved with.
 
     Raises:
@@ -96,9 +96,10 @@ def read_facts(folder: epath.Path) -> Facts:
         StorageFailure: if it cannot be read now.
     """
     try:
-        return json.loads((folder / "facts" / "metadata").read_text())
+        manifest = json.loads((folder / "facts" / "metadata").read_text())
     except Exception as error:
         raise unreadable(folder, error) from error
+    return upgraded(manifest)
 
 
 def unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:

@@ -24,6 +24,14 @@ class Segments(NamedTuple):
     decoder: jax.Array
 
 
+class Lengths(NamedTuple):
+    """Size of a batch: examples, and positions of both sides, padding included."""
+
+    batch: int
+    source: int
+    target: int
+
+
 def segment_ids(batch: Batch, side: Literal["encoder", "decoder"]) -> jax.Array:
     """int32 [batch, length]: the batch's own ids when it is packed, else 1 at real tokens and 0 at padding.
 

@@ -3,6 +3,10 @@
 import dataclasses
 import math
 
+# Most that the scores of a frozen model's attention take at a time: on a TPU a quarter of a v5e's vector memory, where
+# the position bias finds room beside them; elsewhere a small part of the memory.
+ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
@@ -37,3 +41,8 @@ def choose_groups(examples: int, heads: int, query_length: int, key_length: int,
 
 def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+
+
+def platform_attention_bytes(platform: str) -> int:
+    """The entry of `ATTENTION_BYTES` for "cpu", "gpu" or "tpu"; of GPUs for what is none of them."""
+    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])

@@ -18,7 +18,8 @@ import numpy as np
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramModel
 from endistill_jax.models.family import ModelConfig, apply
-from endistill_jax.objectives.cross_entropy import cross_entropy
+from endistill_jax.objectives import CrossEntropy
+from endistill_jax.objectives.token_distribution import TokenDistribution
 
 HostBatch = Mapping[str, np.ndarray]
 ApplyLogits = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -98,9 +99,11 @@ def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[i
         weights = batch["decoder_loss_weights"].astype(jnp.float32)  # [batch, target]
         is_piece = jnp.asarray(~np.isin(np.arange(vocab_size), not_pieces))[targets]  # [batch, target]
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)  # [batch, target]
+        flat = TokenDistribution(logits.astype(jnp.float32).reshape(targets.size, -1), targets.reshape(-1))
+        nats = CrossEntropy().token_loss(flat, None, flat.targets).reshape(targets.shape)
         sums = {}
         for name, kept in (("tokens", weights), ("pieces", weights * is_piece)):
-            sums[f"{name}/loss"], sums[name] = cross_entropy(logits, targets, kept)
+            sums[f"{name}/loss"], sums[name] = jnp.sum(jnp.where(kept != 0, kept * nats, 0.0)), jnp.sum(kept)
             sums[f"{name}/correct"] = jnp.sum(kept * correct)
         for name, nats in references.items():
             sums[f"pieces/{name}"] = jnp.sum(weights * is_piece * nats)

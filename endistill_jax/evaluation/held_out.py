@@ -18,9 +18,9 @@ from endistill_jax.evaluation.denoising import (
     model_logits,
 )
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
-from endistill_jax.train.settings import Data
+from endistill_jax.train.experiment import Data
 
 # Held-out texts are corrupted the same way in every run, so that figures of different seeds are of the same examples.
 EVALUATION_SEED = 0
@@ -43,9 +43,9 @@ class HeldOut:
     batches: list[dict[str, np.ndarray]]
     ngrams: NgramModel
     sentinel_ids: range
-    _steps: dict[tuple[T5Config, str], Callable] = dataclasses.field(default_factory=dict)
+    _steps: dict[tuple[ModelConfig, str], Callable] = dataclasses.field(default_factory=dict)
 
-    def evaluate(self, config: T5Config, params: Any, placement: str = "sharded") -> DenoisingReport:
+    def evaluate(self, config: ModelConfig, params: Any, placement: str = "sharded") -> DenoisingReport:
         """The figures of one model, its parameters on the host or on the mesh; compiled once for a configuration.
 
         Args:
@@ -71,7 +71,7 @@ class HeldOut:
         """The same evaluation on another mesh; nothing is read again."""
         return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
 
-    def _logits(self, config: T5Config, placement: str) -> ApplyLogits:
+    def _logits(self, config: ModelConfig, placement: str) -> ApplyLogits:
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             with activation_sharding(self.mesh, placement):
                 return model_logits(config)(params, batch)
@@ -79,7 +79,7 @@ class HeldOut:
         return apply
 
 
-def judged_on(data: Data) -> dict[str, Any]:
+def eval_spec(data: Data) -> dict[str, Any]:
     """What held-out figures depend on besides the model, as plain values."""
     from endistill_jax.data.registry import resolve_task
 

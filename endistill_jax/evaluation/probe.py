@@ -1,7 +1,7 @@
-"""How far a student is from its teacher, term by term of a path, whether or not it is trained on them.
+"""How far a student is from its teacher, term by term of an objective, whether or not it is trained on them.
 
-The terms are those of the objective (relations in nats a row, the divergence of the words in nats a token), without
-dropout, over held-out text. What a student is not taught shows here: a term that stays where it began.
+Relations in nats a row, distributions over the vocabulary in nats a token, without dropout, over held-out text. What a
+student is not trained on shows here: a term that stays where it began.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Computation, Path, Placement, coefficients, term_weights
-from endistill_jax.sharding import activation_sharding
-from endistill_jax.train.step import loss_and_sums
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import LossImplementation, MeshAxes, Objective
+from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
+from endistill_jax.train.state import init_objective
+from endistill_jax.train.step import LossFunction
 
 ProbeStep = Callable[[Any, Any, Any], dict[str, tuple[jax.Array, jax.Array]]]
 
@@ -29,8 +31,9 @@ class ProbeReport:
     """How far a student is from its teacher on held-out text.
 
     Attributes:
-        terms: of each term of the path by name (`cross/qk`, `logits`), its sum over all batches divided by its weight.
-        loss: the terms' sum by the path's weights.
+        terms: of each term of the objective by name (`cross/qk`, `logits`), its sum over all batches divided by its
+            weight.
+        loss: the terms' sum by their coefficients; by those of the first step, where they move.
     """
 
     terms: Mapping[str, float]
@@ -47,45 +50,47 @@ class ProbeReport:
 
 def make_probe_step(
     *,
-    path: Path,
-    student: T5Config,
-    teacher: T5Config,
+    objective: Objective,
+    student: ModelConfig,
+    teacher: ModelConfig,
     mesh: Mesh,
-    computation: Computation | None = None,
-    teacher_placement: str = "sharded",
+    implementation: LossImplementation | None = None,
+    teacher_sharding: str = "sharded",
 ) -> ProbeStep:
     """Builds the jitted step of a probe; make it once for a pair of models and keep it, or it compiles again.
 
     Args:
-        path: the terms; its weights matter for `ProbeReport.loss` alone.
+        objective: the terms; the target is the teacher, also where targets are interpolated in training.
         student: settings of the student; it runs without dropout.
         teacher: settings of the teacher.
-        mesh: where both lie.
-        computation: in which form the losses are computed; by default chosen by platform and shape.
-        teacher_placement: how the teacher's parameters lie on the mesh; see `sharding.logical_rules`.
+        mesh: where both are placed.
+        implementation: in which form the losses are computed; by default chosen by platform and shape.
+        teacher_sharding: how the teacher's parameters are sharded; see `sharding.logical_rules`.
 
     Returns:
         (params, teacher_params, batch) -> by the terms' names their sum and weight over the batch, float32 scalars.
+
+    Raises:
+        UserError: a term has parameters of its own, which a student does not bring with it.
     """
     student = dataclasses.replace(student, dropout_rate=0.0)
-    computation = dataclasses.replace(computation or Computation(), placement=Placement(mesh=mesh))
+    carried = jax.eval_shape(lambda: init_objective(objective, jax.random.key(0), student, teacher))
+    if "params" in carried:
+        names = ", ".join(carried["params"])
+        raise UserError(f"a probe cannot compute {names}: its own parameters are no part of a model; leave it out")
+    loss_function = LossFunction(
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        implementation=dataclasses.replace(implementation or LossImplementation(), axes=MeshAxes(mesh=mesh)),
+        teacher_sharding=teacher_sharding,
+    )
 
     @jax.jit
     def step(params: Any, teacher_params: Any, batch: Mapping[str, jax.Array]) -> dict[str, tuple[Any, Any]]:
         with activation_sharding(mesh):
-            weights = term_weights(path, batch)
-            _, sums = loss_and_sums(
-                params,
-                teacher_params,
-                batch,
-                weights,
-                None,
-                student=student,
-                teacher=teacher,
-                path=path,
-                computation=computation,
-                teacher_placement=teacher_placement,
-            )
+            weights = objective.weights(batch)
+            _, sums = loss_function(params, teacher_params, batch, weights)
         return {name: (sums[name], weight) for name, weight in weights.items()}
 
     return step
@@ -93,7 +98,7 @@ def make_probe_step(
 
 def evaluate_probe(
     step: ProbeStep,
-    path: Path,
+    objective: Objective,
     params: Any,
     teacher_params: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -103,7 +108,7 @@ def evaluate_probe(
 
     Args:
         step: from `make_probe_step`.
-        path: of the step.
+        objective: of the step.
         params: the student's, on the mesh.
         teacher_params: the teacher's, on the mesh.
         batches: NumPy batches of one shape.
@@ -118,8 +123,47 @@ def evaluate_probe(
         for name, (value, weight) in jax.device_get(step(params, teacher_params, place(batch))).items():
             sums[name] += float(value)
             weights[name] += float(weight)
-    factors = coefficients(path)
-    if empty := [name for name in factors if not weights[name]]:
+    if empty := [name for name in objective.term_names if not weights[name]]:
         raise UserError(f"the held-out batches have nothing to compare for {', '.join(empty)}; give more of them")
-    terms = {name: sums[name] / weights[name] for name in factors}
-    return ProbeReport(terms=terms, loss=sum(factor * terms[name] for name, factor in factors.items()))
+    terms = {name: sums[name] / weights[name] for name in objective.term_names}
+    coefficients = objective.coefficients()
+    return ProbeReport(terms=terms, loss=sum(float(coefficients[name]) * value for name, value in terms.items()))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Probe:
+    """How far students are from a teacher, by the terms of an objective; an `Evaluation`.
+
+    Attributes:
+        objective: the terms.
+        teacher: what they are compared with.
+        mesh: where both are evaluated.
+        batches: unpacked NumPy batches of held-out text, complete on every host.
+        teacher_sharding: how the teacher's parameters are sharded; see `sharding.logical_rules`.
+    """
+
+    objective: Objective
+    teacher: TrainedModel
+    mesh: Mesh
+    batches: list[dict[str, np.ndarray]]
+    teacher_sharding: str = "sharded"
+    _steps: dict[ModelConfig, ProbeStep] = dataclasses.field(default_factory=dict)
+
+    def evaluate(self, config: ModelConfig, params: Any) -> ProbeReport:
+        """The terms of one student, its parameters on the host or on the mesh; compiled once for a configuration."""
+        if config not in self._steps:
+            self._steps[config] = make_probe_step(
+                objective=self.objective,
+                student=config,
+                teacher=self.teacher.config,
+                mesh=self.mesh,
+                teacher_sharding=self.teacher_sharding,
+            )
+        return evaluate_probe(
+            self._steps[config],
+            self.objective,
+            jax.device_put(params, param_shardings(config, self.mesh)),
+            self.teacher.load_on(self.mesh, self.teacher_sharding),
+            self.batches,
+            place=lambda batch: place_batch(host_rows(batch, self.mesh), self.mesh),
+        )

@@ -32,7 +32,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig
 
 LARGEST_RATIO = 2.5
 MOST = 64
@@ -44,7 +44,7 @@ _DEPTHS = ("num_encoder_layers", "num_decoder_layers")
 _WIDTHS = ("d_model", "num_heads", "mlp_dim")
 
 
-def non_embedding_params(config: T5Config) -> int:
+def non_embedding_params(config: ModelConfig) -> int:
     """Parameters without the token table and without a head of its own; relative positions and scales count."""
     kernels = (len(config.mlp_activations) + 1) * config.d_model * config.mlp_dim
     attention = 4 * config.d_model * config.inner_dim
@@ -54,13 +54,13 @@ def non_embedding_params(config: T5Config) -> int:
 
 
 def plan_assistants(
-    teacher: T5Config,
-    student: T5Config,
+    teacher: ModelConfig,
+    student: ModelConfig,
     *,
     number: int | None = None,
     largest_ratio: float = LARGEST_RATIO,
     relation_heads: Sequence[int] = (),
-) -> tuple[T5Config, ...]:
+) -> tuple[ModelConfig, ...]:
     """The assistants between a teacher and a student, largest first; see the module for their shapes.
 
     Args:
@@ -104,13 +104,13 @@ def plan_assistants(
     )
 
 
-def ratios(teacher: T5Config, assistants: Sequence[T5Config], student: T5Config) -> list[float]:
+def ratios(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: ModelConfig) -> list[float]:
     """Of every stage: non-embedding parameters of its teacher to those of its student."""
     sizes = [non_embedding_params(config) for config in (teacher, *assistants, student)]
     return [larger / smaller for larger, smaller in itertools.pairwise(sizes)]
 
 
-def check_assistants(teacher: T5Config, assistants: Sequence[T5Config], student: T5Config) -> None:
+def check_assistants(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: ModelConfig) -> None:
     """Every model must have fewer non-embedding parameters than the one that teaches it.
 
     Raises:
@@ -127,11 +127,13 @@ def check_assistants(teacher: T5Config, assistants: Sequence[T5Config], student:
             )
 
 
-def _interpolate(teacher: T5Config, student: T5Config, number: int, divisor: int) -> tuple[T5Config, ...] | None:
+def _interpolate(
+    teacher: ModelConfig, student: ModelConfig, number: int, divisor: int
+) -> tuple[ModelConfig, ...] | None:
     """So many assistants; None if their sizes would not fall from one to the next."""
     start, end = _sizes(teacher, student), _sizes(student, student)
     most, least = non_embedding_params(teacher), non_embedding_params(student)
-    assistants: list[T5Config] = []
+    assistants: list[ModelConfig] = []
     before, above, head_dims = start, most, _head_dims(teacher.head_dim, student.head_dim)
     for share in (index / (number + 1) for index in range(1, number + 1)):
         means = {name: start[name] ** (1 - share) * end[name] ** share for name in start}
@@ -161,14 +163,14 @@ def _head_dims(first: int, last: int) -> list[int]:
     return steps if last == first else [*steps, last]
 
 
-def _sizes(config: T5Config, student: T5Config) -> dict[str, float]:
+def _sizes(config: ModelConfig, student: ModelConfig) -> dict[str, float]:
     """A model's sizes, its MLP as wide as one of the student's kind with as many parameters."""
     sizes: dict[str, float] = {name: getattr(config, name) for name in (*_DEPTHS, *_WIDTHS)}
     sizes["mlp_dim"] *= (len(config.mlp_activations) + 1) / (len(student.mlp_activations) + 1)
     return sizes
 
 
-def _units(teacher: T5Config, student: T5Config, head_dim: int, divisor: int) -> dict[str, int]:
+def _units(teacher: ModelConfig, student: ModelConfig, head_dim: int, divisor: int) -> dict[str, int]:
     """What each width is a multiple of."""
     heads = math.lcm(_unit(HEADS, teacher.num_heads, student.num_heads), divisor // math.gcd(divisor, head_dim))
     units = {name: _unit(TILE, getattr(teacher, name), getattr(student, name)) for name in ("d_model", "mlp_dim")}
@@ -184,13 +186,13 @@ def _unit(largest: int, *ends: int) -> int:
 
 
 def _shapes(
-    student: T5Config,
+    student: ModelConfig,
     means: dict[str, float],
     before: dict[str, float],
     end: dict[str, float],
     units: dict[str, int],
     head_dim: int,
-) -> Iterator[T5Config]:
+) -> Iterator[ModelConfig]:
     """All shapes of the nearest depths and of the widths around their means, none outside of its neighbours' sizes."""
     depths = {name: math.floor(means[name] + 0.5) for name in _DEPTHS}
     choices = [_around(means[name], before[name], end[name], units[name]) for name in _WIDTHS]

@@ -9,23 +9,20 @@ from collections.abc import Callable, Mapping
 
 from jax.sharding import Mesh
 
-from endistill_jax.checkpoints.models import TrainedModel, promise_model
-from endistill_jax.checkpoints.reading import Facts
-from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.checkpoints.manifest import Manifest
+from endistill_jax.checkpoints.models import TrainedModel, lazy_model
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.evaluation.report import Evaluation
 from endistill_jax.interpolation.products import check_not_damaged, keep_product, product_fingerprint, remedy
 from endistill_jax.interpolation.settings import Interpolation
 from endistill_jax.interpolation.stages import Stage, plan_stages, stages_table
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.multihost.agreement import agree
-from endistill_jax.objectives import Path
+from endistill_jax.objectives import Objective
 from endistill_jax.train.best import Best
-from endistill_jax.train.finished import check_same_run, is_finished, last_facts, what_was_found
-from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.run import train
-from endistill_jax.train.settings import Data, Run
-from endistill_jax.train.training import Training
+from endistill_jax.train.training import Training, is_finished, last_manifest, what_was_found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +32,15 @@ class StageResult:
     Attributes:
         model_dir: a model directory: of `open_model`, `export` and every other job.
         config: its student.
-        figures: of the last evaluation, by name.
+        metrics: of the last evaluation, by name.
         best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
         tokens: real tokens read, inputs and targets.
         seconds: spent in training steps, over all attempts.
     """
 
     model_dir: str
-    config: T5Config
-    figures: Mapping[str, float]
+    config: ModelConfig
+    metrics: Mapping[str, float]
     best: Best
     tokens: int
     seconds: float
@@ -56,13 +53,13 @@ class Chain:
     Attributes:
         stages: their settings, in order.
         trainings: each as an ordinary run in its folder; the teacher of all but the first is read once it is there.
-        path: of all stages that have none of their own, and of the direct distillation that they are compared with.
+        objective: of the direct distillation that they are compared with.
         keep: see `Interpolation.keep`.
     """
 
     stages: tuple[Stage, ...]
     trainings: tuple[Training, ...]
-    path: Path
+    objective: Objective
     keep: str = "params"
 
     def check(self) -> None:
@@ -74,50 +71,50 @@ class Chain:
         for number, training in enumerate(self.trainings, 1):
             with naming(f"stage {number}"):
                 training.check()
-        self.standings()
+        self.stage_status()
 
     def describe(self) -> str:
         """The table of the stages: shape, parameters, ratio, operations, steps, and where each stands."""
         states = []
-        for step, facts in self.standings():
-            states.append("finished" if is_finished(facts) else f"at step {step}" if facts else "")
-        return stages_table(self.stages, self.path, states)
+        for step, manifest in self.stage_status():
+            states.append("finished" if is_finished(manifest) else f"at step {step}" if manifest else "")
+        return stages_table(self.stages, self.objective, states)
 
-    def standings(self) -> list[tuple[int, Facts]]:
-        """Of every stage the last step that is saved, and its facts; 0 and nothing where there is none.
+    def stage_status(self) -> list[tuple[int, Manifest]]:
+        """Of every stage the last step that is saved, and its manifest; 0 and nothing where there is none.
 
         Raises:
             UserError: for what was made with other settings, by another teacher, or is not whole.
         """
-        found: list[tuple[int, Facts]] = []
+        found: list[tuple[int, Manifest]] = []
         for number, training in enumerate(self.trainings, 1):
             with naming(f"stage {number}", functools.partial(self._advice_on_product, number)):
                 check_not_damaged(training.model_dir)
-                step, facts = last_facts(training.model_dir)
-            if facts:
+                step, manifest = last_manifest(training.model_dir)
+            if manifest:
                 if found and not is_finished(found[-1][1]):
                     raise UserError(
                         f"stage {number} was begun in {training.model_dir}, but stage {number - 1}, its teacher, is "
                         f"not there as a whole; {self._advice(number - 1)}"
                     )
                 with naming(f"stage {number}"):
-                    check_same_run(training, step, facts, contents=False)
-                if is_finished(facts) or number == 1:
-                    self._check_teacher(number, facts)
-            found.append((step, facts))
+                    training.check_resumes(step, manifest, contents=False)
+                if is_finished(manifest) or number == 1:
+                    self._check_teacher(number, manifest)
+            found.append((step, manifest))
         agree("stages", {str(number): step for number, (step, _) in enumerate(found, 1)})
         return found
 
-    def _check_teacher(self, number: int, facts: Facts) -> None:
+    def _check_teacher(self, number: int, manifest: Manifest) -> None:
         """A stage had the teacher of this chain: by content, which is read only where nothing else tells."""
         teacher = self.trainings[number - 1].teacher
         known = product_fingerprint(teacher.source) if number > 1 else None
-        if known is None and facts["teacher"]["source"] == teacher.source:
+        if known is None and manifest["teacher"]["source"] == teacher.source:
             return
-        self._check_content(number, facts, known or teacher.fingerprint)
+        self._check_content(number, manifest, known or teacher.fingerprint)
 
-    def _check_content(self, number: int, facts: Facts, fingerprint: str) -> None:
-        if facts["run"]["teacher"] != fingerprint:
+    def _check_content(self, number: int, manifest: Manifest, fingerprint: str) -> None:
+        if manifest["run"]["teacher"] != fingerprint:
             raise UserError(
                 f"stage {number} was trained by another teacher than {self.trainings[number - 1].teacher.source}; "
                 f"{'give that one, or another model directory' if number == 1 else self._advice(number)}"
@@ -141,9 +138,9 @@ class Chain:
         training = self.trainings[number - 1]
         if number == 1:
             training.load_teacher()
-            _, facts = last_facts(training.model_dir)
-            if facts:
-                self._check_content(1, facts, training.teacher.fingerprint)
+            _, manifest = last_manifest(training.model_dir)
+            if manifest:
+                self._check_content(1, manifest, training.teacher.fingerprint)
             return
         try:
             training.load_teacher()
@@ -158,54 +155,32 @@ class Chain:
 
 
 def plan_chain(
-    model_dir: str,
-    teacher: TrainedModel,
-    student: T5Config,
-    interpolation: Interpolation,
-    *,
-    path: Path,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
-    student_init: StudentInit = RANDOM,
-    label: str = "",
+    model_dir: str, experiment: Experiment, teacher: TrainedModel, interpolation: Interpolation, label: str = ""
 ) -> Chain:
     """The chain from a teacher to a student, each stage in `<model_dir>/stage_<n>/`; creates and reads nothing.
 
     Args:
         model_dir: receives the folders of the stages.
+        experiment: the distillation straight from teacher to student; see `stages.plan_stages`.
         teacher: opened; assistants are of its type and run like it when they teach.
-        student: the last student.
-        interpolation: how many stages, and what each does in its own way; for the rest see `stages.plan_stages`.
-        path: what is compared.
-        data: what all stages read.
-        optimizer: how students are updated.
-        run: how long each stage is, on which mesh, what is kept.
-        student_init: what students start from.
+        interpolation: how many stages, and what each does in its own way.
         label: begins the progress lines.
 
     Raises:
         UserError: no such assistants, or settings of a stage that does not exist.
     """
-    settings = {"path": path, "data": data, "optimizer": optimizer, "run": run, "student_init": student_init}
-    stages = plan_stages(teacher.config, student, interpolation, **settings)
+    stages = plan_stages(experiment, teacher.config, interpolation)
     trainings: list[Training] = []
     for stage in stages:
-        taught_by = promise_model(trainings[-1].model_dir, stage.teacher) if trainings else teacher
         trainings.append(
             Training(
                 model_dir=f"{model_dir}/stage_{stage.number}",
-                config=stage.student,
-                path=stage.path,
-                data=stage.data,
-                optimizer=stage.optimizer,
-                run=stage.run,
-                teacher=taught_by,
-                student_init=stage.student_init,
+                experiment=stage.experiment,
+                teacher=lazy_model(trainings[-1].model_dir, stage.teacher) if trainings else teacher,
                 label=", ".join(filter(None, (label, f"stage {stage.number} of {len(stages)}"))),
             )
         )
-    return Chain(stages=stages, trainings=tuple(trainings), path=path, keep=interpolation.keep)
+    return Chain(stages=stages, trainings=tuple(trainings), objective=experiment.objective, keep=interpolation.keep)
 
 
 def run_chain(
@@ -223,8 +198,8 @@ def run_chain(
         Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
     """
     results = []
-    for number, ((_, facts), training) in enumerate(zip(chain.standings(), chain.trainings, strict=True), 1):
-        if not is_finished(facts):
+    for number, ((_, manifest), training) in enumerate(zip(chain.stage_status(), chain.trainings, strict=True), 1):
+        if not is_finished(manifest):
             chain.load_teacher(number)
             with naming(f"stage {number}"):
                 train(training, evaluation(training.mesh()))
@@ -233,13 +208,13 @@ def run_chain(
         with naming(f"stage {number}"):
             if chain.keep == "params" and number < len(chain.trainings):
                 keep_product(training)
-            _, facts = last_facts(training.model_dir)
-        found = what_was_found(facts)
+            _, manifest = last_manifest(training.model_dir)
+        found = what_was_found(manifest)
         results.append(
             StageResult(
                 model_dir=training.model_dir,
-                config=training.config,
-                figures=facts["held_out"],
+                config=training.student,
+                metrics=manifest["held_out"],
                 best=found.best,
                 tokens=found.tokens,
                 seconds=found.seconds,

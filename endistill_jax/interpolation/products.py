@@ -1,6 +1,6 @@
 """What is kept of a finished run that nothing but its parameters is needed of: a model directory within its folder.
 
-    <model_dir>/product/checkpoints/<step>    parameters and facts, without optimizer state or data positions
+    <model_dir>/product/checkpoints/<step>    parameters and manifest, without optimizer state or data positions
     <model_dir>/product/tokenizer/
 
 The product is written, read back and compared before any checkpoint of the run is removed, at every start that finds
@@ -18,8 +18,7 @@ from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.core.errors import UserError
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.storage import stored_path
-from endistill_jax.train.finished import last_facts
-from endistill_jax.train.training import Training
+from endistill_jax.train.training import Training, last_manifest
 
 
 def keep_product(training: Training) -> None:
@@ -51,8 +50,8 @@ def remedy(model_dir: str) -> str | None:
 
 
 def product_fingerprint(model_dir: str) -> str | None:
-    """The fingerprint of a run's product, as its facts tell it; None where the run has its checkpoints."""
-    return last_facts(model_dir)[1].get(PRODUCT, {}).get("fingerprint")
+    """The fingerprint of a run's product, as its manifest tell it; None where the run has its checkpoints."""
+    return last_manifest(model_dir)[1].get(PRODUCT, {}).get("fingerprint")
 
 
 def check_not_damaged(model_dir: str) -> None:
@@ -62,7 +61,7 @@ def check_not_damaged(model_dir: str) -> None:
         UserError: for a folder that has parts of a product, and nothing to make it from.
     """
     product = stored_path(model_dir) / PRODUCT
-    if product.exists() and not last_facts(model_dir)[1]:
+    if product.exists() and not last_manifest(model_dir)[1]:
         raise UserError(f"{product} is not whole")
 
 
@@ -74,16 +73,16 @@ def _write(training: Training) -> None:
     folder = _folder(training.model_dir)
     trained = open_model(training.model_dir)
     params = trained.load_on(training.mesh())
-    facts = trained.facts | {PRODUCT: {"fingerprint": trained.fingerprint}}
+    manifest = trained.manifest | {PRODUCT: {"fingerprint": trained.fingerprint}}
     if jax.process_index() == 0 and training.vocabulary_file() is not None:
         keep_tokenizer(folder, training.vocabulary_file())
     largest = math.ceil(max(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9)
     with Checkpointer(f"{folder}/{CHECKPOINTS}", keep_last=1, concurrent_gigabytes=largest) as checkpointer:
-        checkpointer.save(trained.step, {"params": params}, {}, facts, force=True)
+        checkpointer.save(trained.step, {"params": params}, {}, manifest, force=True)
 
 
 def _compare(training: Training) -> None:
-    """Reads a product and compares it with what its facts say was written."""
+    """Reads a product and compares it with what its manifest say was written."""
     folder = _folder(training.model_dir)
     try:
         product = open_model(folder)

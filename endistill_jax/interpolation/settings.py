@@ -8,15 +8,15 @@ from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import as_tuple, is_positive, is_whole
 from endistill_jax.interpolation.assistants import LARGEST_RATIO
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import Objective
+from endistill_jax.train.experiment import Run
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Run
 
 KEEP = ("params", "all")
 # Of settings that list things: what, and which are right.
 LISTED = {
-    "assistants": ("shapes, such as (@first/config.T5Config(),)", lambda each: isinstance(each, T5Config)),
+    "assistants": ("shapes, such as (@first/sizes.build(),)", lambda each: hasattr(each, "architecture")),
     "steps": ("whole numbers above 0, such as (20000, 50000)", functools.partial(is_whole, least=1)),
     "shares": ("numbers above 0, such as (1, 1.5)", is_positive),
 }
@@ -24,20 +24,20 @@ LISTED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """What one stage does in its own way; None stands for what all of them do.
+    """Overrides of one stage; None stands for what all of them have.
 
     Attributes:
-        path: what its student learns from.
+        objective: what its student is trained with.
         optimizer: how its student is updated.
-        run: how long, on which mesh, what is kept. Its `steps` are the stage's, unless `Interpolation` tells them; its
+        run: how long, on which mesh, what is kept. Its `steps` are the stage's, unless `Interpolation` sets them; its
             seed is that of the chain's run.
-        student_init: what its student starts from.
+        init: what its student starts from.
     """
 
-    path: Path | None = None
+    objective: Objective | None = None
     optimizer: OptimizerConfig | None = None
     run: Run | None = None
-    student_init: StudentInit | None = None
+    init: StudentInit | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Interpolation:
 
     number: int | None = None
     largest_ratio: float = LARGEST_RATIO
-    assistants: tuple[T5Config, ...] | None = None
+    assistants: tuple[ModelConfig, ...] | None = None
     steps: tuple[int, ...] | None = None
     equal_compute: bool = False
     shares: tuple[float, ...] | None = None

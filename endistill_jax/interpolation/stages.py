@@ -1,4 +1,4 @@
-"""The stages of interpolated distillation as plain settings: who learns from whom, how long, and what it costs.
+"""The stages of interpolated distillation as plain settings: which teacher, which student, how long, and what it costs.
 
 A chain goes from the teacher over its assistants to the student. Each stage is an ordinary distillation, whose student
 is the next stage's teacher.
@@ -8,17 +8,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.assistants import check_assistants, non_embedding_params, plan_assistants
 from endistill_jax.interpolation.settings import Interpolation, StageSettings
-from endistill_jax.models.family import Lengths
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import Objective
 from endistill_jax.reports.table import Column, plain_table
+from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.flops import step_flops
-from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.training import as_teacher
 
 COLUMNS = (
     Column(key="stage", title="stage"),
@@ -40,23 +38,18 @@ class Stage:
 
     Attributes:
         number: from 1.
-        teacher: shape of what is learnt from.
-        student: shape of what learns.
-        path: what is compared.
-        data: what both read.
-        optimizer: how the student is updated.
-        run: how long, on which mesh, what is kept.
-        student_init: what the student starts from.
+        teacher: shape of its teacher, as it is run.
+        experiment: the distillation; only the first stage's teacher has a source that is known before.
     """
 
     number: int
-    teacher: T5Config
-    student: T5Config
-    path: Path
-    data: Data
-    optimizer: OptimizerConfig
-    run: Run
-    student_init: StudentInit
+    teacher: ModelConfig
+    experiment: Experiment
+
+    @property
+    def student(self) -> ModelConfig:
+        """Shape of what is trained."""
+        return self.experiment.student
 
     @property
     def ratio(self) -> float:
@@ -66,41 +59,30 @@ class Stage:
     @property
     def step_flops(self) -> int:
         """Operations of one training step, by formula; see `train/flops.py`."""
-        return _step_flops(self.student, self.teacher, self.path, self.data)
+        experiment = self.experiment
+        return step_flops(self.student, self.teacher, experiment.objective, experiment.data.lengths).total
 
     @property
     def flops(self) -> int:
         """Operations of the whole stage."""
-        return self.run.steps * self.step_flops
+        return self.experiment.run.steps * self.step_flops
 
 
-def plan_stages(
-    teacher: T5Config,
-    student: T5Config,
-    interpolation: Interpolation,
-    *,
-    path: Path,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
-    student_init: StudentInit = RANDOM,
-) -> tuple[Stage, ...]:
+def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Interpolation) -> tuple[Stage, ...]:
     """The stages from teacher to student; pure.
 
     Args:
-        teacher: as it is run; assistants are run alike when they teach.
-        student: the last student. Assistants have its kind of layers, its vocabulary and its way of execution.
+        experiment: the distillation straight from teacher to student. Assistants have its student's kind of layers, its
+            vocabulary and its way of execution; stages have its settings where they have none of their own; and
+            `equal_compute` compares with it.
+        teacher: the teacher's shape, as it is run; assistants are run alike when they teach.
         interpolation: how many, and what each does in its own way.
-        path: what is compared, where a stage has no path of its own.
-        data: what all of them read.
-        optimizer: how students are updated, where a stage has none of its own.
-        run: of each stage, where it has none of its own; of the direct distillation that `equal_compute` compares with.
-        student_init: what students start from, where a stage has none of its own.
 
     Raises:
         UserError: no such assistants, settings of a stage that does not exist, steps of another number of stages.
     """
-    paths = [path, *(own.path for own in interpolation.stages.values() if own.path is not None)]
+    student, run = experiment.student, experiment.run
+    overrides = [own.objective for own in interpolation.stages.values() if own.objective is not None]
     assistants = interpolation.assistants
     if assistants is None:
         assistants = plan_assistants(
@@ -108,29 +90,39 @@ def plan_stages(
             student,
             number=interpolation.number,
             largest_ratio=interpolation.largest_ratio,
-            relation_heads=tuple(heads for each in paths for heads in each.relation_heads.values()),
+            relation_heads=tuple(heads for each in (experiment.objective, *overrides) for heads in each.relation_heads),
         )
     check_assistants(teacher, assistants, student)
     students = (*assistants, student)
-    teachers = (teacher, *(as_teacher_like(teacher, each) for each in assistants))
+    teachers = (teacher, *(as_teacher(each, teacher.dtype, teacher.scan_layers) for each in assistants))
     own = interpolation.by_stage(len(students))
-    common = {"path": path, "optimizer": optimizer, "run": run, "student_init": student_init}
     stages = [
         Stage(
             number=number,
             teacher=teachers[number - 1],
-            student=students[number - 1],
-            data=data,
-            **{name: getattr(own.get(number, StageSettings()), name) or setting for name, setting in common.items()},
+            experiment=_of_stage(experiment, students[number - 1], teachers[number - 1], own.get(number)),
         )
         for number in range(1, len(students) + 1)
     ]
-    direct = run.steps * _step_flops(student, teacher, path, data)
+    direct = run.steps * step_flops(student, teacher, experiment.objective, experiment.data.lengths).total
     steps = _stage_steps(interpolation, stages, direct)
     return tuple(
-        dataclasses.replace(stage, run=dataclasses.replace(stage.run, steps=each, seed=run.seed))
+        dataclasses.replace(stage, experiment=_with_run(stage.experiment, steps=each, seed=run.seed))
         for stage, each in zip(stages, steps, strict=True)
     )
+
+
+def _of_stage(
+    experiment: Experiment, student: ModelConfig, teacher: ModelConfig, own: StageSettings | None
+) -> Experiment:
+    overrides = {} if own is None else {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    of_stage = dataclasses.replace(experiment.teacher, config=teacher)
+    return dataclasses.replace(experiment, student=student, teacher=of_stage, **overrides)
+
+
+def _with_run(experiment: Experiment, **settings: int) -> Experiment:
+    return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, **settings))
 
 
 def equal_compute_steps(
@@ -163,13 +155,13 @@ def equal_compute_steps(
     return tuple(steps)
 
 
-def stages_table(stages: Sequence[Stage], path: Path, states: Sequence[str] = ()) -> str:
+def stages_table(stages: Sequence[Stage], objective: Objective, states: Sequence[str] = ()) -> str:
     """The stages as plain text, the teacher first.
 
     Args:
         stages: in order.
-        path: of the direct distillation that all of them are compared with, as in `plan_stages`.
-        states: where each stands; none where none has begun.
+        objective: of the direct distillation that all of them are compared with, as in `plan_stages`.
+        states: the status of each; none where none has begun.
     """
     total = sum(stage.flops for stage in stages)
     teacher = {"stage": "teacher", **_size(stages[0].teacher)}
@@ -177,7 +169,8 @@ def stages_table(stages: Sequence[Stage], path: Path, states: Sequence[str] = ()
     for row, state in zip(rows[1:], states, strict=False):
         row["state"] = state
     columns = [column for column in COLUMNS if column.key != "state" or any(states)]
-    direct = _step_flops(stages[-1].student, stages[0].teacher, path, stages[0].data)
+    lengths = stages[0].experiment.data.lengths
+    direct = step_flops(stages[-1].student, stages[0].teacher, objective, lengths).total
     return (
         f"{plain_table(rows, columns)}"
         f"In all {total:.3g} FLOPs, as many as {total / direct:,.0f} steps from the teacher straight to the student. "
@@ -185,7 +178,7 @@ def stages_table(stages: Sequence[Stage], path: Path, states: Sequence[str] = ()
     )
 
 
-def _size(config: T5Config) -> dict[str, Any]:
+def _size(config: ModelConfig) -> dict[str, Any]:
     depths = f"{config.num_encoder_layers}+{config.num_decoder_layers}"
     body = non_embedding_params(config)
     return {
@@ -196,37 +189,23 @@ def _size(config: T5Config) -> dict[str, Any]:
 
 
 def _row(stage: Stage, total: int) -> dict[str, Any]:
-    batch, source, target = lengths(stage.data)
+    batch, source, target = stage.experiment.data.lengths
     return {
         "stage": f"stage {stage.number}",
         **_size(stage.student),
         "ratio": stage.ratio,
         "token_flops": f"{stage.step_flops / (batch * (source + target)):.3g}",
-        "steps": f"{stage.run.steps:,}",
+        "steps": f"{stage.experiment.run.steps:,}",
         "flops": f"{stage.flops:.3g}",
         "share": stage.flops / total,
     }
-
-
-def as_teacher_like(teacher: T5Config, shape: T5Config) -> T5Config:
-    """A model as it is run when it teaches: like the first teacher."""
-    return T5Config(**shape.architecture(), dtype=teacher.dtype, scan_layers=teacher.scan_layers)
-
-
-def _step_flops(student: T5Config, teacher: T5Config, path: Path, data: Data) -> int:
-    return step_flops(student, teacher, path, lengths(data)).total
-
-
-def lengths(data: Data) -> Lengths:
-    """Size of a batch."""
-    return Lengths(data.batch_size, data.inputs_length, data.targets_length)
 
 
 def _stage_steps(interpolation: Interpolation, stages: Sequence[Stage], direct: int) -> tuple[int, ...]:
     if interpolation.equal_compute:
         return equal_compute_steps([stage.step_flops for stage in stages], direct, interpolation.shares)
     if interpolation.steps is None:
-        return tuple(stage.run.steps for stage in stages)
+        return tuple(stage.experiment.run.steps for stage in stages)
     if len(interpolation.steps) != len(stages):
         raise UserError(
             f"Interpolation.steps is {interpolation.steps}; give one number for each of {len(stages)} stages"

@@ -7,31 +7,31 @@ from typing import Any
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.settings import Interpolation, StageSettings
+from endistill_jax.jobs.convert import export, import_checkpoint
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill
-from endistill_jax.jobs.downstream import downstream
 from endistill_jax.jobs.evaluate import evaluate
-from endistill_jax.jobs.export import export
-from endistill_jax.jobs.finetune import Finetuning, finetune
-from endistill_jax.jobs.import_checkpoint import import_checkpoint
+from endistill_jax.jobs.finetune import downstream, finetune
 from endistill_jax.jobs.infer import Reading, infer
 from endistill_jax.jobs.interpolate import interpolate
 from endistill_jax.jobs.plan import PlanOptions
-from endistill_jax.jobs.pretrain import pretrain
 from endistill_jax.jobs.study import study
 from endistill_jax.jobs.train_vocabulary import train_vocabulary
 from endistill_jax.studies.arms import Arm
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Experiment, Run, Teacher
+from endistill_jax.train.finetuning import Finetuning
 
 __all__ = [
     "Arm",
     "Data",
+    "Experiment",
     "Finetuning",
     "Interpolation",
     "Reading",
     "Run",
     "StageSettings",
     "StudentInit",
+    "Teacher",
     "demo",
     "distill",
     "downstream",
@@ -41,7 +41,6 @@ __all__ = [
     "import_checkpoint",
     "infer",
     "interpolate",
-    "pretrain",
     "run",
     "study",
     "train_vocabulary",

@@ -4,32 +4,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.checkpoints.models import open_model, tell_notes
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import whole_numbers
 from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path
-from endistill_jax.reports.results import merge_seeds, model_row, reference_rows, tell
+from endistill_jax.objectives import presets
+from endistill_jax.reports.results import merge_seeds, model_row, print_results, reference_rows
 from endistill_jax.train.description import describe
+from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
-from endistill_jax.train.settings import Data, Run
-from endistill_jax.train.training import Training
+from endistill_jax.train.training import Training, open_teacher
 
 
 def demo(
     *,
     model_dir: str,
-    teacher: str,
-    student: T5Config,
-    path: Path,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
+    experiment: Experiment,
     scratch_optimizer: OptimizerConfig | None = None,
     seeds: Sequence[int] = (0,),
-    teacher_dtype: str = "float32",
     dry_run: bool = False,
 ) -> list[dict[str, Any]] | None:
     """Trains the same student twice, with and without a teacher, and compares them on held-out text.
@@ -38,65 +30,61 @@ def demo(
 
     Args:
         model_dir: receives a folder for every run, and the table.
-        teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
-        student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
-        path: what the distilled student learns from.
-        data: what all of them read.
-        optimizer: how the distilled student is updated.
-        run: length and seed-independent settings of each run.
+        experiment: how the student is distilled.
         scratch_optimizer: how the student without a teacher is updated; by default the same way.
         seeds: one pair of runs for each; the table then shows mean and spread.
-        teacher_dtype: type of the teacher's parameters and computations.
         dry_run: print what would be done, and do nothing.
 
     Returns:
-        The rows of the table, a list of one number a seed where there are several; None after a dry run.
+        The rows of the table; None after a dry run.
 
     Raises:
         UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
     """
     seeds = whole_numbers(seeds, "demo.seeds")
-    if not seeds:
-        raise UserError("demo.seeds is empty; give at least one seed, such as (0,)")
-    taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
-    tell_notes(taught_by)
-    common = {"config": student, "data": data}
-    arms = {
-        "distilled": {"path": path, "optimizer": optimizer, "teacher": taught_by},
-        "scratch": {"path": Path(lm_weight=1.0), "optimizer": scratch_optimizer or optimizer},
-    }
-    trainings = {
-        arm: [
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"demo.seeds is {seeds}; give at least one, and each once")
+    if experiment.teacher is None:
+        raise UserError("demo.experiment has no teacher; give it a jobs.Teacher")
+    teacher = open_teacher(experiment.teacher, experiment.student.scan_layers)
+    scratch = dataclasses.replace(
+        experiment,
+        objective=presets.scratch(),
+        optimizer=scratch_optimizer or experiment.optimizer,
+        teacher=None,
+    )
+
+    def trainings(arm: str, of: Experiment) -> list[Training]:
+        return [
             Training(
                 model_dir=f"{model_dir}/{arm}" + (f"_seed_{seed}" if len(seeds) > 1 else ""),
-                run=dataclasses.replace(run, seed=seed),
+                experiment=dataclasses.replace(of, run=dataclasses.replace(of.run, seed=seed)),
+                teacher=None if of.teacher is None else teacher,
                 label=f"{arm}, seed {seed}" if len(seeds) > 1 else arm,
-                **common,
-                **settings,
             )
             for seed in seeds
         ]
-        for arm, settings in arms.items()
-    }
-    for training in (training for each in trainings.values() for training in each):
+
+    arms = {"distilled": trainings("distilled", experiment), "scratch": trainings("scratch", scratch)}
+    for training in (training for each in arms.values() for training in each):
         training.check()
     if dry_run:
-        print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in trainings.items()))
+        print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in arms.items()))
         return None
 
-    first = trainings["distilled"][0]
+    first = arms["distilled"][0]
     first.load_teacher()  # what is wrong with it shows before the corpus is read
-    held_out = prepare_held_out(data, first.mesh())
-    report = held_out.evaluate(taught_by.config, taught_by.params, run.teacher_placement)
-    rows = [model_row(f"teacher ({teacher})", taught_by.config, report, None, None)]
-    for arm, each in trainings.items():
+    held_out = prepare_held_out(experiment.data, first.mesh())
+    report = held_out.evaluate(teacher.config, teacher.params, experiment.teacher_sharding)
+    rows = [model_row(f"teacher ({teacher.source})", teacher.config, report, None, None)]
+    for arm, each in arms.items():
         rows.append(merge_seeds([_train_row(f"student, {arm}", training, held_out) for training in each]))
     rows += reference_rows(report)
-    tell(model_dir, rows, "Held-out denoising, nats a token")
+    print_results(model_dir, rows, "Held-out denoising, nats a token")
     return rows
 
 
 def _train_row(name: str, training: Training, held_out: HeldOut) -> dict[str, Any]:
     result = train(training, held_out)
-    return model_row(name, training.config, result.report, result.tokens, result.seconds)
+    return model_row(name, training.student, result.report, result.tokens, result.seconds)

@@ -6,19 +6,19 @@ import jax
 from etils import epath
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, tell_notes
+from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.report import TaskResult
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.reports.files import json_text, write_atomically
-from endistill_jax.reports.results import tell
+from endistill_jax.reports.results import print_results
 from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.reports.table import Column
 from endistill_jax.sharding import make_mesh, param_shardings
+from endistill_jax.train.experiment import Data
 from endistill_jax.train.metrics import MetricWriter
-from endistill_jax.train.settings import Data
 from endistill_jax.train.training import check_same_vocabulary, check_vocabularies
 
 COLUMNS = (
@@ -68,7 +68,7 @@ def evaluate(
         UserError: for settings that do not fit, before anything is created.
     """
     trained = open_model(model, dtype)
-    tell_notes(trained)
+    print_notes(trained)
     if (epath.Path(model_dir).expanduser() / CHECKPOINTS).exists():
         raise UserError(f"evaluate.model_dir {model_dir} is that of a training run; give a folder of its own")
     task = _check(trained, data, scored_by, decoding)
@@ -102,7 +102,7 @@ def evaluate(
             or [{"metric": "none: the targets are hidden", "value": None}]
         )
     ]
-    tell(model_dir, rows, f"{model}, step {trained.step}", COLUMNS)
+    print_results(model_dir, rows, f"{model}, step {trained.step}", COLUMNS)
     return rows
 
 

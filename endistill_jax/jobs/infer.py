@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.models import TrainedModel, choose_vocabulary, open_model, tell_notes
+from endistill_jax.checkpoints.models import TrainedModel, choose_vocabulary, open_model, print_notes
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.models.generation.generation import Decoding
@@ -106,7 +106,7 @@ def infer(
 
     file, log = InputFile(input_file, field=reading.field), RecordLog(output_file)
     trained = open_model(model, dtype)
-    tell_notes(trained)
+    print_notes(trained)
     vocabulary = find_vocabulary(trained, vocabulary_file, extra_ids)
     settings = {"batch_size": batch_size, "inputs_length": reading.inputs_length, "seed": seed, "placement": placement}
     predictor = Predictor(trained.config, decoding, make_mesh(*mesh), **settings)

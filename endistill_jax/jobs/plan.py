@@ -1,17 +1,15 @@
-"""Planning a training: compiles its step for chips that are not here, and tells what it needs there."""
+"""Planning a training: compiles its step for chips that are not here, and reports what it needs there."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.groups import ATTENTION_BYTES
 from endistill_jax.interpolation.stages import Stage, stages_table
-from endistill_jax.models.family import Lengths
-from endistill_jax.models.t5.attention import ATTENTION_BYTES
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path
-from endistill_jax.objectives.relations_blocked import GROUP_BYTES
-from endistill_jax.objectives.vocabulary import CHUNK_BYTES
+from endistill_jax.objectives import LossImplementation
+from endistill_jax.objectives.relations_blocked import RELATION_BYTES
+from endistill_jax.objectives.tokens_blocked import VOCABULARY_BYTES
 from endistill_jax.planning.compiling import check_compilers, compile_bounded
 from endistill_jax.planning.flags import PlanOptions, is_left_open
 from endistill_jax.planning.planned import PlannedStep
@@ -21,30 +19,13 @@ from endistill_jax.planning.sweep import run_sweep
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
 from endistill_jax.storage import check_folder
-from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Experiment, Run
+from endistill_jax.train.optimizer import make_schedule
+from endistill_jax.train.training import as_teacher
 
 
-def plan_training(
-    options: PlanOptions,
-    *,
-    student: T5Config,
-    teacher: T5Config | None,
-    path: Path,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
-) -> list[PlannedStep]:
-    """Compiles the step of a training for each topology, prints what is found, and writes it after each compilation.
-
-    Args:
-        options: where, and what to vary.
-        student: the model that is trained.
-        teacher: the frozen model as it will be run; None without one.
-        path: what is compared.
-        data: its lengths and its batch; nothing is read.
-        optimizer: how the student is updated.
-        run: how long, and on which mesh.
+def plan_experiment(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:
+    """Compiles an experiment's step for each topology, prints what is found, and writes it after each compilation.
 
     Returns:
         What was planned, in a sweep the best first.
@@ -52,43 +33,60 @@ def plan_training(
     Raises:
         UserError: settings that fit nowhere, before anything is compiled; and if nothing of what was compiled fits.
     """
-    path.validate(student, teacher)
-    make_schedule(optimizer, run.steps)
+    experiment = with_teacher_config(experiment)
+    _check(experiment)
     check_compilers(options.topologies)
     check_folder(options.folder)
-    settings = {"path": path, "data": data, "optimizer": optimizer, "run": run}
-    plans = _plan(options, student=student, teacher=teacher, **settings)
+    plans = _plan(options, experiment)
     if not any(planned.fits for planned in plans):
         raise UserError(_nothing_fits(options))
     return plans
 
 
-def _plan(
-    options: PlanOptions,
-    *,
-    student: T5Config,
-    teacher: T5Config | None,
-    path: Path,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
-) -> list[PlannedStep]:
-    """As `plan_training`, of settings that were checked, and whether or not anything fits."""
+def with_teacher_config(experiment: Experiment) -> Experiment:
+    """The experiment, its teacher's configuration as it will be run: as it is said, or else as its checkpoint has it.
+
+    Raises:
+        UserError: if neither is given, or there is no such model.
+    """
+    teacher = experiment.teacher
+    if teacher is None:
+        return experiment
+    shape = teacher.config
+    if shape is None:
+        if is_left_open(teacher.source):
+            raise UserError(
+                "a plan needs the teacher's shape: give a --gin.TEACHER to read it from, or set Teacher.config"
+            )
+        shape = open_model(teacher.source).config
+    config = as_teacher(shape, teacher.dtype, experiment.student.scan_layers)
+    return dataclasses.replace(experiment, teacher=dataclasses.replace(teacher, config=config))
+
+
+def _check(experiment: Experiment) -> None:
+    teacher = experiment.teacher and experiment.teacher.config
+    experiment.objective.validate(experiment.student, teacher)
+    make_schedule(experiment.optimizer, experiment.run.steps)
+
+
+def _plan(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:
+    """As `plan_experiment`, of settings that were checked, and whether or not anything fits."""
+    data, run = experiment.data, experiment.run
     requests = [
         StepRequest(
             topology=topology,
-            student=student,
-            teacher=teacher if path.needs_teacher else None,
-            path=path,
-            optimizer=optimizer,
+            student=experiment.student,
+            teacher=experiment.teacher.config if experiment.objective.needs_teacher else None,
+            objective=experiment.objective,
+            optimizer=experiment.optimizer,
             steps=run.steps,
-            lengths=Lengths(data.batch_size, data.inputs_length, data.targets_length),
+            lengths=data.lengths,
             eval_rows=data.eval_batch_size,
             packed=data.pack,
             mesh=run.mesh,
             micro_batches=run.micro_batches,
-            computation=_computation(run, topology),
-            teacher_placement=run.teacher_placement,
+            implementation=_implementation(run, topology),
+            teacher_sharding=experiment.teacher_sharding,
             compiler_options=run.compiler_options,
             slices=run.slices,
         )
@@ -118,13 +116,13 @@ def _nothing_fits(options: PlanOptions) -> str:
     return f"nothing of what was planned fits; see {options.folder}/{_name(options)}.md"
 
 
-def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Path) -> list[list[PlannedStep]]:
-    """Plans the training of every stage of a chain, each in a folder `stage_<n>` of the plan's, and tells the whole.
+def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], direct: Experiment) -> list[list[PlannedStep]]:
+    """Plans the training of every stage of a chain, each in a folder `stage_<n>` of the plan's, and reports the whole.
 
     Args:
         options: where, and what to vary.
         stages: in order, see `plan_stages`.
-        path: what they were planned with.
+        direct: what they were planned from.
 
     Returns:
         What was planned, by stage.
@@ -134,19 +132,17 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Pat
             nowhere.
     """
     for stage in stages:
-        stage.path.validate(stage.student, stage.teacher)
-        make_schedule(stage.optimizer, stage.run.steps)
+        _check(stage.experiment)
     check_compilers(options.topologies)
     check_folder(options.folder)
-    table = stages_table(stages, path)
+    table = stages_table(stages, direct.objective)
     print(table, flush=True)
     planned: list[list[PlannedStep]] = []
     failures = []
     for stage in stages:
         print(f"# Stage {stage.number} of {len(stages)}\n", flush=True)
         of_stage = dataclasses.replace(options, folder=f"{options.folder}/stage_{stage.number}")
-        settings = {name: getattr(stage, name) for name in ("student", "teacher", "path", "data", "optimizer", "run")}
-        planned.append(_plan(of_stage, **settings))
+        planned.append(_plan(of_stage, stage.experiment))
         if not any(plan.fits for plan in planned[-1]):
             failures.append(f"stage {stage.number}: {_nothing_fits(of_stage)}")
     text = chain_text(planned)
@@ -155,19 +151,6 @@ def plan_stage_by_stage(options: PlanOptions, stages: Sequence[Stage], path: Pat
     if failures:
         raise UserError("; ".join(failures))
     return planned
-
-
-def shape_of_teacher(teacher: str, teacher_config: T5Config | None) -> T5Config:
-    """A teacher's shape for a plan: as it is said, or else as its checkpoint has it.
-
-    Raises:
-        UserError: if neither is given, or there is no such model.
-    """
-    if teacher_config is not None:
-        return teacher_config
-    if is_left_open(teacher):
-        raise UserError("a plan needs the teacher's shape: give a --gin.TEACHER to read it from, or set teacher_config")
-    return open_model(teacher).config
 
 
 def _plan_all(options: PlanOptions, requests: list[StepRequest]) -> Iterator[PlannedStep]:
@@ -184,13 +167,13 @@ def _plan_all(options: PlanOptions, requests: list[StepRequest]) -> Iterator[Pla
             yield from run_sweep(options.sweep, request, plan)
 
 
-def _computation(run: Run, topology: Topology) -> object:
+def _implementation(run: Run, topology: Topology) -> LossImplementation:
     """The losses' form on the topology's own platform, also where the CPU's compiler stands for it."""
     platform = topology.chip.platform
     return dataclasses.replace(
         run.losses,
-        group_bytes=run.losses.group_bytes or GROUP_BYTES.get(platform),
-        chunk_bytes=run.losses.chunk_bytes or CHUNK_BYTES.get(platform),
+        relation_bytes=run.losses.relation_bytes or RELATION_BYTES.get(platform),
+        vocabulary_bytes=run.losses.vocabulary_bytes or VOCABULARY_BYTES.get(platform),
         attention_bytes=run.losses.attention_bytes or ATTENTION_BYTES.get(platform),
     )
 

@@ -6,47 +6,41 @@ from typing import Any
 
 import jax
 
-from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel, open_model, tell_notes
+from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.core.settings import whole_numbers
-from endistill_jax.jobs.finetune import Finetuning
-from endistill_jax.models.t5.config import T5Config
 from endistill_jax.multihost.agreement import code_facts
-from endistill_jax.objectives import Path
-from endistill_jax.sharding import host_part, make_mesh
+from endistill_jax.objectives import Objective
+from endistill_jax.sharding import host_part
 from endistill_jax.studies.arms import Arm, StudyRun, plan_study
 from endistill_jax.studies.report import print_study, write_raw, write_report
 from endistill_jax.studies.runs import (
     check_judged_alike,
     earlier_record,
-    judged_by,
+    eval_spec_of,
     prepare_evaluations,
     run_to_end,
     settle_shards,
     split_by_end,
-    teacher_figures,
+    teacher_metrics,
 )
 from endistill_jax.train.description import describe
+from endistill_jax.train.experiment import Data, Experiment, check_folder_names
+from endistill_jax.train.finetuning import Finetuning
 from endistill_jax.train.metrics import TENSORBOARD
-from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run, check_folder_names
+from endistill_jax.train.training import open_teacher
 
 
 def study(
     *,
     model_dir: str,
-    teacher: str,
-    student: T5Config,
+    experiment: Experiment,
     arms: Mapping[str, Arm],
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
     seeds: Sequence[int] = (0, 1, 2),
     baseline: str = "scratch",
     tasks: Mapping[str, Finetuning] | None = None,
-    probe: Path | None = None,
+    probe: Objective | None = None,
     probe_batches: int = 4,
-    teacher_dtype: str = "float32",
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """Trains the student once for every arm and seed, fine-tunes what comes of it, and compares the arms.
@@ -56,66 +50,64 @@ def study(
     again.
 
     Args:
-        model_dir: receives the runs and, after each of them, `study.json` with every figure, `study.md` and the plots.
-        teacher: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
-        student: shape of the student; the teacher's layers run in a compiled loop if the student's do.
+        model_dir: receives the runs and, after each of them, `study.json` with every metric, `study.md` and the plots.
+        experiment: what the arms have in common, and what each has where it has nothing of its own; its objective is
+            that of no arm. Without `Data.shards` these are as many as hosts when the study first starts.
+            `Run.eval_every` gives the points of the curves.
         arms: name -> how the student is trained.
-        data: what all of them read. Without `shards` these are as many as hosts when the study first starts.
-        optimizer: how students are updated, where an arm does not say.
-        run: length and seed-independent settings of each run. `eval_every` gives the points of the curves.
         seeds: one run of every arm for each.
         baseline: the arm that differences are taken to, seed by seed.
         tasks: name -> how every student is fine-tuned and judged: once, with the seed of its training.
         probe: the terms that are measured between the teacher and every student on held-out text; None measures none.
         probe_batches: how many of the held-out batches the probe reads.
-        teacher_dtype: type of the teacher's parameters and computations.
         dry_run: print what would be done, and do nothing.
 
     Returns:
-        What `study.json` holds, see `reports.study_figures`; None after a dry run.
+        What `study.json` holds, see `studies.figures`; None after a dry run.
 
     Raises:
         UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command goes on.
+        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
     """
     tasks = tasks or {}
     seeds = whole_numbers(seeds, "study.seeds")
     _check(arms, seeds, baseline, tasks, probe_batches)
-    taught_by = open_model(teacher, teacher_dtype, student.scan_layers)
-    tell_notes(taught_by)
-    earlier, mesh = earlier_record(model_dir), make_mesh(*run.mesh, slices=run.slices)
-    data, tasks = settle_shards(data, tasks, earlier, host_part(mesh).count)
-    common = {"data": data, "optimizer": optimizer, "run": run, "seeds": seeds, "tasks": tasks}
-    runs = plan_study(model_dir, taught_by, student, arms, **common)
+    if experiment.teacher is None:
+        raise UserError("study.experiment has no teacher; give it a jobs.Teacher")
+    teacher, sharding = open_teacher(experiment.teacher, experiment.student.scan_layers), experiment.teacher_sharding
+    earlier, mesh = earlier_record(model_dir), experiment.run.mesh_of_devices()
+    data, tasks = settle_shards(experiment.data, tasks, earlier, host_part(mesh).count)
+    experiment = dataclasses.replace(experiment, data=data)
+    runs = plan_study(model_dir, experiment, teacher, arms, seeds=seeds, tasks=tasks)
     # Those of one seed: the others differ in nothing that can be wrong.
     first = {each.arm: each for each in runs[: len(arms)]}
     for each in first.values():
         each.check(mesh)
-        _check_probe(probe, each, taught_by)
+        _check_probe(probe, each, teacher)
     if dry_run:
         _print_plan(list(first.values()), len(runs), tasks)
         return None
 
-    taught_by.load_on(mesh, run.teacher_placement)  # what is wrong with it shows before the rest
-    judged = judged_by(runs[0], taught_by, probe, probe_batches)
+    teacher.load_on(mesh, sharding)  # what is wrong with it shows before the rest
+    judged = eval_spec_of(runs[0], teacher, probe, probe_batches)
     check_judged_alike(model_dir, earlier, judged)
     ended, left = split_by_end(runs)
-    told = [run_to_end(each, None) for each in ended]
+    ended_runs = [run_to_end(each, None) for each in ended]
     figures, evaluations = earlier and earlier["teacher_figures"], None
     if earlier is None or left:
-        evaluations = prepare_evaluations(runs, taught_by, probe, probe_batches)
-        figures = figures or teacher_figures(taught_by, evaluations.held_out, run.teacher_placement)
+        evaluations = prepare_evaluations(runs, teacher, probe, probe_batches)
+        figures = figures or teacher_metrics(teacher, evaluations.held_out, sharding)
     raw: dict[str, Any] = {
         "baseline": baseline,
         "seeds": list(seeds),
         "arms": {name: each.settings() for name, each in first.items()},
-        "teacher": {"source": teacher, "dtype": teacher_dtype} | taught_by.config.architecture(),
-        **{name: _settings(value) for name, value in (("data", data), ("run", run), ("tasks", tasks))},
+        "teacher": {"source": teacher.source, "dtype": teacher.config.dtype} | teacher.config.architecture(),
+        **{name: _settings(value) for name, value in (("data", data), ("run", experiment.run), ("tasks", tasks))},
         "judged_by": judged,
         "versions": code_facts(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "teacher_figures": figures,
-        "runs": told,  # what has ended comes first, so that none of it is missing while the rest is run
+        "runs": ended_runs,  # what has ended comes first, so that none of it is missing while the rest is run
     }
     _write(model_dir, raw)
     for each in left:
@@ -172,14 +164,14 @@ def _check(
                 )
 
 
-def _check_probe(probe: Path | None, run: StudyRun, teacher: TrainedModel) -> None:
+def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) -> None:
     if probe is None:
         return
     if not probe.needs_teacher:
-        raise UserError("study.probe compares nothing with the teacher; give it a site or a logits_weight, or None")
+        raise UserError("study.probe compares nothing with the teacher; give it a term that reads one, or None")
     for training in run.trainings:
         with naming(f"study.probe with the student of {training.label}"):
-            probe.validate(training.config, teacher.config)
+            probe.validate(training.student, teacher.config)
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:
@@ -189,7 +181,7 @@ def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetu
         for training in run.trainings:
             print(f"{training.label}\n{describe(training)}\n")
     for task in tasks:
-        print(f"{task}\n{describe(runs[0].finetuning_of(task, runs[0].training.config))}\n")
+        print(f"{task}\n{describe(runs[0].finetuning_of(task, runs[0].training.student))}\n")
     print(f"{count} runs ({len(runs)} arms), {count * len(tasks)} fine-tunings")
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
-from endistill_jax.core.batch import Batch
+from endistill_jax.core.batch import Batch, Lengths
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import LOGITS, Output, Reads
 from endistill_jax.core.sites import Stack
@@ -69,14 +69,6 @@ class ModelConfig(Protocol):
         What was added later is left out where it has its default, so that models from before stay equal.
         """
         ...
-
-
-class Lengths(NamedTuple):
-    """Size of a batch: examples, and positions of both sides, padding included."""
-
-    batch: int
-    source: int
-    target: int
 
 
 class ForwardFlops(NamedTuple):

@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from endistill_jax import __version__
-from endistill_jax.checkpoints.fingerprint import flatten_facts
+from endistill_jax.checkpoints.manifest import flattened
 from endistill_jax.core.errors import HostMissing, UserError
 from endistill_jax.multihost.initialize import client, process_count, process_index
 
@@ -49,7 +49,7 @@ def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) 
     if process_count() == 1:
         return
     prefix = f"endistill/{next(_topics)}/{topic}"
-    client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flatten_facts(facts)))
+    client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flattened(facts)))
     until = time.monotonic() + seconds
     told = []
     for index in range(process_count()):

@@ -1,36 +1,34 @@
-"""Losses on arrays and masks. Each returns `(sum, weight)`; the objective adds them up by a path."""
+"""Objectives: terms on arrays and masks, added up into a loss. Knows arrays, not models."""
 
-from endistill_jax.objectives.cross_entropy import cross_entropy
-from endistill_jax.objectives.implementation import Computation, Placement
-from endistill_jax.objectives.interpolated_targets import InterpolatedTargets, interpolate_output
-from endistill_jax.objectives.logits_kl import logits_kl
-from endistill_jax.objectives.loss import coefficients, combine, loss_from_outputs, term_sums, term_weights
-from endistill_jax.objectives.objective import RELATIONS, SITES, Path, Site
-from endistill_jax.objectives.relations import relation_kl, relation_weight
-from endistill_jax.objectives.relations_blocked import relation_kl_grouped
-from endistill_jax.objectives.vocabulary import vocabulary_loss
-from endistill_jax.objectives.vocabulary_tokens import Head, VocabularySums
+from endistill_jax.objectives.attention import AttentionKL
+from endistill_jax.objectives.cross_entropy import CrossEntropy
+from endistill_jax.objectives.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
+from endistill_jax.objectives.hidden import HiddenDistance
+from endistill_jax.objectives.implementation import LossImplementation, MeshAxes
+from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
+from endistill_jax.objectives.loss import loss_and_sums
+from endistill_jax.objectives.objective import Objective
+from endistill_jax.objectives.relations import RelationKL, relations
+from endistill_jax.objectives.term import Ramp, Term, TermInputs
+from endistill_jax.objectives.token_term import TokenTerm
 
 __all__ = [
-    "RELATIONS",
-    "SITES",
-    "Computation",
-    "Head",
+    "AttentionKL",
+    "CrossEntropy",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "HiddenDistance",
     "InterpolatedTargets",
-    "Path",
-    "Placement",
-    "Site",
-    "VocabularySums",
-    "coefficients",
-    "combine",
-    "cross_entropy",
-    "logits_kl",
-    "interpolate_output",
-    "loss_from_outputs",
-    "relation_kl",
-    "relation_kl_grouped",
-    "relation_weight",
-    "term_sums",
-    "term_weights",
-    "vocabulary_loss",
+    "LossImplementation",
+    "MeshAxes",
+    "Objective",
+    "Ramp",
+    "RelationKL",
+    "ReverseKL",
+    "SkewedKL",
+    "Term",
+    "TermInputs",
+    "TokenTerm",
+    "loss_and_sums",
+    "relations",
 ]

@@ -1,36 +1,50 @@
 """Cross-entropy with the real next token: the language model's own loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from endistill_jax.core.settings import require_not_negative
+from endistill_jax.objectives.token_distribution import TokenDistribution
+from endistill_jax.objectives.token_term import TokenTerm
 
-def cross_entropy(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """`lse(logits) - logits[target] + z_loss * lse(logits)^2`, summed over tokens.
 
-    The z-loss term keeps the logits' normaliser near one. What stands at positions of weight zero, be it NaN or an
-    impossible target, changes neither value nor gradient; elsewhere a target outside the vocabulary gives NaN rather
-    than a plausible number.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossEntropy(TokenTerm):
+    """`lse(logits) - logits[target] + z_loss * lse(logits)^2`.
 
-    Args:
-      logits: `[batch, target, vocabulary]`.
-      targets: int `[batch, target]`.
-      weights: float or int `[batch, target]`, not negative; 0 at padding.
-      z_loss: coefficient of the squared normaliser; not negative.
+    A target outside the vocabulary gives NaN rather than a plausible number.
 
-    Returns:
-      `(sum, weight)`, float32 scalars: weighted nats (with the z-loss term), and the sum of the weights.
+    Attributes:
+        z_loss: coefficient of the squared log normalizer, which keeps it near zero.
     """
-    weights = weights.astype(jnp.float32)  # [batch, target]
-    real = weights != 0
-    # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
-    logits = jnp.where(real[..., None], logits.astype(jnp.float32), 0.0)  # [batch, target, vocabulary]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)  # [batch, target]
-    # A comparison and a sum rather than a gather: stays local, up to one small sum, where the vocabulary is sharded.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]  # [batch, target, vocabulary]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [batch, target]
-    losses = normaliser - target_logit + z_loss * jnp.square(normaliser)
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    losses = jnp.where(real & ~known, jnp.nan, losses)
-    return jnp.sum(weights * losses), jnp.sum(weights)
+
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        require_not_negative(self, "z_loss")
+
+    def default_name(self) -> str:
+        return "lm"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    def token_loss(
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
+    ) -> jax.Array:
+        # A comparison and a sum rather than a gather: its gradient is no scatter, and stays where the columns are.
+        target = student.sum(jnp.where(student.is_target, student.logits, 0.0))
+        normalizer = student.log_normalizer
+        losses = normalizer - target + self.z_loss * jnp.square(normalizer)
+        return jnp.where(student.in_vocabulary, losses, jnp.nan)
+
+    def loss_and_gradient(
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        losses = student.cross_entropy + self.z_loss * jnp.square(student.log_normalizer)
+        slope = (1 + 2 * self.z_loss * student.log_normalizer) / student.exp_sum
+        gradient = student.exp * slope[:, None] - student.is_target
+        return losses, jnp.where(student.in_vocabulary[:, None], gradient, 0.0)

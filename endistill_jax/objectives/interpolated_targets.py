@@ -1,101 +1,113 @@
 """Interpolated targets: what a student learns from moves from its own distributions to its teacher's over training.
 
-With the teacher's share t of the scores, of a relation's rows as of a token's words,
+With the teacher's share t of the scores, of a relation's rows as of a token's logits,
 
     target = softmax((1 - t) * student scores + t * teacher scores),    a constant,    loss = KL(target || student)
 
-(the reading of Shing et al., arXiv 2501.16937, for logits; for relations it is ours). No score is formed for it. Scores
-are products, and a weighted sum of two products is one product of longer vectors: [x, y] . [x', y'] = x . x' + y . y'.
-So the target is the output of a model whose vectors are both models' put together, and every form of the losses takes
-it for a teacher.
+(the reading of TAID, Shing et al., arXiv 2501.16937, for logits; for relations it is ours). No score is formed for it.
+Scores are products, and a weighted sum of two products is one product of longer vectors: [x, y] . [x', y'] = x . x' +
+y . y'. So the target is the output of a model whose vectors are both models' put together, and every form of the losses
+takes it for a teacher.
+
+The share grows linearly, or faster where the loss falls (TAID's adaptive schedule): with J the loss,
+
+    m <- momentum * m + (1 - momentum) * (J_before - J) / J_before
+    t <- max(linear share, t + rate * sigmoid(m) * (1 - t))
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.errors import UserError
+from endistill_jax.core.outputs import Head
+from endistill_jax.core.settings import require_at_least, require_between, require_not_negative
+
+ShareState = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolatedTargets:
-    """How the teacher's share of the target scores grows: linearly, and stays at 1.
+    """How the teacher's share of the target scores grows, up to 1.
 
     Attributes:
-      start: share before the first step, from 0 to 1.
-      steps: from this step on, counted from 1, the targets are the teacher's.
+        start: share before the first step, from 0 to 1.
+        steps: from this step on, counted from 1, the targets are the teacher's.
+        adaptive_rate: how much faster than linearly the share grows while the loss falls; 0 for linearly.
+        momentum: of the loss's relative change, where the share adapts.
     """
 
     start: float = 0.0
     steps: int
+    adaptive_rate: float = 0.0
+    momentum: float = 0.99
 
     def __post_init__(self):
-        if not 0 <= self.start <= 1:
-            raise UserError(f"InterpolatedTargets.start is {self.start}; it must be from 0 to 1")
-        if self.steps < 1:
-            raise UserError(f"InterpolatedTargets.steps is {self.steps}; it must be at least 1")
+        require_between(self, "start", 0, 1)
+        require_at_least(self, 1, "steps")
+        require_not_negative(self, "adaptive_rate")
+        require_between(self, "momentum", 0, 1)
 
-    def share(self, step: jax.Array) -> jax.Array:
+    def init_state(self) -> ShareState | None:
+        """What the share carries from step to step; None where it follows from the step alone."""
+        if not self.adaptive_rate:
+            return None
+        zero = jnp.zeros((), jnp.float32)
+        return {"share": jnp.full((), self.start, jnp.float32), "change": zero, "loss": zero}
+
+    def share(self, step: jax.Array, state: ShareState | None = None) -> jax.Array:
         """The teacher's share at a step that counts from 0, float32 scalar; never 0.
 
         A share of 0 would leave rounding errors for a gradient, which optimizers scale up to whole updates.
         """
-        return self.start + (1 - self.start) * jnp.minimum((step.astype(jnp.float32) + 1) / self.steps, 1.0)
+        linear = self.start + (1 - self.start) * jnp.minimum((step.astype(jnp.float32) + 1) / self.steps, 1.0)
+        return linear if state is None else jnp.maximum(linear, state["share"])
+
+    def update(self, step: jax.Array, state: ShareState | None, loss: jax.Array) -> ShareState | None:
+        """The state after a step whose loss was measured."""
+        if state is None:
+            return None
+        share, before = self.share(step, state), state["loss"]
+        change = jnp.where(before > 0, (before - loss) / jnp.where(before > 0, before, 1.0), 0.0)
+        change = self.momentum * state["change"] + (1 - self.momentum) * change
+        share = jnp.minimum(share + self.adaptive_rate * jax.nn.sigmoid(change) * (1 - share), 1.0)
+        return {"share": share, "change": change, "loss": loss.astype(jnp.float32)}
 
 
-def interpolate_output(teacher: Any, student: Any, share: jax.Array, relation_heads: Mapping[str, int]) -> Any:
-    """The output of a teacher whose scores are `share` the teacher's and `1 - share` the student's.
+def joined(
+    teacher: jax.Array, student: jax.Array, share: jax.Array, heads: int, *, keep_scale: bool = False
+) -> jax.Array:
+    """Vectors of both models put together head by head, so scaled that their scores interpolate.
 
     Args:
-      teacher: named tuple with `taps` (site -> named tuple of vectors `[batch, length, teacher_inner]`), and `logits`
-        `[batch, target, vocabulary]` or `head` (`hidden` `[batch, target, d_model]`, `kernel` `[d_model, vocabulary]`).
-      student: the same of the student; taken as a constant.
-      share: scalar from 0 to 1.
-      relation_heads: of each compared site; its vectors are put together head by head.
+        teacher: [batch, length, teacher_inner].
+        student: [batch, length, student_inner]; taken as a constant.
+        share: the teacher's, a scalar from 0 to 1.
+        heads: divides both widths.
+        keep_scale: the scores are plain products. Otherwise they are divided by the root of their heads' size, and each
+            of a score's two factors is scaled by the fourth root of (joined size / own size) to make up for it.
 
     Returns:
-      The teacher's output with taps of width teacher_inner + student_inner and a head of the sum of both widths, or the
-      weighted sum of both logits.
-    """
-    student = jax.lax.stop_gradient(student)
-    taps = {
-        site: type(tap)(
-            *(
-                _joined(ours, own, share, relation_heads[site])
-                for ours, own in zip(tap, student.taps[site], strict=True)
-            )
-        )
-        for site, tap in teacher.taps.items()
-    }
-    logits, head = teacher.logits, teacher.head
-    if logits is not None:
-        logits = share * logits.astype(jnp.float32) + (1 - share) * student.logits.astype(jnp.float32)
-    if head is not None:
-        hidden = jnp.concatenate([_scaled(head.hidden, share), _scaled(student.head.hidden, 1 - share)], axis=-1)
-        head = head._replace(hidden=hidden, kernel=jnp.concatenate([head.kernel, student.head.kernel]))
-    return teacher._replace(taps=taps, logits=logits, head=head)
-
-
-def _joined(teacher: jax.Array, student: jax.Array, share: jax.Array, heads: int) -> jax.Array:
-    """Vectors of both models, head by head, `[batch, length, inner]`, so scaled that their relations interpolate.
-
-    A relation divides its products by the root of its heads' size, and here both of its factors are scaled: by the
-    fourth root of (joined size / own size), and by the root of the model's share.
+        [batch, length, teacher_inner + student_inner].
     """
 
     def split(vectors: jax.Array) -> jax.Array:
-        return vectors.reshape(*vectors.shape[:2], heads, -1)  # [batch, length, relation_heads, relation_dim]
+        return vectors.reshape(*vectors.shape[:2], heads, -1)  # [batch, length, heads, head_size]
 
-    parts = [split(teacher), split(student)]
-    sizes = [part.shape[-1] for part in parts]
-    factors = [
-        jnp.sqrt(part) * (sum(sizes) / size) ** 0.25 for part, size in zip((share, 1 - share), sizes, strict=True)
-    ]
-    joined = jnp.concatenate([_scaled(part, factor) for part, factor in zip(parts, factors, strict=True)], axis=-1)
-    return joined.reshape(*teacher.shape[:2], -1)
+    parts = [split(teacher), split(jax.lax.stop_gradient(student))]
+    size = sum(part.shape[-1] for part in parts)
+    scaled = []
+    for part, own_share in zip(parts, (share, 1 - share), strict=True):
+        factor = jnp.sqrt(own_share)
+        scaled.append(_scaled(part, factor if keep_scale else factor * (size / part.shape[-1]) ** 0.25))
+    return jnp.concatenate(scaled, axis=-1).reshape(*teacher.shape[:2], -1)
+
+
+def joined_head(teacher: Head, student: Head, share: jax.Array) -> Head:
+    """The head of a teacher whose logits are `share` the teacher's and `1 - share` the student's, a constant."""
+    student = jax.lax.stop_gradient(student)
+    hidden = jnp.concatenate([_scaled(teacher.hidden, share), _scaled(student.hidden, 1 - share)], axis=-1)
+    return Head(hidden, jnp.concatenate([teacher.kernel, student.kernel]))
 
 
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:

@@ -1,167 +1,118 @@
-"""Paths: what a student learns from, as plain data."""
+"""An objective: the terms that a student is trained with, as plain data."""
 
 import dataclasses
-import math
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.outputs import Reads, union
 from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
-from endistill_jax.objectives.relations import check_relation_heads
+from endistill_jax.objectives.term import ModelShape, Role, Term
 
-RELATIONS = ("qq", "kk", "vv", "qk")
-SITES = ("encoder_self", "decoder_self", "cross")
-
-Role = Literal["teacher", "student"]
-
-
-class Dimensions(Protocol):
-    """What a path must know of a model to be checked against it; a model's configuration has these."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def inner_dim(self) -> int: ...
-    @property
-    def num_encoder_layers(self) -> int: ...
-    @property
-    def num_decoder_layers(self) -> int: ...
+# Metrics of a step that are no term.
+RESERVED = ("loss", "cross_entropy", "teacher_cross_entropy", "teacher_share", "gradient_norm", "update_norm")
+RESERVED += ("parameter_norm", "learning_rate", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """One attention module whose queries, keys and values are compared between teacher and student.
+class Objective:
+    """`loss = sum over terms of coefficient(step) * sum / weight`; `validate` checks it against the models.
 
     Attributes:
-      relations: which pairs are compared, from `qq`, `kk`, `vv`, `qk`.
-      weight: weight of the site in the loss, shared equally by its relations; 0 turns it off.
-      relation_heads: number of heads into which both models' joined heads are split anew; must divide the inner
-        dimension (num_heads * head_dim) of both.
-      teacher_layer: which layer of the teacher's stack; negative counts from its end.
-      student_layer: which layer of the student's stack.
+        terms: at least one; their names differ.
+        interpolated_targets: how the targets of relations, attention and tokens move from the student's own to the
+            teacher's; None for the teacher's from the first step on.
     """
 
-    relations: tuple[str, ...]
-    weight: float = 1.0
-    relation_heads: int = 16
-    teacher_layer: int = -1
-    student_layer: int = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Path:
-    """What a student learns from; every part is off unless given. Pure data: `validate` checks it.
-
-    Attributes:
-      encoder_self: relations of the encoder's self-attention.
-      decoder_self: relations of the decoder's (causal) self-attention.
-      cross: relations of the decoder's attention to the encoder; queries are the decoder's, keys and values the
-        encoder's.
-      logits_weight: weight of the divergence of the vocabulary distributions.
-      temperature: softens both distributions of that divergence.
-      lm_weight: weight of the cross-entropy with the real targets.
-      z_loss: coefficient of the squared log normaliser, within the cross-entropy.
-      interpolated_targets: the relations' and words' targets move from the student's own to the teacher's.
-    """
-
-    encoder_self: Site | None = None
-    decoder_self: Site | None = None
-    cross: Site | None = None
-    logits_weight: float = 0.0
-    temperature: float = 1.0
-    lm_weight: float = 0.0
-    z_loss: float = 0.0
+    terms: tuple[Term, ...]
     interpolated_targets: InterpolatedTargets | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "terms", tuple(self.terms))
+        if not self.terms or not all(isinstance(term, Term) for term in self.terms):
+            raise UserError(f"Objective.terms is {self.terms!r}; give at least one term, such as (CrossEntropy(),)")
+        for name in self.term_names:
+            if self.term_names.count(name) > 1:
+                raise UserError(f"Objective.terms has {name!r} twice; give one of them a label of its own")
+            if name in RESERVED:
+                raise UserError(f"Objective.terms has {name!r}, which is another metric's name; give it another label")
+        for term in self.terms:
+            coefficient = term.coefficient
+            if not callable(coefficient) and not 0 <= coefficient < float("inf"):
+                raise UserError(f"{term.name}: coefficient is {coefficient}; it must be a finite number, 0 or more")
+
     @property
-    def sites(self) -> dict[str, Site]:
-        """The sites that are compared: given, and of positive weight."""
-        return {name: site for name, site in self._given_sites().items() if site.weight > 0}
+    def term_names(self) -> tuple[str, ...]:
+        """The names of the terms, which are those of their metrics."""
+        return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything but the real targets is learnt from."""
-        return bool(self.sites) or self.logits_weight > 0
+        """Whether any term reads a teacher."""
+        return any(term.needs_teacher for term in self.terms)
 
     @property
-    def relation_heads(self) -> dict[str, int]:
-        """The number of relation heads of each compared site."""
-        return {name: site.relation_heads for name, site in self.sites.items()}
+    def relation_heads(self) -> tuple[int, ...]:
+        """Numbers of heads that must divide the inner width of both models."""
+        return tuple(sorted({term.relation_heads for term in self.terms if hasattr(term, "relation_heads")}))
 
-    def tap_layers(self, role: Role) -> dict[str, int]:
-        """The layer of each compared site, in the teacher or the student."""
-        return {name: getattr(site, f"{role}_layer") for name, site in self.sites.items()}
+    def reads(self, role: Role) -> Reads:
+        """What is read of the teacher or of the student."""
+        terms = [term for term in self.terms if role == "student" or term.needs_teacher]
+        return union(term.reads(role) for term in terms)
 
-    def needs_logits(self, role: Role) -> bool:
-        """Whether the teacher or the student must compute vocabulary logits."""
-        return self.logits_weight > 0 or (role == "student" and self.lm_weight > 0)
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """The weight of each term by name, float32 scalars, from the masks alone.
 
-    def validate(self, student: Dimensions, teacher: Dimensions | None = None) -> None:
-        """Checks the path by itself and against the models.
+        So the normalizer of a whole batch is known before any of its micro-batches has run.
+        """
+        return {term.name: term.weight(batch) for term in self.terms}
+
+    def coefficients(self, step: jax.Array | None = None) -> dict[str, jax.Array | float]:
+        """Each term's coefficient by name, at a step that counts from 0; None is the first."""
+        step = jnp.zeros((), jnp.int32) if step is None else step
+        given = {term.name: term.coefficient for term in self.terms}
+        return {name: each(step) if callable(each) else each for name, each in given.items()}
+
+    def factors(self, weights: Mapping[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What each term's sum is multiplied by in the loss: `coefficient / weight`, or 0 where the weight is 0.
 
         Args:
-          student: dimensions of the student, for instance its configuration.
-          teacher: dimensions of the teacher; not needed if `needs_teacher` is false.
+            weights: of the whole batch.
+            step: by which scheduled coefficients move; None is the first.
+        """
+
+        def factor(coefficient: jax.Array | float, weight: jax.Array) -> jax.Array:
+            empty = weight == 0
+            return jnp.where(empty, 0.0, coefficient / jnp.where(empty, 1.0, weight))
+
+        return {name: factor(each, weights[name]) for name, each in self.coefficients(step).items()}
+
+    def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> dict[str, Any]:
+        """By name, the parameters of the terms that own some; boxed where they have logical axes."""
+        keys = jax.random.split(key, len(self.terms))
+        made = {term.name: term.init_params(key, student, teacher) for term, key in zip(self.terms, keys, strict=True)}
+        return {name: params for name, params in made.items() if params is not None}
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None = None) -> None:
+        """Checks every term against the models.
 
         Raises:
-          UserError: for a relation that does not exist or is given twice, a weight that is negative or not finite, a
-            temperature that is not positive, a path that teaches nothing, a missing teacher, relation heads that do not
-            divide both inner dimensions, a layer that does not exist, logits of two vocabulary sizes.
+            UserError: naming the term and what would be right; a missing teacher; interpolation towards none.
         """
-        self._check_numbers()
-        for name, site in self._given_sites().items():
-            _check_relations(site, f"path.{name}.relations")
-        if not (self.needs_teacher or self.lm_weight > 0):
-            raise UserError(
-                "path teaches nothing; give it a site of positive weight, a logits_weight or a lm_weight above 0"
-            )
-        if not self.needs_teacher:
-            if self.interpolated_targets is not None:
-                raise UserError("path.interpolated_targets moves towards a teacher's, but nothing is learnt from one")
-            return
-        if teacher is None:
-            raise UserError(
-                "path compares the student with a teacher, but there is none; give one, or only a lm_weight"
-            )
-        for name, site in self.sites.items():
-            check_relation_heads(
-                site.relation_heads, teacher.inner_dim, student.inner_dim, f"path.{name}.relation_heads"
-            )
-            _check_layer(site.teacher_layer, teacher, name, "teacher")
-            _check_layer(site.student_layer, student, name, "student")
-        if self.logits_weight > 0 and teacher.vocab_size != student.vocab_size:
-            raise UserError(
-                f"path.logits_weight is {self.logits_weight}, but the vocabularies of teacher and student have "
-                f"{teacher.vocab_size} and {student.vocab_size} entries; distilling logits needs one for both"
-            )
+        if self.needs_teacher and teacher is None:
+            names = ", ".join(term.name for term in self.terms if term.needs_teacher)
+            raise UserError(f"the objective compares the student with a teacher ({names}), but there is none; give one")
+        if self.interpolated_targets is not None and not self.needs_teacher:
+            raise UserError("Objective.interpolated_targets moves towards a teacher's, but no term reads one")
+        for term in self.terms:
+            term.validate(student, teacher)
 
-    def _given_sites(self) -> dict[str, Site]:
-        return {name: site for name in SITES if (site := getattr(self, name)) is not None}
-
-    def _check_numbers(self) -> None:
-        weights = {f"path.{name}.weight": site.weight for name, site in self._given_sites().items()}
-        weights |= {f"path.{name}": getattr(self, name) for name in ("logits_weight", "lm_weight", "z_loss")}
-        for where, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"{where} is {weight}; it must be a finite number, 0 or more")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UserError(f"path.temperature is {self.temperature}; it must be a finite number above 0")
-
-
-def _check_relations(site: Site, where: str) -> None:
-    if not isinstance(site.relations, tuple) or not site.relations:
-        raise UserError(f"{where} is {site.relations!r}; it must be a tuple such as ('qk', 'vv'), not empty")
-    for relation in site.relations:
-        if relation not in RELATIONS:
-            raise UserError(f"{where} has {relation!r}, which is no relation; choose from {', '.join(RELATIONS)}")
-        if site.relations.count(relation) > 1:
-            raise UserError(f"{where} has {relation!r} more than once; name each relation once and use the weight")
-
-
-def _check_layer(layer: int, dimensions: Dimensions, site: str, role: Role) -> None:
-    stack = "encoder" if site == "encoder_self" else "decoder"
-    layers = dimensions.num_encoder_layers if stack == "encoder" else dimensions.num_decoder_layers
-    if not -layers <= layer < layers:
-        raise UserError(
-            f"path.{site}.{role}_layer is {layer}, but the {role}'s {stack} has {layers} layers; "
-            f"choose from {-layers} to {layers - 1}"
-        )
+    def described(self) -> dict[str, Any]:
+        """Its parts by name, for a manifest: the order of the terms is no part of it."""
+        terms = {term.name: term for term in self.terms}
+        return {"terms": terms, "interpolated_targets": self.interpolated_targets}

@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.objectives.relations import MASKED_SCORE
+# Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
+MASKED_SCORE = -1e30
 
 Pair = tuple[jax.Array, jax.Array]  # the two sets of vectors that a relation compares: queries and keys
 
@@ -43,11 +44,11 @@ def rows_divergence(
     if not with_gradient:
         return total, None, None
     queries, keys = student
-    by_scores = (student_exp * student_share - teacher_exp * teacher_share).astype(queries.dtype)
+    d_scores = (student_exp * student_share - teacher_exp * teacher_share).astype(queries.dtype)
     scale = 1 / math.sqrt(queries.shape[-1])
-    by_queries = _product("hqk,hkd->hqd", by_scores, keys) * scale
-    by_keys = _product("hqd,hqk->hdk", queries, by_scores) * scale
-    return total, by_queries, by_keys
+    d_queries = _product("hqk,hkd->hqd", d_scores, keys) * scale
+    d_keys = _product("hqd,hqk->hdk", queries, d_scores) * scale
+    return total, d_queries, d_keys
 
 
 def _product(axes: str, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -1,55 +1,133 @@
-"""Relations of attention vectors, compared between a teacher and a student: the plain dense form.
+"""Relations of attention vectors, compared between a teacher and a student.
 
 A relation of two sets of vectors is the distribution that each vector of the first puts on those of the second by
 scaled dot products, per relation head (MiniLMv2, arXiv 2012.15828). It has the same shape for models of any width.
+`qk` are queries with keys, `qq`, `kk` and `vv` vectors of one kind with each other.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import visible_keys
+from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
-from endistill_jax.objectives.divergence import categorical_kl
+from endistill_jax.core.outputs import Output, Reads, resolve_layer
+from endistill_jax.core.settings import require_choice
+from endistill_jax.core.sites import SITES, row_masks
+from endistill_jax.objectives.interpolated_targets import joined
+from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
+from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
 
-# Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
-MASKED_SCORE = -1e30
-
-
-def check_relation_heads(
-    relation_heads: int, teacher_dim: int, student_dim: int, where: str = "relation_heads"
-) -> None:
-    """Raises UserError, naming the valid choices, unless `relation_heads` divides both inner dimensions."""
-    common = math.gcd(teacher_dim, student_dim)
-    if relation_heads < 1 or common % relation_heads:
-        choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise UserError(
-            f"{where} is {relation_heads}, which does not divide the inner dimensions (num_heads * head_dim) "
-            f"{teacher_dim} of the teacher and {student_dim} of the student; choose one of {choices}"
-        )
+RELATIONS = ("qq", "kk", "vv", "qk")
+_FIELDS = {"q": "query", "k": "key", "v": "value"}
 
 
-def relation_weight(query_segments: jax.Array, key_segments: jax.Array, causal: bool) -> jax.Array:
-    """The number of rows of a relation, float32 scalar: real query positions with at least one visible key."""
-    return jnp.sum(jnp.any(visible_keys(query_segments, key_segments, causal), axis=-1), dtype=jnp.float32)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteTerm(Term):
+    """A term that compares one attention module of both models.
+
+    Attributes:
+        site: "encoder_self", "decoder_self" or "cross".
+        teacher_layer: which layer of the teacher's stack; negative counts from its end.
+        student_layer: which layer of the student's stack.
+    """
+
+    site: str
+    teacher_layer: int = -1
+    student_layer: int = -1
+
+    def __post_init__(self):
+        require_choice(self, site=SITES)
+
+    def layer(self, role: Role) -> int:
+        """The layer of the teacher or of the student."""
+        return self.teacher_layer if role == "teacher" else self.student_layer
+
+    def named(self, what: str) -> str:
+        """`what`, and the layers where they are not the last ones."""
+        layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
+        return what + layers
+
+    def score_flops(self, relation: str, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+        """2 B Q K (I_teacher + 3 I_student): all scores, masked or not, and two products for the student's gradient."""
+        sides = {"encoder": lengths.source, "decoder": lengths.target}
+        queries, keys = (sides[SITES[self.site].side(vector)] for vector in relation)
+        return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        for role, model in (("teacher", teacher), ("student", student)):
+            depth = model.depth(SITES[self.site].stack)
+            resolve_layer(self.layer(role), depth, f"{self.name} in the {role}")
 
 
-def relation_scores(
-    queries: jax.Array, keys: jax.Array, query_segments: jax.Array, key_segments: jax.Array, relation_heads: int
-) -> jax.Array:
-    """Scaled dot products of vectors that are split anew into relation heads, without a mask.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelationKL(SiteTerm):
+    """KL of the teacher's relation to the student's: summed over rows (query positions), mean over relation heads.
+
+    Attributes:
+        relation: "qq", "kk", "vv" or "qk".
+        relation_heads: into how many heads both models' joined heads are split again; must divide the inner width
+            (num_heads * head_dim) of both.
+    """
+
+    relation: str
+    relation_heads: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice(self, relation=RELATIONS)
+
+    def default_name(self) -> str:
+        return self.named(f"{self.site}/{self.relation}")
+
+    def reads(self, role: Role) -> Reads:
+        return Reads(taps={(self.site, self.layer(role)): self.relation})
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Rows: real query positions with at least one visible key."""
+        visible = visible_keys(*row_masks(self.site, self.relation, batch_segments(batch)))
+        return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
+
+    def sum(self, inputs: TermInputs) -> jax.Array:
+        student, teacher = self._pair(inputs.student, "student"), self._pair(inputs.teacher, "teacher")
+        if inputs.share is not None:
+            teacher = tuple(
+                joined(ours, own, inputs.share, self.relation_heads) for ours, own in zip(teacher, student, strict=True)
+            )
+        masks = row_masks(self.site, self.relation, batch_segments(inputs.batch))
+        if inputs.implementation.blocks("relations", len(masks.query_segments)):
+            return relation_kl_blocked(teacher, student, self.relation_heads, masks, inputs.implementation)
+        return relation_kl(teacher, student, self.relation_heads, masks)
+
+    def _pair(self, output: Output, role: Role) -> Pair:
+        tap = output.taps[self.site, self.layer(role)]
+        first, second = self.relation
+        return getattr(tap, _FIELDS[first]), getattr(tap, _FIELDS[second])
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        super().validate(student, teacher)
+        common = math.gcd(teacher.inner_dim, student.inner_dim)
+        if self.relation_heads < 1 or common % self.relation_heads:
+            choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise UserError(
+                f"{self.name}: relation_heads is {self.relation_heads}, which does not divide the inner dimensions "
+                f"(num_heads * head_dim) {teacher.inner_dim} of the teacher and {student.inner_dim} of the student; "
+                f"choose one of {choices}"
+            )
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+        return self.score_flops(self.relation, lengths, student, teacher)
+
+
+def relation_scores(pair: Pair, segments: tuple[jax.Array, jax.Array], relation_heads: int) -> jax.Array:
+    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)` without a mask: [batch, relation_heads, query, key].
 
     Args:
-      queries: `[batch, query_length, inner]`, heads joined.
-      keys: `[batch, key_length, inner]`.
-      query_segments: int `[batch, query_length]`; vectors at segment 0 count as zero.
-      key_segments: int `[batch, key_length]`.
-      relation_heads: divides `inner`.
-
-    Returns:
-      `queries_r @ keys_r^T / sqrt(inner / relation_heads)`, float32
-      `[batch, relation_heads, query_length, key_length]`.
+        pair: [batch, query_length, inner] and [batch, key_length, inner], heads joined.
+        segments: int [batch, query_length] and [batch, key_length]; vectors at segment 0 count as zero.
+        relation_heads: divides `inner`.
     """
 
     def split(vectors: jax.Array, segments: jax.Array) -> jax.Array:
@@ -58,49 +136,64 @@ def relation_scores(
         vectors = jnp.where(segments[:, :, None] != 0, vectors.astype(jnp.float32), 0.0)
         return vectors.reshape(*vectors.shape[:2], relation_heads, -1)  # [batch, length, relation_heads, relation_dim]
 
-    queries, keys = split(queries, query_segments), split(keys, key_segments)
+    queries, keys = map(split, pair, segments)
     # Accelerators would otherwise round float32 factors to fewer bits.
     scores = jnp.einsum("bqrd,bkrd->brqk", queries, keys, precision=jax.lax.Precision.HIGHEST)
-    return scores / math.sqrt(queries.shape[-1])  # [batch, relation_heads, query_length, key_length]
+    return scores / math.sqrt(queries.shape[-1])
 
 
-def relation_kl(
-    teacher: tuple[jax.Array, jax.Array],
-    student: tuple[jax.Array, jax.Array],
-    *,
-    relation_heads: int,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    causal: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Divergence of the student's relation from the teacher's, for one pair of vectors of one site.
-
-    Per row and relation head `KL(softmax(teacher scores) || softmax(student scores))` over the visible keys; summed
-    over rows, averaged over relation heads. A row is a real query position with at least one visible key; the rows are
-    the same for both models. What stands at padding positions, be it NaN, changes neither value nor gradient.
+def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: tuple) -> jax.Array:
+    """The plain dense form: the sum over rows, float32 scalar in nats.
 
     Args:
-      teacher: two arrays `[batch, query_length, teacher_inner]`, `[batch, key_length, teacher_inner]`; a constant.
-      student: two arrays `[batch, query_length, student_inner]`, `[batch, key_length, student_inner]`.
-      relation_heads: number of heads into which both models' vectors are split; divides both inner dimensions.
-      query_segments: int `[batch, query_length]`; 0 is padding, equal ids may see each other.
-      key_segments: int `[batch, key_length]`.
-      causal: whether a query sees no key after itself.
-
-    Returns:
-      `(sum, weight)`, float32 scalars in nats and rows.
-
-    Raises:
-      UserError: if `relation_heads` does not divide both inner dimensions.
+        teacher: a constant; see `relation_scores`.
+        student: likewise, of its own width.
+        relation_heads: divides both inner widths.
+        masks: see `row_masks`.
     """
-    check_relation_heads(relation_heads, teacher[0].shape[-1], student[0].shape[-1])
-    visible = visible_keys(query_segments, key_segments, causal)[:, None]  # [batch, 1, query_length, key_length]
+    visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
-    def masked_scores(vectors: tuple[jax.Array, jax.Array]) -> jax.Array:
-        scores = relation_scores(*vectors, query_segments, key_segments, relation_heads)
-        return jnp.where(visible, scores, MASKED_SCORE)  # [batch, relation_heads, query_length, key_length]
+    def masked_scores(pair: Pair) -> jax.Array:
+        return jnp.where(visible, relation_scores(pair, masks[:2], relation_heads), MASKED_SCORE)
 
-    divergence = categorical_kl(masked_scores(teacher), masked_scores(student))  # [batch, relation_heads, query_length]
     # Rows that see nothing need no further mask: their scores are the same constants in both models, which differ by
     # exactly 0, and `where` passes no gradient to what it replaced.
-    return jnp.sum(divergence) / relation_heads, relation_weight(query_segments, key_segments, causal)
+    divergence = categorical_kl(masked_scores(teacher), masked_scores(student))  # [batch, relation_heads, query]
+    return jnp.sum(divergence) / relation_heads
+
+
+def categorical_kl(teacher_scores: jax.Array, student_scores: jax.Array) -> jax.Array:
+    """KL(softmax(teacher) || softmax(student)) over the last axis, in nats: [..., choices] -> [...].
+
+    Computed as `sum_j p_t (s_t - s_s) - lse_t + lse_s`, whose gradient with respect to the student's scores is
+    `p_s - p_t`; for equal scores both are zero up to rounding. The teacher is a constant.
+    """
+    teacher_scores = jax.lax.stop_gradient(teacher_scores)
+    teacher_lse = jax.nn.logsumexp(teacher_scores, axis=-1)
+    student_lse = jax.nn.logsumexp(student_scores, axis=-1)
+    teacher_probabilities = jnp.exp(teacher_scores - teacher_lse[..., None])
+    expected = jnp.sum(teacher_probabilities * (teacher_scores - student_scores), axis=-1)
+    return expected - teacher_lse + student_lse
+
+
+def relations(
+    site: str,
+    names: tuple[str, ...],
+    *,
+    coefficient: float = 1.0,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+) -> tuple[RelationKL, ...]:
+    """A term for each of a site's relations, which share its coefficient equally."""
+    return tuple(
+        RelationKL(
+            site=site,
+            relation=name,
+            coefficient=coefficient / len(names),
+            relation_heads=relation_heads,
+            teacher_layer=teacher_layer,
+            student_layer=student_layer,
+        )
+        for name in names
+    )

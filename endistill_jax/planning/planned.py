@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from endistill_jax.checkpoints.manifest import plain
 from endistill_jax.planning.estimate import Assumptions, Load, Range, RunEstimate, estimate_run, step_seconds
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.train.flops import step_flops
@@ -77,7 +78,7 @@ class PlannedStep:
     def model_flops(self) -> int:
         """Of the whole step by our formula; see `train/flops.py`."""
         request = self.request
-        return step_flops(request.student, request.teacher, request.path, request.lengths).total
+        return step_flops(request.student, request.teacher, request.objective, request.lengths).total
 
     @property
     def load(self) -> Load:
@@ -112,6 +113,7 @@ class PlannedStep:
         """Everything, as plain data."""
         request = dataclasses.asdict(self.request)
         request["topology"]["name"] = self.request.topology.name
+        request["objective"] = plain(self.request.objective.described())
         known = self.seconds is not None
         return {
             "topology": self.request.topology.name,

@@ -141,7 +141,7 @@ def _settings(plan: PlannedStep) -> str:
     request = plan.request
     parts = [f"remat {request.student.remat}"]
     if request.teacher is not None:
-        parts.append(f"teacher {request.teacher_placement} in {request.teacher.dtype}")
+        parts.append(f"teacher {request.teacher_sharding} in {request.teacher.dtype}")
     if request.micro_batches > 1:
         parts.append(f"{request.micro_batches} micro-batches")
     if request.compiler_options:
@@ -214,7 +214,7 @@ def _row(plan: PlannedStep) -> dict[str, Any]:
         "mesh": _mesh(plan),
         "batch": f"{request.batch_per_chip:g}",
         "remat": request.student.remat,
-        "teacher": request.teacher_placement if request.teacher is not None else None,
+        "teacher": request.teacher_sharding if request.teacher is not None else None,
         "status": plan.status,
     }
     if plan.compiled:

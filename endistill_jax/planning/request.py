@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from endistill_jax.models.family import Lengths
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Computation, Path
+from endistill_jax.core.batch import Lengths
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import LossImplementation, Objective
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.train.compiler_options import CompilerOptions
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -17,8 +17,8 @@ class StepRequest:
     Attributes:
         topology: where it shall run.
         student: the model that is trained.
-        teacher: the frozen model; None if the path needs none.
-        path: what is compared.
+        teacher: the frozen model; None if the objective needs none.
+        objective: what is compared.
         optimizer: how the student is updated.
         steps: updates of the whole run.
         lengths: size of the global batch.
@@ -26,16 +26,16 @@ class StepRequest:
         packed: whether the batch has segment ids and positions.
         mesh: sizes of the axes data, fsdp and tensor; -1 takes what the others leave.
         micro_batches: parts of a batch whose gradients are accumulated.
-        computation: in which form the losses are computed.
-        teacher_placement: "sharded" or "replicated".
+        implementation: in which form the losses are computed.
+        teacher_sharding: "sharded" or "replicated".
         compiler_options: of XLA, by platform.
         slices: as in `make_mesh`.
     """
 
     topology: Topology
-    student: T5Config
-    teacher: T5Config | None
-    path: Path
+    student: ModelConfig
+    teacher: ModelConfig | None
+    objective: Objective
     optimizer: OptimizerConfig
     steps: int
     lengths: Lengths
@@ -43,8 +43,8 @@ class StepRequest:
     packed: bool = True
     mesh: tuple[int, int, int] = (-1, 1, 1)
     micro_batches: int = 1
-    computation: Computation = Computation()
-    teacher_placement: str = "sharded"
+    implementation: LossImplementation = LossImplementation()
+    teacher_sharding: str = "sharded"
     compiler_options: CompilerOptions | None = None
     slices: int | None = None
 

@@ -88,7 +88,7 @@ def run_sweep(sweep: Sweep, request: StepRequest, plan: Callable[[StepRequest], 
     """
     chips = request.topology.chips
     meshes = usual_meshes(request.topology) if sweep.mesh == () else sweep.mesh or (request.mesh,)
-    placements = _choices(sweep.teacher, "teacher", request.teacher_placement)
+    placements = _choices(sweep.teacher, "teacher", request.teacher_sharding)
     remats = sorted(_choices(sweep.remat, "remat", request.student.remat), key=REMATS.index)
     batches = [request.lengths.batch]
     if sweep.batch is not None:
@@ -103,7 +103,7 @@ def run_sweep(sweep: Sweep, request: StepRequest, plan: Callable[[StepRequest], 
                     dataclasses.replace(
                         request,
                         mesh=mesh,
-                        teacher_placement=placement,
+                        teacher_sharding=placement,
                         student=dataclasses.replace(request.student, remat=remat),
                         lengths=request.lengths._replace(batch=batch),
                     )

@@ -38,7 +38,7 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
     Returns:
         `mesh`, sizes by axis; `student_params` and `teacher_params`, numbers; in bytes `held`, what is kept between
         steps by owner and shapes, and `memory`, what the compiler plans; `flops` of matrix products; `collectives`,
-        fields of `Traffic`; `uncounted_loops`, whose turns nothing tells; `trace_seconds` and `compile_seconds`.
+        fields of `Traffic`; `uncounted_loops`, whose trip count nothing says; `trace_seconds` and `compile_seconds`.
 
     Raises:
         UserError: settings that do not fit each other or the topology.
@@ -53,19 +53,20 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
     step = make_train_step(
         student=request.student,
         teacher=request.teacher,
-        path=request.path,
+        objective=request.objective,
         optimizer=optimizer,
         mesh=mesh,
         micro_batches=request.micro_batches,
         base_key=jax.random.key(0),
-        computation=request.computation,
-        teacher_placement=request.teacher_placement,
+        implementation=request.implementation,
+        teacher_sharding=request.teacher_sharding,
         compiler_options=request.compiler_options,
     )
     arguments = _arguments(request, optimizer, mesh)
     held = {
         "student": _bytes_a_device(arguments[0].params),
         "optimizer": _bytes_a_device((arguments[0].step, arguments[0].opt_state)),
+        "objective": _bytes_a_device(arguments[0].objective),
         "teacher": _bytes_a_device(arguments[1]),
         "batch": _bytes_a_device(arguments[2]),
     }
@@ -103,12 +104,16 @@ def _arguments(request: StepRequest, optimizer: Any, mesh: jax.sharding.Mesh) ->
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
 
-    student, teacher = request.student, request.teacher
-    state = placed(abstract_state(student, optimizer), state_shardings(student, optimizer, mesh))
+    student, objective = request.student, request.objective
+    teacher = request.teacher if objective.needs_teacher else None
+    state = placed(
+        abstract_state(student, optimizer, objective, teacher),
+        state_shardings(student, optimizer, mesh, objective, teacher),
+    )
     teacher_params = None
-    if request.path.needs_teacher:
+    if teacher is not None:
         params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(teacher.dtype)), abstract_params(teacher))
-        teacher_params = placed(params, param_shardings(teacher, mesh, request.teacher_placement))
+        teacher_params = placed(params, param_shardings(teacher, mesh, request.teacher_sharding))
     lengths = {"encoder": request.lengths.source, "decoder": request.lengths.target}
     batch = {
         f"{side}_{name}": jax.ShapeDtypeStruct(

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.checkpoints.manifest import check_same
 from endistill_jax.core.errors import UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.storage import local_path
@@ -65,7 +65,7 @@ class RecordLog:
         except ValueError:
             raise UserError(f"{self._facts_path} is damaged; remove it and {self._path} to start anew") from None
         saved = {name: value for name, value in saved.items() if name not in unknown}
-        check_facts(saved, json.loads(json_text(facts)), str(self._path))
+        check_same(saved, json.loads(json_text(facts)), str(self._path))
 
     def read(self, facts: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
         """What is there already; changes nothing.

@@ -8,39 +8,39 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.checkpoints.manifest import plain
 from endistill_jax.checkpoints.models import TrainedModel, open_model
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.interpolation.chain import Chain, plan_chain
 from endistill_jax.interpolation.settings import Interpolation
-from endistill_jax.interpolation.stages import lengths
-from endistill_jax.jobs.finetune import Finetuning, check_runs, plan_runs
-from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, coefficients
+from endistill_jax.models.family import ModelConfig, abstract_params, count_params
+from endistill_jax.objectives import Objective
+from endistill_jax.studies.plots import check_packages
+from endistill_jax.train.experiment import Experiment
+from endistill_jax.train.finetuning import Finetuning, check_runs, plan_runs
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.settings import Data, Run
 from endistill_jax.train.training import Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the ways to train a student that a study compares. What is None is as the study says.
+    """One of the ways to train a student that a study compares. What is None is the study's.
 
     Attributes:
-        path: what the student learns from.
+        objective: what the student is trained with.
         optimizer: how it is updated.
         student: its shape.
-        student_init: what it starts from.
+        init: what it starts from.
         steps: optimizer updates; with an interpolation of each stage, or of the direct run whose compute it spends.
         interpolation: distils over assistants; None straight from the teacher.
     """
 
-    path: Path
+    objective: Objective
     optimizer: OptimizerConfig | None = None
-    student: T5Config | None = None
-    student_init: StudentInit = RANDOM
+    student: ModelConfig | None = None
+    init: StudentInit = RANDOM
     steps: int | None = None
     interpolation: Interpolation | None = None
 
@@ -95,14 +95,14 @@ class StudyRun:
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
                 with naming(f"task {task}"):
-                    finetuning = self.finetuning_of(task, self.training.config)
+                    finetuning = self.finetuning_of(task, self.training.student)
                     check_runs([finetuning], how)
                     if fingerprint_vocabulary(finetuning.vocabulary()) != own:
                         raise UserError(
                             f"its vocabulary is not that of {self.training.task().name}; choose one that has it"
                         )
 
-    def finetuning_of(self, task: str, model: TrainedModel | T5Config) -> Training:
+    def finetuning_of(self, task: str, model: TrainedModel | ModelConfig) -> Training:
         """The fine-tuning of a model, or of a shape, on one of the tasks, with the run's seed."""
         how = self.tasks[task]
         how = dataclasses.replace(how, run=dataclasses.replace(how.run, seed=self.seed))
@@ -131,41 +131,47 @@ class StudyRun:
 
 def plan_study(
     model_dir: str,
+    experiment: Experiment,
     teacher: TrainedModel,
-    student: T5Config,
     arms: Mapping[str, Arm],
     *,
-    data: Data,
-    optimizer: OptimizerConfig,
-    run: Run,
     seeds: tuple[int, ...],
     tasks: Mapping[str, Finetuning],
 ) -> list[StudyRun]:
-    """A run for every seed and arm, seed after seed, so that a study that goes on has whole comparisons.
+    """A run for every seed and arm, seed after seed, so that a study that is resumed has whole comparisons.
 
     Raises:
-        UserError: an arm's interpolation does not fit.
+        UserError: an arm's interpolation does not fit, or what plots are drawn with is not installed.
     """
+    check_packages()
 
     def planned(name: str, arm: Arm, seed: int) -> StudyRun:
-        folder, config = f"{model_dir}/{name}/seed_{seed}", arm.student or student
-        common = {
-            "path": arm.path,
-            "data": data,
-            "optimizer": arm.optimizer or optimizer,
-            "run": dataclasses.replace(run, seed=seed, steps=run.steps if arm.steps is None else arm.steps),
-            "student_init": arm.student_init,
-            "label": f"{name}, seed {seed}",
-        }
+        folder, label = f"{model_dir}/{name}/seed_{seed}", f"{name}, seed {seed}"
+        of_arm = arm_experiment(experiment, arm, seed)
         if arm.interpolation is not None:
             with naming(f"arm {name}"):
-                chain = plan_chain(folder, teacher, config, arm.interpolation, **common)
+                chain = plan_chain(folder, of_arm, teacher, arm.interpolation, label)
             return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
-        taught = arm.path.needs_teacher or arm.student_init.kind != "random"
-        training = Training(model_dir=folder, config=config, teacher=teacher if taught else None, **common)
+        own = None if of_arm.teacher is None else teacher
+        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label)
         return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
 
     return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]
+
+
+def arm_experiment(experiment: Experiment, arm: Arm, seed: int) -> Experiment:
+    """The study's experiment as an arm changes it."""
+    run = dataclasses.replace(experiment.run, seed=seed, steps=experiment.run.steps if arm.steps is None else arm.steps)
+    reads_teacher = arm.objective.needs_teacher or arm.init.kind != "random"
+    return dataclasses.replace(
+        experiment,
+        student=arm.student or experiment.student,
+        objective=arm.objective,
+        optimizer=arm.optimizer or experiment.optimizer,
+        run=run,
+        init=arm.init,
+        teacher=experiment.teacher if reads_teacher else None,
+    )
 
 
 def _check_comparable(training: Training, mesh: Mesh) -> None:
@@ -179,14 +185,15 @@ def _check_comparable(training: Training, mesh: Mesh) -> None:
 
 
 def _settings_of(training: Training) -> dict[str, Any]:
-    cost = step_flops(training.config, training.teacher_config, training.path, lengths(training.data)).total
+    experiment = training.experiment
+    cost = step_flops(training.student, training.teacher_config, training.objective, experiment.data.lengths).total
     return {
-        "path": dataclasses.asdict(training.path),
-        "terms": sorted(coefficients(training.path)),
-        "optimizer": dataclasses.asdict(training.optimizer),
-        "student": training.config.architecture(),
-        "parameters": count_params(abstract_params(training.config)),
-        "student_init": dataclasses.asdict(training.student_init),
+        "objective": plain(training.objective.described()),
+        "terms": sorted(training.objective.term_names),
+        "optimizer": plain(experiment.optimizer),
+        "student": training.student.architecture(),
+        "parameters": count_params(abstract_params(training.student)),
+        "init": plain(experiment.init),
         "steps": training.run.steps,
         "flops": training.run.steps * cost,
     }

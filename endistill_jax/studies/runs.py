@@ -5,23 +5,23 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from endistill_jax.checkpoints.fingerprint import check_facts
+from endistill_jax.checkpoints.manifest import check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import naming
-from endistill_jax.evaluation.held_out import HeldOut, judged_on, prepare_held_out
-from endistill_jax.evaluation.job_probe import Probe
+from endistill_jax.evaluation.held_out import HeldOut, eval_spec, prepare_held_out
+from endistill_jax.evaluation.probe import Probe
 from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.interpolation.chain import StageResult, run_chain
-from endistill_jax.jobs.finetune import Finetuning, metric_names, prepare_evaluation, run_all
 from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.objectives import Path
+from endistill_jax.objectives import Objective
 from endistill_jax.reports.files import json_text
 from endistill_jax.studies.arms import StudyRun
 from endistill_jax.studies.report import raw_file, read_raw
-from endistill_jax.train.finished import Finished, finished, has_ended
+from endistill_jax.train.experiment import Data
+from endistill_jax.train.finetuning import Finetuning, metric_names, prepare_evaluation, run_all
 from endistill_jax.train.metrics import FILE_NAME, read_metrics
 from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.settings import Data
+from endistill_jax.train.training import Finished, finished, has_ended
 
 HELD_OUT = "held_out/"
 
@@ -52,7 +52,7 @@ def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRu
 
 
 def prepare_evaluations(
-    runs: Sequence[StudyRun], teacher: TrainedModel, probe: Path | None, probe_batches: int
+    runs: Sequence[StudyRun], teacher: TrainedModel, probe: Objective | None, probe_batches: int
 ) -> Evaluations:
     """Reads all held-out examples that the runs are judged on.
 
@@ -63,11 +63,11 @@ def prepare_evaluations(
     held_out = prepare_held_out(training.data, mesh)
     parts: tuple[Evaluation, ...] = (held_out,)
     if probe is not None:
-        placement = training.run.teacher_placement
+        sharding = training.experiment.teacher_sharding
         batches = held_out.batches[:probe_batches]
-        parts += (Probe(path=probe, teacher=teacher, mesh=mesh, batches=batches, teacher_placement=placement),)
+        parts += (Probe(objective=probe, teacher=teacher, mesh=mesh, batches=batches, teacher_sharding=sharding),)
     tasks = {
-        task: prepare_evaluation([runs[0].finetuning_of(task, training.config)], how)
+        task: prepare_evaluation([runs[0].finetuning_of(task, training.student)], how)
         for task, how in runs[0].tasks.items()
     }
     return Evaluations(held_out=held_out, students=JointEvaluation(evaluations=parts), tasks=tasks)
@@ -122,9 +122,9 @@ def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finishe
     return run_chain(run.chain, lambda mesh: evaluations.students, release_teacher=False)
 
 
-def teacher_figures(teacher: TrainedModel, held_out: HeldOut, placement: str) -> Record:
+def teacher_metrics(teacher: TrainedModel, held_out: HeldOut, sharding: str) -> Record:
     """The teacher's size and held-out figures."""
-    report = held_out.evaluate(teacher.config, teacher.params, placement)
+    report = held_out.evaluate(teacher.config, teacher.params, sharding)
     return {"parameters": count_params(abstract_params(teacher.config))} | report.scalars()
 
 
@@ -151,14 +151,14 @@ def settle_shards(
     return dataclasses.replace(data, shards=shards), settled
 
 
-def judged_by(run: StudyRun, teacher: TrainedModel, probe: Path | None, probe_batches: int) -> Record:
+def eval_spec_of(run: StudyRun, teacher: TrainedModel, probe: Objective | None, probe_batches: int) -> Record:
     """What the figures of all runs are of, but for the tasks: plain values."""
     data = run.training.data
-    return judged_on(data) | {
+    return eval_spec(data) | {
         "shards": data.shards,
         "teacher": teacher.fingerprint,
         "teacher_dtype": teacher.config.dtype,
-        "probe": probe and {"path": dataclasses.asdict(probe), "examples": probe_batches * data.eval_batch_size},
+        "probe": probe and {"objective": plain(probe.described()), "examples": probe_batches * data.eval_batch_size},
     }
 
 
@@ -178,7 +178,7 @@ def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -
         UserError: naming each difference.
     """
     if earlier is not None:
-        check_facts(earlier["judged_by"], json.loads(json_text(judged)), str(raw_file(model_dir)))
+        check_same(earlier["judged_by"], json.loads(json_text(judged)), str(raw_file(model_dir)))
 
 
 def _evaluations(model_dir: str) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Which evaluation of a run was the best, and when to wait no longer for a better one."""
+"""Which evaluation of a run was the best, and when to stop early."""
 
 import dataclasses
 import math
@@ -28,8 +28,8 @@ class Best:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     waited: int = 0
 
-    def see(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes note of an evaluation, and returns whether it is the best so far by the metric. NaN never is."""
+    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Counts an evaluation, and returns whether it is the best so far by the metric. NaN never is."""
         better = self.metric is not None and self._is_better(metrics[self.metric])
         self.waited = 0 if better else self.waited + 1
         if better or self.metric is None or self.step is None:
@@ -41,13 +41,13 @@ class Best:
         """Whether patience has run out."""
         return self.patience is not None and self.waited >= self.patience
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+    def plain(self) -> dict[str, Any]:
+        """As it is in a manifest."""
         return {"step": self.step, "metrics": dict(self.metrics), "waited": self.waited}
 
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Goes on from what a checkpoint kept."""
-        self.step, self.metrics, self.waited = facts["step"], dict(facts["metrics"]), facts["waited"]
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Counts on from what a manifest has."""
+        self.step, self.metrics, self.waited = saved["step"], dict(saved["metrics"]), saved["waited"]
 
     def _is_better(self, value: float) -> bool:
         so_far = self.metrics.get(self.metric, math.nan)

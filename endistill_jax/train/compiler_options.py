@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.objectives import Computation, Placement
+from endistill_jax.objectives import LossImplementation, MeshAxes
 
 # Platform -> option -> value, such as {"tpu": {"xla_tpu_enable_latency_hiding_scheduler": True}}.
 CompilerOptions = Mapping[str, Mapping[str, str | int | float | bool]]
@@ -26,7 +26,7 @@ def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str
                 f"compiler_options has {platform!r}: {chosen!r}; give options by platform ({', '.join(PLATFORMS)}), "
                 "such as {'tpu': {'xla_option': value}}"
             )
-    platform = Computation(placement=Placement(mesh=mesh)).platform()
+    platform = LossImplementation(axes=MeshAxes(mesh=mesh)).platform
     chosen = dict(options.get(platform, {}))
     # A host compiles for its own devices; a planned mesh may have none here.
     device = next(iter(mesh.local_devices), mesh.devices.flat[0])

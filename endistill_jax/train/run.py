@@ -1,14 +1,14 @@
-"""A training run in progress: open or resume the model directory, train, evaluate, save."""
+"""A run, from the first line to the last: devices, data, teacher, state, step, loop, result."""
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.manifest import SCHEMA, Manifest, plain
 from endistill_jax.checkpoints.models import CHECKPOINTS, keep_tokenizer
 from endistill_jax.checkpoints.student_init import init_from_teacher
 from endistill_jax.core.errors import Stopped, UserError
@@ -19,12 +19,10 @@ from endistill_jax.multihost.shutdown import telling_others
 from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.sharding import host_part, place_batch
 from endistill_jax.train.best import Best
-from endistill_jax.train.finished import check_same_run
-from endistill_jax.train.loop import train_loop
-from endistill_jax.train.metrics import MetricWriter, Progress, Unheard
+from endistill_jax.train.metrics import open_metrics, open_progress
 from endistill_jax.train.optimizer import make_optimizer, make_schedule
 from endistill_jax.train.state import TrainState, abstract_state, init_state, state_shardings
-from endistill_jax.train.step import make_train_step
+from endistill_jax.train.step import make_train_step, window_means
 from endistill_jax.train.stopping import StopSignal
 from endistill_jax.train.training import Training
 
@@ -35,7 +33,7 @@ class TrainingResult:
 
     Attributes:
         params: the trained parameters, on the mesh.
-        report: its held-out figures.
+        report: its held-out metrics.
         best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
         tokens: real tokens read, inputs and targets.
         seconds: spent in training steps, over all attempts; compilation included, evaluation and saving not.
@@ -49,225 +47,283 @@ class TrainingResult:
 
 
 def train(training: Training, evaluation: Evaluation) -> TrainingResult:
-    """Runs a training to its end, from its last checkpoint if there is one; a finished one is only evaluated."""
-    return _Execution(training, evaluation).run()
+    """Runs a training to its end, from its last checkpoint if there is one; a finished one is only evaluated.
+
+    Raises:
+        UserError: a checkpoint of another run, a loss that is no number.
+        Stopped: when a signal asked the run to stop; what was done is saved.
+    """
+    agree_on_folder(training.model_dir)
+    # Failures are passed on before the checkpoints are closed, which would wait for the other hosts.
+    with open_checkpoints(training) as checkpointer, telling_others():
+        return _train(training, evaluation, checkpointer)
 
 
-class _Execution:
-    """The moving parts of a run in progress."""
+def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointer) -> TrainingResult:
+    # ---- Devices, and the step to resume from
 
-    def __init__(self, training: Training, evaluation: Evaluation):
-        self.training, self.evaluation = training, evaluation
-        run = training.run
-        self.mesh = training.mesh()
-        if training.teacher is not None:
-            training.load_teacher()
-        if training.initial is not None:
-            training.load_initial()
-        self.optimizer = make_optimizer(training.optimizer, run.steps)
-        self.schedule = make_schedule(training.optimizer, run.steps)
-        self.part = host_part(self.mesh)
-        self.heard = jax.process_index() == 0
-        self.tokens, self.seconds = 0, 0.0
-        self.own_tokens = 0  # of this host, since the last log
-        self.report: Report | None = None  # of the last step, once it is there
-        self.best = Best(metric=run.keep_best, mode=run.best_mode, patience=run.patience)
-        self.finished = False
+    mesh = training.mesh()
+    rows = host_part(mesh)
+    resumed = checkpointer.latest_step()
+    manifest = None if resumed is None else checkpointer.manifest(resumed)
 
-    def run(self) -> TrainingResult:
-        training, run = self.training, self.training.run
-        agree_on_folder(training.model_dir)
-        with (
-            Checkpointer(
-                f"{training.model_dir}/{CHECKPOINTS}",
-                every=run.checkpoint_every,
-                keep_last=run.keep_last,
-                keep_best=run.keep_best,
-                best_mode=run.best_mode,
-            ) as self.checkpointer,
-            telling_others(),
-        ):
-            resumed = self.checkpointer.latest_step()
-            self._settle_data(resumed)
-            return self._run(resumed)
+    # ---- Data: in as many shards as the run began with, whatever the number of hosts now
 
-    def _settle_data(self, resumed: int | None) -> None:
-        """Makes the data stream: of as many shards as the run began with, whatever the number of hosts now."""
-        from endistill_jax.data.pipeline import make_iterator
+    training = training.with_shards(manifest)
+    student, objective, run = training.student, training.objective, training.run
+    iterator = make_training_iterator(training, rows.index, rows.count)
 
-        data, run = self.training.data, self.training.run
-        saved = {} if resumed is None else self.checkpointer.facts(resumed)["run"].get("data", {})
-        data = dataclasses.replace(data, shards=data.shards or saved.get("shards", self.part.count))
-        self.training = dataclasses.replace(self.training, data=data)
-        agree("run", self.training.identity() | {"resumed from step": resumed})
-        self.iterator = make_iterator(
-            data.task,
-            split="train",
-            task_feature_lengths=data.feature_lengths,
-            batch_size=data.batch_size,
-            seed=run.seed,
-            pack=data.pack,
-            shards=data.shards,
-            part_index=self.part.index,
-            part_count=self.part.count,
+    # ---- Teacher: read before anything of the student takes memory
+
+    teacher = training.teacher_config
+    teacher_params = None if training.teacher is None else training.load_teacher()
+    agree("run", plain(training.identity()) | {"resumed from step": resumed})
+
+    # ---- State: fresh, cut from the teacher, or restored together with the position in the data
+
+    optimizer = make_optimizer(training.experiment.optimizer, run.steps)
+    schedule = make_schedule(training.experiment.optimizer, run.steps)
+    init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
+    progress = Progress(best=Best(metric=run.keep_best, mode=run.best_mode, patience=run.patience))
+    if resumed is None:
+        params = initial_params(training, teacher_params)
+        state = init_state(student, optimizer, mesh, init_key, params, objective=objective, teacher=teacher)
+        del params
+    else:
+        training.check_resumes(resumed, manifest)
+        shapes = abstract_state(student, optimizer, objective, teacher)
+        state = restore_state(
+            checkpointer, resumed, shapes, state_shardings(student, optimizer, mesh, objective, teacher), iterator
         )
+        progress.restore(manifest, continued=training.is_continued(manifest))
+    del init_key  # not used anymore
+    if training.initial is not None:
+        training.initial.release()
 
-    def _run(self, resumed: int | None) -> TrainingResult:
-        training, run = self.training, self.training.run
-        init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
-        state = self._start(init_key) if resumed is None else self._restore(resumed)
-        if training.initial is not None:
-            training.initial.release()
-        first = resumed or 0
-        with self._writer(resumed) as self.writer, self._progress(first) as self.progress, StopSignal() as self.stop:
-            if self.heard:
-                write_run_files(training.model_dir)
-                if training.vocabulary_file() is not None:
-                    keep_tokenizer(training.model_dir, training.vocabulary_file())
-            if resumed:
-                self.progress.say(f"resumed from step {resumed} of {training.model_dir}")
-            if resumed is None and run.eval_at_start:
-                report = self.evaluation.evaluate(training.config, state.params)
-                self.writer.write(0, report.scalars("held_out/"))
-            if not self.finished:
-                state = self._train(state, dropout_key)
-            report = self.report or self.evaluation.evaluate(training.config, state.params)
-        return TrainingResult(
-            params=state.params, report=report, best=self.best, tokens=self.tokens, seconds=self.seconds
-        )
+    # ---- Step
 
-    def _writer(self, resumed: int | None) -> MetricWriter | Unheard:
-        if not self.heard:
-            return Unheard()
-        return MetricWriter(self.training.model_dir, resume_step=resumed, tensorboard=self.training.run.tensorboard)
-
-    def _progress(self, first: int) -> Progress | Unheard:
-        if not self.heard:
-            return Unheard()
-        return Progress(self.training.run.steps, first_step=first, description=self.training.label)
-
-    def _start(self, key: jax.Array) -> TrainState:
-        training, params = self.training, None
-        if training.initial is not None:
-            params = training.load_initial()
-        elif training.student_init.kind != "random":
-            params = init_from_teacher(
-                training.student_init,
-                training.load_teacher(),
-                teacher=training.teacher.config,
-                student=training.config,
-                mesh=self.mesh,
-            )
-        return init_state(training.config, self.optimizer, self.mesh, key, params)
-
-    def _train(self, state: TrainState, dropout_key: jax.Array) -> TrainState:
-        training, teacher = self.training, self.training.teacher
+    train_step = make_train_step(
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        micro_batches=run.micro_batches,
+        base_key=dropout_key,
+        implementation=run.losses,
+        teacher_sharding=training.experiment.teacher_sharding,
+        compiler_options=run.compiler_options,
+    )
+    if not objective.needs_teacher:
         teacher_params = None
-        if training.path.needs_teacher:
-            teacher_params = training.load_teacher()
-        step = make_train_step(
-            student=training.config,
-            teacher=None if teacher is None else teacher.config,
-            path=training.path,
-            optimizer=self.optimizer,
-            mesh=self.mesh,
-            micro_batches=training.run.micro_batches,
-            base_key=dropout_key,
-            computation=training.run.losses,
-            teacher_placement=training.run.teacher_placement,
-            compiler_options=training.run.compiler_options,
-        )
-        self.since = time.monotonic()
-        return train_loop(
-            step,
-            state,
-            teacher_params,
-            self._batches(),
-            steps=training.run.steps,
-            log_every=training.run.log_every,
-            at_log=self._at_log,
-        )
 
-    def _batches(self) -> Iterator[dict[str, jax.Array]]:
-        for batch in self.iterator:
-            self.own_tokens += count_tokens(batch) if self.part.leads else 0
-            yield place_batch(batch, self.mesh)
+    # ---- Loop: between two logs nothing waits for the devices, so the next batch is read while a step runs
 
-    def _at_log(self, step: int, state: TrainState, means: dict[str, float]) -> bool:
-        """Metrics first, then the checkpoint: a resumed run drops the lines after the step it resumes from.
+    first, report, window = resumed or 0, None, []
+    with (
+        open_metrics(training.model_dir, resume_step=resumed, tensorboard=run.tensorboard) as writer,
+        open_progress(run.steps, first_step=first, description=training.label) as screen,
+        StopSignal() as stop,
+    ):
+        if jax.process_index() == 0:
+            write_run_files(training.model_dir)
+            if training.vocabulary_file() is not None:
+                keep_tokenizer(training.model_dir, training.vocabulary_file())
+        screen.say(start_line(training, resumed, manifest))
+        if resumed is None and run.eval_at_start:
+            writer.write(0, evaluation.evaluate(student, state.params).scalars("held_out/"))
 
-        Returns whether this was the last step.
-        """
-        run = self.training.run
-        now = time.monotonic()
-        elapsed, self.seconds = now - self.since, self.seconds + now - self.since
-        if not np.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss became {means['loss']} by step {step}; lower the learning rate (the last checkpoint, "
-                f"of step {self.checkpointer.latest_step()}, is from before)"
-            )
-        stop = self._gather()
-        scalars = means | {"learning_rate": float(self.schedule(step - 1)), "tokens": self.tokens}
-        self.writer.write(step, scalars, timing={"seconds": self.seconds, "window_seconds": elapsed})
-        self.progress.advance(step, {"loss": means["loss"]})
+        started = time.monotonic()
+        own_tokens = 0  # of this host, since the last log
+        for step in range(first + 1, run.steps + 1) if not progress.finished else ():
+            batch = next(iterator)
+            own_tokens += count_tokens(batch) if rows.leads else 0
+            state, metrics = train_step(state, teacher_params, place_batch(batch, mesh))
+            window.append(metrics)
+            if step % run.log_every and step != run.steps:
+                continue
 
-        metrics, improved = None, False
-        last = step == run.steps
-        if run.eval_every and (step % run.eval_every == 0) or last:
-            report = self.evaluation.evaluate(self.training.config, state.params)
-            metrics = report.scalars()
-            improved = self.best.see(step, metrics)
-            last = last or self.best.is_over
-            self.report = report if last else None
-            self.writer.write(step, report.scalars("held_out/"))
-            self.progress.say(f"step {step}: {report.summary()}")
-        stopping = stop != 0 and not last
-        if step % run.checkpoint_every == 0 or last or stopping or improved:
-            self._save(step, state, metrics, last)
-        if stopping:
-            self.checkpointer.wait()
-            raise Stopped(
-                f"stopped at step {step} of {run.steps}, which is saved; the same command goes on from there",
-                stop,
-            )
-        self.since = time.monotonic()
-        return last
+            # -- Log. One exchange adds up the hosts' tokens, and lets them agree on a signal to stop.
+            means = window_means(window)
+            window.clear()
+            elapsed = time.monotonic() - started
+            gathered = gather([own_tokens, stop.number or 0])  # [hosts, 2]
+            own_tokens, signal_number = 0, int(gathered[:, 1].max())
+            progress.tokens += int(gathered[:, 0].sum())
+            progress.seconds += elapsed
+            check_finite(means["loss"], step, checkpointer.latest_step())
+            scalars = means | {"learning_rate": float(schedule(step - 1)), "tokens": progress.tokens}
+            writer.write(step, scalars, timing={"seconds": progress.seconds, "window_seconds": elapsed})
+            screen.advance(step, {"loss": means["loss"]})
 
-    def _save(self, step: int, state: TrainState, metrics: dict[str, float] | None, last: bool) -> None:
-        sources = {"teacher": self.training.teacher, "initial": self.training.initial}
-        progress = {"tokens": self.tokens, "seconds": self.seconds, "best": self.best.facts(), "finished": last}
-        facts = {
-            "run": self.training.identity(),
-            "progress": progress,
-            **{role: None if model is None else {"source": model.source} for role, model in sources.items()},
-            "held_out": metrics,
+            # -- Evaluate
+            last, improved, held_out = step == run.steps, False, None
+            if (run.eval_every and step % run.eval_every == 0) or last:
+                report = evaluation.evaluate(student, state.params)
+                held_out = report.scalars()
+                improved = progress.best.update(step, held_out)
+                last = last or progress.best.is_over
+                writer.write(step, report.scalars("held_out/"))
+                screen.say(f"step {step}: {report.summary()}")
+
+            # -- Save. Metrics were written first: a resumed run drops the lines after the step it resumes from.
+            stopping = signal_number != 0 and not last
+            progress.finished = last
+            if step % run.checkpoint_every == 0 or last or stopping or improved:
+                positions = iterator.state() if rows.leads else {}
+                saved = make_manifest(training, progress, held_out)
+                checkpointer.save(step, state.saved(), positions, saved, held_out, force=True)
+
+            # -- Stop
+            if stopping:
+                checkpointer.wait()
+                raise Stopped(
+                    f"stopped at step {step} of {run.steps}, which is saved; the same command resumes from there",
+                    signal_number,
+                )
+            if last:
+                break
+            started = time.monotonic()
+
+        # ---- Result: a finished run is evaluated again
+
+        report = report or evaluation.evaluate(student, state.params)
+    return TrainingResult(
+        params=state.params, report=report, best=progress.best, tokens=progress.tokens, seconds=progress.seconds
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """What a run counts; kept in the manifest, so that a resumed run counts on.
+
+    Attributes:
+        best: the best evaluation so far.
+        tokens: real tokens read, inputs and targets.
+        seconds: spent in training steps.
+        finished: whether the run came to its end.
+    """
+
+    best: Best
+    tokens: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """As it is in a manifest."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "best": self.best.plain(),
+            "finished": self.finished,
         }
-        positions = self.iterator.state() if self.part.leads else {}
-        self.checkpointer.save(step, state, positions, facts, metrics, force=True)
 
-    def _gather(self) -> int:
-        """Adds up the hosts' tokens, and returns the signal that asked one of them to stop: 0 if there was none."""
-        gathered = gather([self.own_tokens, self.stop.number or 0])  # [hosts, 2]
-        self.tokens, self.own_tokens = self.tokens + int(gathered[:, 0].sum()), 0
-        return int(gathered[:, 1].max())
+    def restore(self, manifest: Manifest, *, continued: bool) -> None:
+        """Counts on from what a manifest has; a finished run that is continued is not finished any more."""
+        saved = manifest["progress"]
+        self.tokens, self.seconds = saved["tokens"], saved["seconds"]
+        if "best" in saved:
+            self.best.restore(saved["best"])
+        self.finished = saved.get("finished", False) and not continued
+        if continued:
+            self.best.waited = 0
 
-    def _restore(self, step: int) -> TrainState:
-        training = self.training
-        facts = self.checkpointer.facts(step)
-        check_same_run(training, step, facts)
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_state(training.config, self.optimizer),
-            state_shardings(training.config, self.optimizer, self.mesh),
+
+def open_checkpoints(training: Training) -> Checkpointer:
+    """The checkpoints of a training, of which as many are kept as its run says."""
+    run = training.run
+    return Checkpointer(
+        f"{training.model_dir}/{CHECKPOINTS}",
+        every=run.checkpoint_every,
+        keep_last=run.keep_last,
+        keep_best=run.keep_best,
+        best_mode=run.best_mode,
+    )
+
+
+def make_training_iterator(training: Training, part_index: int, part_count: int) -> Any:
+    """The stream of this host's rows of every batch."""
+    from endistill_jax.data.pipeline import make_iterator
+
+    data = training.data
+    return make_iterator(
+        data.task,
+        split="train",
+        task_feature_lengths=data.feature_lengths,
+        batch_size=data.batch_size,
+        seed=training.run.seed,
+        pack=data.pack,
+        shards=data.shards,
+        part_index=part_index,
+        part_count=part_count,
+    )
+
+
+def initial_params(training: Training, teacher_params: Any) -> Any:
+    """What the student starts from, if not from fresh parameters: a trained model, or a part of its teacher."""
+    if training.initial is not None:
+        return training.load_initial()
+    init = training.experiment.init
+    if init.kind == "random":
+        return None
+    teacher, mesh = training.teacher.config, training.mesh()
+    return init_from_teacher(init, teacher_params, teacher=teacher, student=training.student, mesh=mesh)
+
+
+def restore_state(
+    checkpointer: Checkpointer, step: int, shapes: TrainState, shardings: TrainState, iterator: Any
+) -> TrainState:
+    """The state of a step, straight onto its devices; the data goes on from where it was."""
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes.saved(),
+        shardings.saved(),
+    )
+    state, positions, _ = checkpointer.restore(step, abstract, iterator.names)
+    iterator.restore(positions)
+    return TrainState(**state)
+
+
+def make_manifest(training: Training, progress: Progress, held_out: dict[str, float] | None) -> Manifest:
+    """What a checkpoint says of itself."""
+    sources = {"teacher": training.teacher, "initial": training.initial}
+    return {
+        "schema": SCHEMA,
+        "run": plain(training.identity()),
+        "progress": progress.plain(),
+        **{role: None if model is None else {"source": model.source} for role, model in sources.items()},
+        "held_out": held_out,
+    }
+
+
+def start_line(training: Training, resumed: int | None, manifest: Manifest | None) -> str:
+    """Where a run starts from, and what of it is kept and what starts anew."""
+    if resumed is None:
+        if training.initial is not None:
+            return (
+                f"starts from the parameters of {training.initial.source}, step {training.initial.step}; "
+                "optimizer, schedule and data start anew"
+            )
+        return f"starts at step 0 in {training.model_dir}"
+    if training.is_continued(manifest):
+        return (
+            f"continues a finished run of {manifest['run']['steps']} steps to {training.run.steps}: parameters, optimizer "
+            "state and position in the data are kept; the learning-rate schedule is that of the new length"
         )
-        state, data_state, _ = self.checkpointer.restore(step, abstract, self.iterator.names)
-        self.iterator.restore(data_state)
-        progress = facts["progress"]
-        self.tokens, self.seconds = progress["tokens"], progress["seconds"]
-        if "best" in progress:
-            self.best.restore(progress["best"])
-        self.finished = progress.get("finished", step == training.run.steps)
-        return state
+    return f"resumed from step {resumed} of {training.model_dir}"
+
+
+def check_finite(loss: float, step: int, saved: int | None) -> None:
+    """A loss that is no number ends the run.
+
+    Raises:
+        UserError: with the last checkpoint from before.
+    """
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} by step {step}; lower the learning rate (the last checkpoint, of step {saved}, "
+            "is from before)"
+        )
 
 
 def count_tokens(batch: dict[str, np.ndarray]) -> int:

@@ -7,59 +7,28 @@ micro-batching nor the mesh changes what is computed.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.attention import platform_attention_bytes
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import T5, Output
-from endistill_jax.objectives import Computation, Path, Placement, interpolate_output, loss_from_outputs, term_weights
+from endistill_jax.core.groups import platform_attention_bytes
+from endistill_jax.core.sites import STACKS
+from endistill_jax.models.family import ModelConfig, apply, logical_axes
+from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
+from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
 from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
-from endistill_jax.train.state import TrainState, state_shardings
+from endistill_jax.train.state import TrainState, split_trainable, state_shardings
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-DENSE = Computation(relations="dense", vocabulary="dense")
-
-
-def forward(
-    config: T5Config,
-    params: Any,
-    batch: Batch,
-    path: Path,
-    role: str,
-    dropout_key: Any = None,
-    computation: Computation = DENSE,
-) -> Output:
-    """What a path reads of its "teacher" or its "student"; without a key, without dropout.
-
-    That is the taps and, if it reads words, the logits, or the head where the losses apply it to some tokens at a time.
-    """
-    if role == "teacher":
-        config = dataclasses.replace(config, attention_bytes=_teacher_attention_bytes(computation))
-    return T5(config).apply(
-        {"params": params},
-        batch,
-        path.reads(role),
-        deterministic=dropout_key is None,
-        frozen=role == "teacher",
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
-    )
-
-
-def _teacher_attention_bytes(computation: Computation) -> int | None:
-    """As asked for, or by platform; all at once where nothing is known of how arrays lie."""
-    by_platform = None if computation.placement is None else platform_attention_bytes(computation.platform())
-    return computation.attention_bytes or by_platform
 
 
 def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
@@ -73,51 +42,76 @@ def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
     return {name: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
-def loss_and_sums(
-    params: Any,
-    teacher_params: Any,
-    batch: Batch,
-    weights: dict[str, jax.Array],
-    dropout_key: jax.Array | None,
-    *,
-    student: T5Config,
-    teacher: T5Config | None,
-    path: Path,
-    computation: Computation = DENSE,
-    teacher_placement: str = "sharded",
-    step: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a batch, or a micro-batch's share of it: what is differentiated with respect to `params`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossFunction:
+    """The loss of a (micro-)batch, as a function of what is trained.
 
-    Args:
-        params: the student's.
-        teacher_params: the teacher's, constants; None without a teacher.
-        batch: the micro-batch.
-        weights: `term_weights` of the whole batch.
-        dropout_key: needed with dropout; None runs without it.
+    Attributes:
         student: settings of the student.
-        teacher: settings of the teacher.
-        path: what is compared.
-        computation: in which form; the dense one is right anywhere.
-        teacher_placement: how the teacher's parameters lie, where there is a mesh; see `sharding.logical_rules`.
-        step: number of the step, from 0, by which interpolated targets move; None takes the teacher's own.
-
-    Returns:
-        The loss, and the sums of every term, of the student's `cross_entropy` and of the `teacher_cross_entropy` (with
-        interpolated targets, of those) where words are read, without gradient of their own.
+        teacher: settings of the teacher; None where no term reads one.
+        objective: what is compared.
+        implementation: in which form; the dense one is right anywhere.
+        teacher_sharding: how the teacher's parameters are sharded, where there is a mesh; see `sharding.logical_rules`.
     """
-    taught = None
-    if path.needs_teacher:
-        # Without a placement the mesh and its rules are another system's, such as T5X's.
-        rules = logical_rules(teacher_placement) if computation.placement else nn.get_logical_axis_rules()
-        with nn.logical_axis_rules(rules):
-            taught = forward(teacher, teacher_params, batch, path, "teacher", computation=computation)
-        taught = jax.lax.stop_gradient(taught)
-    key = dropout_key if student.dropout_rate else None
-    learned = forward(student, params, batch, path, "student", key, computation)
-    if taught is not None and path.interpolated_targets is not None and step is not None:
-        taught = interpolate_output(taught, learned, path.interpolated_targets.share(step), path.relation_heads)
-    return loss_from_outputs(path, learned, taught, batch, weights, computation)
+
+    student: ModelConfig
+    teacher: ModelConfig | None
+    objective: Objective
+    implementation: LossImplementation = DENSE
+    teacher_sharding: str = "sharded"
+
+    def __call__(
+        self,
+        trained: Any,
+        teacher_params: Any,
+        batch: Batch,
+        weights: Mapping[str, jax.Array],
+        dropout_key: jax.Array | None = None,
+        *,
+        step: jax.Array | None = None,
+        share: Mapping[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss and the sums that it is made of; see `objectives.loss_and_sums`.
+
+        Args:
+            trained: the student's parameters and those of the terms: what is differentiated.
+            teacher_params: constants; None without a teacher.
+            batch: the (micro-)batch.
+            weights: of the whole batch.
+            dropout_key: needed with dropout; None runs without it.
+            step: by which coefficients and interpolated targets move; None takes the first, and the teacher's targets.
+            share: state of adaptive interpolated targets.
+        """
+        objective, student = self.objective, self.student
+        params, own = split_trainable(trained)
+        teacher_out = None
+        if objective.needs_teacher:
+            # Without axes the mesh and its rules are another system's, such as T5X's.
+            rules = logical_rules(self.teacher_sharding) if self.implementation.axes else nn.get_logical_axis_rules()
+            with nn.logical_axis_rules(rules):
+                reads, limit = objective.reads("teacher"), self._teacher_attention_bytes()
+                teacher_out = apply(self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit)
+            teacher_out = jax.lax.stop_gradient(teacher_out)
+        key = dropout_key if student.dropout_rate else None
+        student_out = apply(student, params, batch, objective.reads("student"), dropout_key=key)
+        targets = objective.interpolated_targets
+        return loss_and_sums(
+            objective,
+            student_out,
+            teacher_out,
+            batch,
+            weights,
+            params=own,
+            share=None if targets is None or step is None else targets.share(step, share),
+            step=step,
+            implementation=self.implementation,
+        )
+
+    def _teacher_attention_bytes(self) -> int | None:
+        """As asked for, or by platform; all at once where nothing is known of how arrays are sharded."""
+        implementation = self.implementation
+        by_platform = None if implementation.axes is None else platform_attention_bytes(implementation.platform)
+        return implementation.attention_bytes or by_platform
 
 
 def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batch, count: int, key: jax.Array) -> Any:
@@ -135,17 +129,29 @@ def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batc
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))[0]
 
 
+def norms_by_stack(config: ModelConfig, gradient: Any) -> dict[str, jax.Array]:
+    """The norm of a model's gradient in its encoder, its decoder, and its embedding with the head."""
+    groups: dict[str, list[jax.Array]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(split_trainable(gradient)[0])
+    axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    for (path, leaf), names in zip(leaves, axes, strict=True):
+        stack = path[0].key
+        group = stack if stack in STACKS and "vocab" not in names else "embedding"
+        groups.setdefault(group, []).append(leaf)
+    return {group: optax.global_norm(parts) for group, parts in groups.items()}
+
+
 def make_train_step(
     *,
-    student: T5Config,
-    teacher: T5Config | None,
-    path: Path,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     micro_batches: int = 1,
     base_key: jax.Array | None = None,
-    computation: Computation | None = None,
-    teacher_placement: str = "sharded",
+    implementation: LossImplementation | None = None,
+    teacher_sharding: str = "sharded",
     compiler_options: CompilerOptions | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Builds `train_step(state, teacher_params, batch) -> (state, metrics)`, jitted with shardings on the mesh.
@@ -154,60 +160,66 @@ def make_train_step(
 
     Args:
         student: settings of the model that is trained.
-        teacher: settings of the frozen model, or None if the path has no term that reads one.
-        path: what is compared.
+        teacher: settings of the frozen model, or None if no term of the objective reads one.
+        objective: what is compared.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`.
         micro_batches: parts of a batch whose gradients are accumulated before the update.
         base_key: dropout at a step uses `fold_in(base_key, step)`; needed only with dropout.
-        computation: in which form the losses are computed; by default chosen by platform and shape.
-        teacher_placement: how the teacher's parameters lie on the mesh; see `sharding.logical_rules`.
+        implementation: in which form the losses are computed; by default chosen by platform and shape.
+        teacher_sharding: how the teacher's parameters are sharded on the mesh; see `sharding.logical_rules`.
         compiler_options: by platform, for XLA; see `options_of_platform`.
 
     Returns:
-        The step. Its metrics are (sum, weight) pairs: every term of the path by name, `loss`, `cross_entropy` of the
-        student and `teacher_cross_entropy` where logits are computed, and the norms of gradient, parameters and update.
+        The step. Its metrics are (sum, weight) pairs: every term of the objective by name, `loss`, `cross_entropy` of
+        the student and `teacher_cross_entropy` where the vocabulary is read, the norms of gradient (also by stack),
+        parameters and update, and the `teacher_share` of interpolated targets.
     """
-    if path.needs_teacher and teacher is None:
-        raise UserError("the path compares with a teacher, but no teacher is given")
+    if objective.needs_teacher and teacher is None:
+        raise UserError("the objective compares with a teacher, but no teacher is given")
     if base_key is None and student.dropout_rate:
         raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
     base_key = jax.random.key(0) if base_key is None else base_key
-
-    computation = dataclasses.replace(computation or Computation(), placement=Placement(mesh=mesh))
-    micro_batch_loss = functools.partial(
-        loss_and_sums,
+    axes = MeshAxes(mesh=mesh)
+    loss_function = LossFunction(
         student=student,
         teacher=teacher,
-        path=path,
-        computation=computation,
-        teacher_placement=teacher_placement,
+        objective=objective,
+        implementation=dataclasses.replace(implementation or LossImplementation(), axes=axes),
+        teacher_sharding=teacher_sharding,
     )
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with activation_sharding(mesh):
-            weights = term_weights(path, batch)
-            gradient = jax.value_and_grad(functools.partial(micro_batch_loss, step=state.step), has_aux=True)
+            weights = objective.weights(batch)
+            loss_at = functools.partial(loss_function, step=state.step, share=state.objective.get("share"))
+            gradient = jax.value_and_grad(loss_at, has_aux=True)
             key = jax.random.fold_in(base_key, state.step)
 
             (loss, sums), grads = _over_micro_batches(
-                lambda part, key: gradient(state.params, teacher_params, part, weights, key), batch, micro_batches, key
+                lambda part, key: gradient(state.trainable, teacher_params, part, weights, key),
+                batch,
+                micro_batches,
+                key,
             )
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            tokens = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32)
-            one = jnp.ones((), jnp.float32)
-            metrics = {name: (value, weights.get(name, tokens)) for name, value in sums.items()}
-            metrics |= {
-                "loss": (loss, one),
-                "gradient_norm": (optax.global_norm(grads), one),
-                "update_norm": (optax.global_norm(updates), one),
-                "parameter_norm": (optax.global_norm(params), one),
-            }
-            return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trained = optax.apply_updates(state.trainable, updates)
+            params, own = split_trainable(trained)
+            carried = dict(state.objective) | ({"params": own} if own else {})
+            metrics = _loss_metrics(batch, loss, sums, weights)
+            metrics |= _norm_metrics(student, grads, updates, trained)
+            if objective.interpolated_targets is not None:
+                targets, share = objective.interpolated_targets, state.objective.get("share")
+                metrics["teacher_share"] = (targets.share(state.step, share), jnp.ones((), jnp.float32))
+                if share is not None:
+                    carried["share"] = targets.update(state.step, share, loss)
+            state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, objective=carried)
+            return state, metrics
 
-    state_spec = state_shardings(student, optimizer, mesh)
-    teacher_spec = param_shardings(teacher, mesh, teacher_placement, "the teacher's") if path.needs_teacher else None
+    state_spec = state_shardings(student, optimizer, mesh, objective, teacher)
+    teacher_spec = None
+    if objective.needs_teacher:
+        teacher_spec = param_shardings(teacher, mesh, teacher_sharding, "the teacher's")
     return jax.jit(
         train_step,
         in_shardings=(state_spec, teacher_spec, batch_sharding(mesh)),
@@ -215,3 +227,27 @@ def make_train_step(
         donate_argnums=0,
         compiler_options=options_of_platform(compiler_options, mesh),
     )
+
+
+def _loss_metrics(
+    batch: Batch, loss: jax.Array, sums: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+) -> Metrics:
+    tokens = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
+    return {"loss": (loss, jnp.ones(()))} | {name: (total, weights.get(name, tokens)) for name, total in sums.items()}
+
+
+def _norm_metrics(student: ModelConfig, gradient: Any, updates: Any, trained: Any) -> Metrics:
+    norms = {f"gradient_norm/{stack}": norm for stack, norm in norms_by_stack(student, gradient).items()}
+    norms |= {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
+    norms["parameter_norm"] = optax.global_norm(trained)
+    return {name: (norm, jnp.ones(())) for name, norm in norms.items()}
+
+
+def window_means(window: list[Metrics]) -> dict[str, float]:
+    """Mean of every metric over some steps: summed sums over summed weights, in float64."""
+    fetched = jax.device_get(window)
+    means = {}
+    for name in fetched[0]:
+        sums, weights = np.asarray([metrics[name] for metrics in fetched], np.float64).T
+        means[name] = float(sums.sum() / weights.sum()) if weights.sum() else float("nan")
+    return means

@@ -1,4 +1,4 @@
-"""A training run before it starts: its settings, and everything that can be checked without starting it."""
+"""A training before it starts: an experiment in a folder, its other models opened, and everything checked that can be."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,19 +8,20 @@ from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.interchange import VocabularyFile
-from endistill_jax.checkpoints.models import TrainedModel
-from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
+from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
+from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
-from endistill_jax.models.family import Params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Params, config_from_plain
 from endistill_jax.multihost.agreement import agree
-from endistill_jax.objectives import Path
-from endistill_jax.sharding import check_rows, make_mesh, param_shardings
+from endistill_jax.objectives import Objective
+from endistill_jax.sharding import check_rows, param_shardings
 from endistill_jax.storage import check_writable_place
+from endistill_jax.train.best import Best
 from endistill_jax.train.compiler_options import options_of_platform
-from endistill_jax.train.optimizer import OptimizerConfig, make_schedule
-from endistill_jax.train.settings import Data, Run
+from endistill_jax.train.experiment import Data, Experiment, Run, Teacher
+from endistill_jax.train.optimizer import make_schedule
 
 # What of an identity is a fingerprint of another model's parameters.
 CONTENTS = ("teacher", "initial")
@@ -28,36 +29,46 @@ CONTENTS = ("teacher", "initial")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training run, checked but not started.
+    """One training, checked but not started.
 
     Attributes:
         model_dir: where checkpoints, metrics and tables go.
-        config: the model that is trained.
-        path: what it learns from.
-        data: what it reads.
-        optimizer: how it is updated.
-        run: how long, and what is kept.
-        teacher: the frozen model, None if the path needs none.
-        student_init: what of the teacher the model starts from.
-        initial: a trained model that is trained further; its settings but for dropout and execution are `config`.
+        experiment: what is trained.
+        teacher: the frozen model, None if the experiment has none.
+        initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
     """
 
     model_dir: str
-    config: T5Config
-    path: Path
-    data: Data
-    optimizer: OptimizerConfig
-    run: Run
+    experiment: Experiment
     teacher: TrainedModel | None = None
-    student_init: StudentInit = RANDOM
     initial: TrainedModel | None = None
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
 
     @property
-    def teacher_config(self) -> T5Config | None:
+    def student(self) -> ModelConfig:
+        """The model that is trained."""
+        return self.experiment.student
+
+    @property
+    def objective(self) -> Objective:
+        """What it is trained with."""
+        return self.experiment.objective
+
+    @property
+    def data(self) -> Data:
+        """What it reads."""
+        return self.experiment.data
+
+    @property
+    def run(self) -> Run:
+        """How long, on which mesh, what is kept."""
+        return self.experiment.run
+
+    @property
+    def teacher_config(self) -> ModelConfig | None:
         """The teacher's settings, if there is a teacher."""
         return None if self.teacher is None else self.teacher.config
 
@@ -69,22 +80,24 @@ class Training:
         """
         from endistill_jax.data.pipeline import check_split
 
+        experiment = self.experiment
         check_writable_place(self.model_dir)
-        agree("vocabulary and teacher", self._read_facts())
+        agree("vocabulary and teacher", self._identity_of_files())
         check_split(self.task(), "train")
-        make_schedule(self.optimizer, self.run.steps)
-        self.path.validate(self.config, self.teacher_config)
+        make_schedule(experiment.optimizer, self.run.steps)
+        self.objective.validate(self.student, self.teacher_config)
         self._check_targets()
         if not self.scoring:
             check_metric(self.run.keep_best)
-        self.student_init.check(self.teacher_config, self.config)
+        experiment.init.check(self.teacher_config, self.student)
         self.check_mesh()
-        check_vocabularies(self.vocabulary(), self.config, self.teacher)
+        check_vocabularies(self.vocabulary(), self.student, self.teacher)
         if self.initial is not None:
             check_same_vocabulary(self.vocabulary(), self.initial, "the model")
+            check_shape(self.initial.source, self.initial.config, self.student, "the student")
 
     def _check_targets(self) -> None:
-        targets = self.path.interpolated_targets
+        targets = self.objective.interpolated_targets
         if targets is not None and targets.steps > self.run.steps:
             raise UserError(
                 f"InterpolatedTargets.steps is {targets.steps}, but the run ends after {self.run.steps} steps "
@@ -98,29 +111,29 @@ class Training:
             UserError: naming the setting and what would be right.
         """
         mesh, run = self.mesh(), self.run
-        param_shardings(self.config, mesh, whose="the student's" if self.teacher else "the model's")
+        param_shardings(self.student, mesh, whose="the student's" if self.teacher else "the model's")
         if self.teacher is not None:
-            param_shardings(self.teacher.config, mesh, run.teacher_placement, "the teacher's")
+            param_shardings(self.teacher.config, mesh, self.experiment.teacher_sharding, "the teacher's")
         check_rows("Data.batch_size", self.data.batch_size, mesh, run.micro_batches)
         check_rows("Data.eval_batch_size", self.data.eval_batch_size, mesh)
         options_of_platform(run.compiler_options, mesh)
 
-    def _read_facts(self) -> dict[str, Any]:
+    def _identity_of_files(self) -> dict[str, Any]:
         """What the same settings may mean on another host: files of the same name with other contents."""
         teacher = self.teacher
         return {
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
-            "teacher": teacher and dataclasses.asdict(teacher.config) | {"step": teacher.step},
+            "teacher": teacher and plain(teacher.config) | {"step": teacher.step},
             "initial": self.initial and {"step": self.initial.step},
         }
 
     def mesh(self) -> Mesh:
         """The device mesh of the run."""
-        return make_mesh(*self.run.mesh, slices=self.run.slices)
+        return self.run.mesh_of_devices()
 
     def load_teacher(self) -> Params:
-        """The teacher's parameters, where the run wants them."""
-        return self.teacher.load_on(self.mesh(), self.run.teacher_placement)
+        """The teacher's parameters, sharded as the experiment says."""
+        return self.teacher.load_on(self.mesh(), self.experiment.teacher_sharding)
 
     def load_initial(self) -> Params:
         """The parameters that are trained further, on the mesh."""
@@ -142,43 +155,129 @@ class Training:
         path = getattr(vocabulary, "sentencepiece_model_file", None)
         return None if path is None else VocabularyFile(path, vocabulary.extra_ids)
 
+    def with_shards(self, manifest: Manifest | None) -> "Training":
+        """The same training, its text in as many shards as it is said, as the run began with, or as there are hosts."""
+        from endistill_jax.sharding import host_part
+
+        saved = (manifest or {}).get("run", {}).get("data", {})
+        shards = self.data.shards or saved.get("shards") or host_part(self.mesh()).count
+        data = dataclasses.replace(self.data, shards=shards)
+        return dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, data=data))
+
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption; reads the teacher, if that was not done."""
         identity = self.settings() | {"teacher": None if self.teacher is None else self.teacher.fingerprint}
         return identity if self.initial is None else identity | {"initial": self.initial.fingerprint}
 
     def settings(self) -> dict[str, Any]:
-        """The identity but for what other models contain: for this none of them is read."""
+        """The identity but for what other models contain: for this none of them is read. Values may be dataclasses."""
+        experiment, run, student = self.experiment, self.run, self.student
         return {
-            "model": self.config.architecture()
-            | {"dtype": self.config.dtype, "dropout_rate": self.config.dropout_rate},
+            "model": student.architecture() | {"dtype": student.dtype, "dropout_rate": student.dropout_rate},
             "teacher_dtype": None if self.teacher is None else self.teacher.config.dtype,
-            "path": dataclasses.asdict(self.path),
-            "optimizer": dataclasses.asdict(self.optimizer),
+            "objective": self.objective.described(),
+            "optimizer": experiment.optimizer,
             "task": self.task().name,
             "data": {
                 name: getattr(self.data, name)
                 for name in ("inputs_length", "targets_length", "batch_size", "pack", "shards")
             },
-            "steps": self.run.steps,
-            "seed": self.run.seed,
-            "micro_batches": self.run.micro_batches,
+            "steps": run.steps,
+            "seed": run.seed,
+            "micro_batches": run.micro_batches,
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
-            "student_init": self.student_init.facts(self.teacher_config, self.config),
-            # What decides the figures, and by them which step is the best and when to end.
-            "evaluation": self.data.evaluated | self.scoring | self.run.chosen_by,
+            "student_init": experiment.init.facts(self.teacher_config, student),
+            # What decides the metrics, and by them which step is the best and when to end.
+            "evaluation": self.data.evaluated | dict(self.scoring) | run.chosen_by,
         }
 
+    def check_resumes(self, step: int, manifest: Manifest, *, contents: bool = True) -> None:
+        """Compares this training with the one that left a checkpoint.
 
-def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel | None) -> None:
-    """Teacher, student and task must speak the same vocabulary: equal in content, not only in size.
+        A run that came to its end may be given more steps.
+
+        Args:
+            step: of the checkpoint.
+            manifest: of the checkpoint.
+            contents: compare what the teacher, or the model that is trained further, contains too; reads them.
+
+        Raises:
+            UserError: naming every difference.
+        """
+        training, saved = self.with_shards(manifest), manifest["run"]
+        current = training.identity() if contents else training.settings()
+        ignored = () if contents else CONTENTS
+        if self.is_continued(manifest):
+            ignored += ("steps",)
+        saved = {name: value for name, value in saved.items() if name not in ignored}
+        current = {name: value for name, value in current.items() if name not in ignored}
+        check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
+
+    def is_continued(self, manifest: Manifest) -> bool:
+        """Whether the run of a manifest came to its end, and this one is longer."""
+        return is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
+
+
+def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:
+    """A training whose teacher and initial checkpoint are opened; reads no parameters.
+
+    Raises:
+        UserError: if one of them cannot be opened, or the teacher has another shape than it was said to have.
+    """
+    teacher, initial, student = None, None, experiment.student
+    if experiment.teacher is not None:
+        teacher = open_teacher(experiment.teacher, student.scan_layers)
+    if experiment.initial_checkpoint is not None:
+        initial = open_model(experiment.initial_checkpoint, scan_layers=student.scan_layers)
+        print_notes(initial)
+    return Training(model_dir=model_dir, experiment=experiment, teacher=teacher, initial=initial, **settings)
+
+
+def open_teacher(teacher: Teacher, scan_layers: bool) -> TrainedModel:
+    """Opens a teacher, whose layers run in a compiled loop if the student's do.
+
+    Raises:
+        UserError: if there is none, or it has another shape than it was said to have.
+    """
+    opened = open_model(teacher.source, teacher.dtype, scan_layers)
+    print_notes(opened)
+    if teacher.config is not None:
+        check_shape(teacher.source, opened.config, teacher.config, "the teacher")
+    return opened
+
+
+def as_teacher(shape: ModelConfig, dtype: str, scan_layers: bool) -> ModelConfig:
+    """A teacher's settings from its shape alone, as `open_model` gives them."""
+    return config_from_plain(shape.architecture() | {"dtype": dtype, "scan_layers": scan_layers})
+
+
+def check_shape(source: str, found: ModelConfig, expected: ModelConfig, role: str) -> None:
+    """A checkpoint must have the shape that was said.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    said, has = expected.architecture(), found.architecture()
+    differing = [
+        f"{name} {has.get(name)} instead of {said.get(name)}"
+        for name in sorted(said.keys() | has.keys())
+        if has.get(name) != said.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint {source} is not what {role}'s settings say: {', '.join(differing)}; correct one"
+        )
+
+
+def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedModel | None) -> None:
+    """Teacher, student and task must have the same vocabulary: equal in content, not only in size.
 
     Raises:
         UserError: if they do not, or the model has fewer rows than the vocabulary has ids.
     """
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
-            f"T5Config.vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
+            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
             f"make it at least that"
         )
     if teacher is not None:
@@ -186,7 +285,7 @@ def check_vocabularies(vocabulary: Any, config: T5Config, teacher: TrainedModel 
 
 
 def check_same_vocabulary(vocabulary: Any, model: TrainedModel, role: str) -> None:
-    """A trained model must speak the task's vocabulary.
+    """A trained model must have the task's vocabulary.
 
     Raises:
         UserError: if it is known to have been trained with another.
@@ -196,3 +295,55 @@ def check_same_vocabulary(vocabulary: Any, model: TrainedModel, role: str) -> No
             f"{role} {model.source} was trained with another vocabulary than the task's; "
             f"choose a task with {role}'s vocabulary"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a run found that came to its end.
+
+    Attributes:
+        best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
+        tokens: real tokens read, inputs and targets.
+        seconds: spent in training steps, over all attempts.
+    """
+
+    best: Best
+    tokens: int
+    seconds: float
+
+
+def last_manifest(model_dir: str) -> tuple[int, Manifest]:
+    """The last step that a run saved, and its manifest; 0 and nothing where there is none."""
+    found = find_run(model_dir)
+    return (0, {}) if found is None else (found[1], read_manifest_of_step(str(found[0]), found[1]))
+
+
+def is_finished(manifest: Manifest) -> bool:
+    """Whether a run's last manifest, if there is one, says that it came to its end."""
+    return bool(manifest.get("progress", {}).get("finished"))
+
+
+def has_ended(model_dir: str) -> bool:
+    """Whether the run in a folder, whichever it was, came to its end."""
+    return is_finished(last_manifest(model_dir)[1])
+
+
+def finished(training: Training) -> Finished | None:
+    """What a run that came to its end found, from its manifest alone; None if it did not, or is to be continued.
+
+    Raises:
+        UserError: if it was another run.
+    """
+    step, manifest = last_manifest(training.model_dir)
+    if not is_finished(manifest) or training.is_continued(manifest):
+        return None
+    training.check_resumes(step, manifest)
+    return what_was_found(manifest)
+
+
+def what_was_found(manifest: Manifest) -> Finished:
+    """What the manifest of a finished run's last step says."""
+    progress = manifest["progress"]
+    best = Best()
+    best.restore(progress["best"])
+    return Finished(best=best, tokens=progress["tokens"], seconds=progress["seconds"])

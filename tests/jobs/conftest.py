@@ -14,10 +14,10 @@ from endistill_jax.checkpoints import huggingface
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
 from endistill_jax.evaluation.metrics import accuracy
-from endistill_jax.jobs import Data, Run, distill
+from endistill_jax.jobs import Data, Experiment, Run, Teacher, distill
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, Site
+from endistill_jax.objectives import presets
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -29,11 +29,9 @@ DISTILL_GIN = """
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
 from endistill_jax.models.t5 import config
+from endistill_jax.objectives import presets
 from endistill_jax.tasks import pretraining
 from endistill_jax.train import optimizer
-include 'gin/paths/minend.gin'
-
-RELATION_HEADS = 4
 
 pretraining.text_files_task:
     name = 'distill_gin_v1'
@@ -63,14 +61,18 @@ jobs.Run:
     eval_every = 20
     checkpoint_every = 10
     tensorboard = False
-jobs.distill:
-    model_dir = %MODEL_DIR
-    teacher = '{teacher}'
+presets.union.relation_heads = 4
+jobs.Teacher.source = '{teacher}'
+jobs.Experiment:
     student = @config.T5Config()
-    path = %PATH
+    teacher = @jobs.Teacher()
+    objective = @presets.union()
     data = @jobs.Data()
     optimizer = @optimizer.OptimizerConfig()
     run = @jobs.Run()
+jobs.distill:
+    model_dir = %MODEL_DIR
+    experiment = @jobs.Experiment()
 jobs.run.job = @jobs.distill
 """
 
@@ -78,19 +80,12 @@ CHAIN_GIN = """
 include '{base}'
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
-from endistill_jax.models.t5 import config
-from endistill_jax.train import optimizer
 jobs.Run.steps = 40
 jobs.Interpolation.number = 1
 jobs.interpolate:
     model_dir = %MODEL_DIR
-    teacher = '{teacher}'
-    student = @config.T5Config()
+    experiment = @jobs.Experiment()
     interpolation = @jobs.Interpolation()
-    path = %PATH
-    data = @jobs.Data()
-    optimizer = @optimizer.OptimizerConfig()
-    run = @jobs.Run()
 jobs.run.job = @jobs.interpolate
 """
 
@@ -183,25 +178,18 @@ def distill_gin(tmp_path_factory, corpus, teacher) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def chain_gin(distill_gin, teacher) -> pathlib.Path:
+def chain_gin(distill_gin) -> pathlib.Path:
     """A gin file for processes of their own: a chain over one assistant, each of its two stages of 40 steps."""
     file = distill_gin.with_name("chain.gin")
-    file.write_text(CHAIN_GIN.format(base=distill_gin, teacher=teacher))
+    file.write_text(CHAIN_GIN.format(base=distill_gin))
     return file
 
 
 @pytest.fixture(scope="session")
 def settings(data) -> dict:
-    """What every job takes, for a run of four steps with a checkpoint after two and after four."""
+    """What every experiment has, for a run of four steps with a checkpoint after two and after four."""
     run = Run(steps=4, log_every=1, checkpoint_every=2, tensorboard=False)
     return {"data": data, "optimizer": OptimizerConfig(learning_rate=1e-3), "run": run}
-
-
-@pytest.fixture(scope="session")
-def path() -> Path:
-    both = Site(relations=("qq", "kk", "vv"), relation_heads=4)
-    cross = Site(relations=("qk", "vv"), relation_heads=4)
-    return Path(encoder_self=both, decoder_self=both, cross=cross, logits_weight=1.0)
 
 
 @pytest.fixture(scope="session")
@@ -210,10 +198,23 @@ def student(make_model) -> T5Config:
 
 
 @pytest.fixture(scope="session")
-def distilled(tmp_path_factory, teacher, student, path, settings) -> pathlib.Path:
+def experiment(teacher, student, settings) -> Experiment:
+    """A distillation of four steps from an untrained teacher."""
+    objective = presets.union(relation_heads=4)
+    return Experiment(student=student, teacher=Teacher(source=teacher), objective=objective, **settings)
+
+
+@pytest.fixture(scope="session")
+def pretraining(student, settings) -> Experiment:
+    """Four steps without a teacher."""
+    return Experiment(student=student, objective=presets.scratch(), **settings)
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, experiment) -> pathlib.Path:
     """A finished distillation."""
     folder = tmp_path_factory.mktemp("distilled") / "run"
-    distill(model_dir=str(folder), teacher=teacher, student=student, path=path, **settings)
+    distill(model_dir=str(folder), experiment=experiment)
     return folder
 
 

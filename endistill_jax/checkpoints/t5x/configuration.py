@@ -48,7 +48,7 @@ def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[
 def read_gin(text: str) -> dict[str, Any]:
     """`mlp_activations`, `logits_via_embedding` and `dropout_rate` of a T5X model's gin file, as far as it says them.
 
-    The file is not run: bindings of the T5Config are looked for, with literal values or names of macros.
+    The file is not run: bindings of the ModelConfig are looked for, with literal values or names of macros.
     """
     lines = text.replace("\\\n", " ").splitlines()
     macros = {match.group(1): match.group(2) for line in lines if (match := _MACRO.match(line))}

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.errors import UserError
 from endistill_jax.engines.t5x.adapter import Transformer, logical_axes
-from endistill_jax.models.family import boxed_init
+from endistill_jax.models.family import ModelConfig, boxed_init
 from endistill_jax.models.layout import stack_layers
-from endistill_jax.objectives import Path, term_weights
-from endistill_jax.train.step import loss_and_sums
+from endistill_jax.objectives import Objective
+from endistill_jax.train.state import init_objective
+from endistill_jax.train.step import LossFunction
 from endistill_jax.train.training import check_vocabularies
 
 # After the adapter, which says what to do where there is no T5X.
@@ -32,14 +33,14 @@ Batch = Mapping[str, jax.Array]
 class MiniEndModel(models.EncoderDecoderModel):
     """A student that T5X trains to agree with a teacher; it evaluates and generates as any other model of T5X.
 
-    `loss = sum over terms of coefficient * sum / weight`, as in `losses.objective`: the path takes the place of T5X's
-    label smoothing, z-loss and normalising factor. Give it to `t5x.train` with `MiniEndTrainer`.
+    `loss = sum over terms of coefficient * sum / weight`, as in `objectives.loss`: the objective takes the place of
+    T5X's label smoothing, z-loss and normalising factor. Give it to `t5x.train` with `MiniEndTrainer`.
 
     Args:
         module: the student.
         teacher: "bundled", a Hugging Face T5 folder, a T5X checkpoint, or the model directory of a run; None if the
-            path needs none.
-        path: what is compared.
+            objective needs none.
+        objective: what is compared; nothing that moves with the step or has parameters of its own.
         input_vocabulary: of the task; must be the teacher's.
         output_vocabulary: the same.
         optimizer_def: as for any model of T5X.
@@ -49,14 +50,14 @@ class MiniEndModel(models.EncoderDecoderModel):
         default_decoder_params: likewise.
 
     Raises:
-        UserError: if path, models and vocabulary do not fit each other, or there is no such teacher.
+        UserError: if objective, models and vocabulary do not fit each other, or there is no such teacher.
     """
 
     def __init__(
         self,
         module: Transformer,
         teacher: str | None,
-        path: Path,
+        objective: Objective,
         input_vocabulary: seqio.Vocabulary,
         output_vocabulary: seqio.Vocabulary,
         optimizer_def: optimizers.OptimizerDefType,
@@ -74,46 +75,37 @@ class MiniEndModel(models.EncoderDecoderModel):
             feature_converter_cls=feature_converter_cls,
             default_decoder_params=default_decoder_params,
         )
-        self.path = path
-        if path.interpolated_targets is not None:
-            raise UserError(
-                "path.interpolated_targets moves with the step, which T5X's loss does not know; leave it out"
-            )
-        if path.needs_teacher and teacher is None:
-            raise UserError("the path compares with a teacher, but MiniEndModel.teacher is None")
-        self.teacher = open_model(teacher, teacher_dtype) if path.needs_teacher else None
-        path.validate(module.config, self.teacher and self.teacher.config)
+        self.objective = objective
+        if objective.needs_teacher and teacher is None:
+            raise UserError("the objective compares with a teacher, but MiniEndModel.teacher is None")
+        self.teacher = open_model(teacher, teacher_dtype) if objective.needs_teacher else None
+        teacher_config = self.teacher and self.teacher.config
+        objective.validate(module.config, teacher_config)
+        _check_stateless(objective, module.config, teacher_config)
         check_vocabularies(output_vocabulary, module.config, self.teacher)
+        self._loss = LossFunction(student=module.run_config, teacher=teacher_config, objective=objective)
         self._teacher_params = None
         self._weights = None
 
-    def taught_by(self, teacher_params: Any, weights: Mapping[str, jax.Array] | None = None) -> Self:
-        """The same model with a teacher's parameters at hand (stacked), for `loss_fn`.
+    def with_teacher(self, teacher_params: Any, weights: Mapping[str, jax.Array] | None = None) -> Self:
+        """The same model with a teacher's parameters (stacked), for `loss_fn`.
 
-        With the weights of a whole batch (`term_weights`) the loss of a micro-batch is its share of the batch's loss:
-        shares, and their gradients, add up to the batch's.
+        With the weights of a whole batch (`Objective.weights`) the loss of a micro-batch is its share of the batch's
+        loss: shares, and their gradients, add up to the batch's.
         """
-        taught = copy.copy(self)
-        taught._teacher_params, taught._weights = teacher_params, weights
-        return taught
+        model = copy.copy(self)
+        model._teacher_params, model._weights = teacher_params, weights
+        return model
 
     def loss_fn(
         self, params: Any, batch: Batch, dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, dict[str, clu.metrics.Metric]]:
         """The loss of a batch, and every term of it, the student's cross-entropy and the teacher's as T5X's metrics."""
-        if self.path.needs_teacher and self._teacher_params is None:
-            raise UserError("MiniEndModel has no teacher at hand; train it with trainer_cls = @MiniEndTrainer")
-        weights = term_weights(self.path, batch)
-        loss, sums = loss_and_sums(
-            stack_layers(unfreeze(params)),
-            self._teacher_params,
-            batch,
-            weights if self._weights is None else self._weights,
-            dropout_rng,
-            student=self.module.run_config,
-            teacher=self.teacher and self.teacher.config,
-            path=self.path,
-        )
+        if self.objective.needs_teacher and self._teacher_params is None:
+            raise UserError("MiniEndModel has no teacher's parameters; train it with trainer_cls = @MiniEndTrainer")
+        weights = self.objective.weights(batch)
+        whole = weights if self._weights is None else self._weights
+        loss, sums = self._loss(stack_layers(unfreeze(params)), self._teacher_params, batch, whole, dropout_rng)
         tokens = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
         terms = {name: clu.metrics.Average(total, weights.get(name, tokens)) for name, total in sums.items()}
         return loss, {"loss": metrics.AveragePerStep(total=loss), **terms, **_timing(batch)}
@@ -137,7 +129,7 @@ class MiniEndTrainer(trainer.Trainer):
                 batch,
                 learning_rate=self._learning_rate_fn(state.step),
                 dropout_rng=self._get_step_rng(state.step),
-                model=self._model.taught_by(teacher_params, term_weights(self._model.path, batch)),
+                model=self._model.with_teacher(teacher_params, self._model.objective.weights(batch)),
                 num_microbatches=self._num_microbatches,
                 weight_metrics_computer=self._weight_metrics_computer,
                 data_partition_spec=self._partitioner.data_partition_spec,
@@ -148,7 +140,7 @@ class MiniEndTrainer(trainer.Trainer):
     @cached_property
     def _partitioned_eval_step(self) -> "_WithTeacher":
         def eval_step(state: train_state.TrainState, teacher_params: Any, batch: Batch) -> Any:
-            return trainer.eval_step(self._model.taught_by(teacher_params), state, batch)
+            return trainer.eval_step(self._model.with_teacher(teacher_params), state, batch)
 
         return self._partition(eval_step, None)
 
@@ -186,6 +178,17 @@ class _WithTeacher:
 
     def compile(self) -> "_WithTeacher":
         return _WithTeacher(self._step.compile(), self._teacher_params)
+
+
+def _check_stateless(objective: Objective, student: ModelConfig, teacher: ModelConfig | None) -> None:
+    """T5X's loss knows neither the step nor a train state of ours."""
+    if objective.interpolated_targets is not None:
+        raise UserError("interpolated_targets moves with the step, which T5X's loss does not know; leave it out")
+    if moving := [term.name for term in objective.terms if callable(term.coefficient)]:
+        raise UserError(f"{', '.join(moving)}: it moves with the step, which T5X's loss does not know; give a number")
+    carried = jax.eval_shape(lambda: init_objective(objective, jax.random.key(0), student, teacher))
+    if "params" in carried:
+        raise UserError(f"{', '.join(carried['params'])}: T5X's train state has no place for a term's own parameters")
 
 
 def _timing(batch: Batch) -> dict[str, clu.metrics.Metric]:

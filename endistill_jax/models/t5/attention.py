@@ -14,10 +14,6 @@ import jax.numpy as jnp
 
 from endistill_jax.core.groups import Groups, choose_groups
 
-# Most that the scores of a frozen model's attention take at a time: on a TPU a quarter of a v5e's vector memory, where
-# the position bias finds room beside them; elsewhere a small part of the memory.
-ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
-
 # Finite, so that a row that sees no key gets a uniform softmax and finite gradients instead of NaN.
 MASKED_SCORE = -1e10
 
@@ -145,8 +141,3 @@ def _run_groups(groups: Groups, query, key, value, mask, position_bias) -> jax.A
 def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:
     """Parts of `size` along an axis, side by side on a new first axis."""
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
-
-
-def platform_attention_bytes(platform: str) -> int:
-    """The entry of `ATTENTION_BYTES` for "cpu", "gpu" or "tpu"; of GPUs for what is none of them."""
-    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])

@@ -1,15 +1,25 @@
-"""Settings that jobs share, as plain data."""
+"""An experiment, as plain data: what is trained, on what, how long.
+
+A stage of a chain, an arm of a study, a plan, a sweep and a fine-tuning are experiments too, made from one another by
+`dataclasses.replace`.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from jax.sharding import Mesh
+
+from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
+from endistill_jax.core.batch import Lengths
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import as_tuple, is_whole
-from endistill_jax.objectives import Computation
-from endistill_jax.sharding import PLACEMENTS
+from endistill_jax.core.settings import DTYPES, as_tuple, is_whole, require_at_least, require_choice
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import LossImplementation, Objective
+from endistill_jax.sharding import PLACEMENTS, make_mesh
 from endistill_jax.train.best import MODES
+from endistill_jax.train.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,7 @@ class Data:
 
     def __post_init__(self):
         shards = () if self.shards is None else ("shards",)
-        _require_positive(self, ("inputs_length", "targets_length", "batch_size", "eval_batch_size", *shards))
+        require_at_least(self, 1, "inputs_length", "targets_length", "batch_size", "eval_batch_size", *shards)
         if self.shards and self.batch_size % self.shards:
             raise UserError(f"Data.shards is {self.shards}; it must be a divisor of batch_size ({self.batch_size})")
 
@@ -50,6 +60,11 @@ class Data:
     def feature_lengths(self) -> dict[str, int]:
         """Lengths by SeqIO's feature names."""
         return {"inputs": self.inputs_length, "targets": self.targets_length}
+
+    @property
+    def lengths(self) -> Lengths:
+        """Size of a batch."""
+        return Lengths(self.batch_size, self.inputs_length, self.targets_length)
 
     @property
     def eval_examples(self) -> int | None:
@@ -73,8 +88,6 @@ class Run:
         mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
         slices: groups of devices with a slow network between them, over which the axis data is spread; None counts
             those of TPUs, and takes other devices for one.
-        teacher_placement: "sharded" splits the teacher's parameters as the student's; "replicated" keeps them whole but
-            for the axis tensor, so that none is gathered: faster where they fit.
         compiler_options: options of the XLA compiler for the training step, by platform: {"tpu": {"xla_...": value}}.
             Those of other platforms than the run's are ignored.
         log_every: steps between two lines of metrics.
@@ -95,7 +108,6 @@ class Run:
     micro_batches: int = 1
     mesh: tuple[int, int, int] = (-1, 1, 1)
     slices: int | None = None
-    teacher_placement: str = "sharded"
     compiler_options: dict[str, dict[str, Any]] | None = None
     log_every: int = 50
     eval_every: int = 0
@@ -106,19 +118,19 @@ class Run:
     best_mode: str = "min"
     patience: int | None = None
     tensorboard: bool = True
-    losses: Computation = Computation()
+    losses: LossImplementation = LossImplementation()
 
     def __post_init__(self):
         axes = "the sizes of its three axes (data, fsdp, tensor), such as (-1, 1, 1)"
         object.__setattr__(self, "mesh", as_tuple(self.mesh, "Run.mesh", axes, functools.partial(is_whole, least=-1)))
         if len(self.mesh) != 3:
             raise UserError(f"Run.mesh is {self.mesh}; give {axes}")
-        if self.teacher_placement not in PLACEMENTS:
-            raise UserError(
-                f"Run.teacher_placement is {self.teacher_placement!r}; choose one of {', '.join(PLACEMENTS)}"
-            )
-        _require_positive(self, ("steps", "micro_batches", "log_every", "checkpoint_every", "keep_last"))
-        self._check_best()
+        require_at_least(self, 1, "steps", "micro_batches", "log_every", "checkpoint_every", "keep_last")
+        require_choice(self, best_mode=MODES)
+        if self.patience is not None:
+            require_at_least(self, 1, "patience")
+            if not (self.keep_best and self.eval_every):
+                raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
         for name in ("checkpoint_every", "eval_every"):
             if getattr(self, name) % self.log_every:
                 raise UserError(
@@ -132,13 +144,68 @@ class Run:
         names = ("keep_best", "best_mode", "patience", "eval_every") if self.keep_best else ("keep_best",)
         return {name: getattr(self, name) for name in names}
 
-    def _check_best(self) -> None:
-        if self.best_mode not in MODES:
-            raise UserError(f"Run.best_mode is {self.best_mode!r}; choose one of {', '.join(MODES)}")
-        if self.patience is not None:
-            _require_positive(self, ("patience",))
-            if not (self.keep_best and self.eval_every):
-                raise UserError("Run.patience waits for a better keep_best at every eval_every steps; set both")
+    def mesh_of_devices(self) -> Mesh:
+        """The mesh over all devices there are."""
+        return make_mesh(*self.mesh, slices=self.slices)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen model that a student is compared with.
+
+    Attributes:
+        source: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
+        dtype: float32 or bfloat16: of its parameters and computations.
+        config: its shape, for planning without a checkpoint; a checkpoint of another is refused.
+        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis tensor,
+            so that none is gathered: faster where they fit.
+    """
+
+    source: str
+    dtype: str = "bfloat16"
+    config: ModelConfig | None = None
+    sharding: str = "sharded"
+
+    def __post_init__(self):
+        require_choice(self, dtype=DTYPES, sharding=PLACEMENTS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is trained, by what objective, on what data, how long; everything but where it is written.
+
+    Attributes:
+        student: the model that is trained.
+        objective: what it is trained with; see `objectives.presets`.
+        data: what it reads; the vocabulary must be the teacher's.
+        optimizer: how it is updated.
+        run: how long, on which mesh, what is kept.
+        teacher: None where no term of the objective reads one and the student does not start from one.
+        init: what of the teacher the student starts from.
+        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken, the
+            optimizer and the data start anew.
+    """
+
+    student: ModelConfig
+    objective: Objective
+    data: Data
+    optimizer: OptimizerConfig
+    run: Run
+    teacher: Teacher | None = None
+    init: StudentInit = RANDOM
+    initial_checkpoint: str | None = None
+
+    def __post_init__(self):
+        if self.initial_checkpoint is not None and self.init.kind != "random":
+            raise UserError(
+                f"Experiment has both initial_checkpoint and init of kind {self.init.kind!r}; "
+                "a student starts from one of them"
+            )
+
+    @property
+    def teacher_sharding(self) -> str:
+        """How the teacher's parameters are sharded."""
+        return "sharded" if self.teacher is None else self.teacher.sharding
 
 
 def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] = ()) -> None:
@@ -152,9 +219,3 @@ def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] 
             raise UserError(f"{where} has {name!r}; a name becomes a folder: letters, digits, - and _")
         if name in taken:
             raise UserError(f"{where} has {name!r}, which is a folder of every run; take another name")
-
-
-def _require_positive(settings: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"{type(settings).__name__}.{name} is {getattr(settings, name)}; it must be at least 1")

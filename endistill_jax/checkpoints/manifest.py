@@ -1,0 +1,149 @@
+"""The manifest of a checkpoint: what its run was, as plain values, and how that is compared with a run that resumes it.
+
+    schema     2; the first checkpoints have none
+    run        what changes the mathematics or the order of the data; see `train.training.Training.identity`
+    progress   tokens, seconds, the best evaluation, whether the run came to its end
+    teacher, initial   where the other models were
+    held_out   metrics of the step's evaluation, if there was one
+
+Adding an option never orphans a checkpoint: a field that a manifest does not have counts as having its default.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from endistill_jax.core.errors import UserError
+
+SCHEMA = 2
+
+Manifest = dict[str, Any]
+
+_ABSENT = "absent"
+_METRICS_OF_SCHEMA_1: dict[str, str] = {}
+
+
+def plain(value: Any) -> Any:
+    """Settings as they are in a manifest: dataclasses with their type, tuples as lists, functions by name."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(each) for each in value]
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, Callable) else value
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested plain values as dotted names and JSON texts: a tuple equals the list it becomes in a file."""
+    flat = {}
+    for key, each in value.items():
+        if isinstance(each, Mapping) and each:
+            flat |= flattened(each, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(each, sort_keys=True)
+    return flat
+
+
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
+    """Refuses to resume from a checkpoint that was made for something else.
+
+    Args:
+        saved: from a manifest.
+        current: the same of this run; values may be dataclasses, whose defaults stand for what `saved` lacks.
+        where: what to call the checkpoint in the message.
+
+    Raises:
+        UserError: naming every difference, nested names joined by dots, with both values.
+    """
+    differences = [f"{name} is {there} there and {here} here" for name, there, here in _differences(saved, current)]
+    if differences:
+        raise UserError(
+            f"{where} was made with other settings: {'; '.join(sorted(differences))}. "
+            "Give the settings it was made with, or another model directory"
+        )
+
+
+def upgraded(manifest: Manifest) -> Manifest:
+    """A manifest of any earlier schema, in the present one.
+
+    Raises:
+        UserError: if it was written by a newer version.
+    """
+    schema = manifest.get("schema", 1)
+    if schema > SCHEMA:
+        raise UserError(
+            f"a checkpoint's manifest has schema {schema}, and this version reads up to {SCHEMA}; "
+            "use the version that wrote it, or a later one"
+        )
+    return _from_schema_1(manifest) if schema == 1 else manifest
+
+
+def _from_schema_1(manifest: Manifest) -> Manifest:
+    upgraded = manifest | {"schema": SCHEMA}
+    run = dict(manifest.get("run", {}))
+    if "path" in run:
+        run["objective"] = plain(_objective_of_path(run.pop("path")).described())
+        upgraded["run"] = run
+    return _renamed(upgraded)
+
+
+def _renamed(value: Any) -> Any:
+    """Metrics of schema 1 under their present names, wherever they are named."""
+    if isinstance(value, Mapping):
+        return {_METRICS_OF_SCHEMA_1.get(key, key): _renamed(each) for key, each in value.items()}
+    return _METRICS_OF_SCHEMA_1.get(value, value) if isinstance(value, str) else value
+
+
+def _objective_of_path(path: Mapping[str, Any]) -> Any:
+    """The objective that a path of schema 1 was: three sites, each of one layer and with a weight, logits and LM loss."""
+    from endistill_jax.core.sites import SITES
+    from endistill_jax.objectives import CrossEntropy, ForwardKL, InterpolatedTargets, Objective, relations
+
+    terms: list[Any] = []
+    for name in SITES:
+        site = path.get(name)
+        if site and site["weight"] > 0:
+            options = {key: site[key] for key in ("relation_heads", "teacher_layer", "student_layer")}
+            terms += relations(name, tuple(site["relations"]), coefficient=site["weight"], **options)
+    if path["logits_weight"] > 0:
+        terms.append(ForwardKL(coefficient=path["logits_weight"], temperature=path["temperature"]))
+    if path["lm_weight"] > 0:
+        terms.append(CrossEntropy(coefficient=path["lm_weight"], z_loss=path["z_loss"]))
+    targets = path.get("interpolated_targets")
+    return Objective(terms=tuple(terms), interpolated_targets=targets and InterpolatedTargets(**targets))
+
+
+def _differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted name, value there, value here) of everything that differs."""
+    if isinstance(saved, Mapping) and (dataclasses.is_dataclass(current) or isinstance(current, Mapping)):
+        defaults, here = _fields(current)
+        for key in sorted(saved.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            if key not in here and not (saved[key] is None or key == "type"):
+                yield inner, _shown(saved[key]), _ABSENT
+            elif key in here and key not in saved and key != "type":
+                if key not in defaults or plain(defaults[key]) != plain(here[key]):
+                    yield inner, _ABSENT, _shown(here[key])
+            elif key in here and key in saved:
+                yield from _differences(saved[key], here[key], inner)
+    elif json.dumps(plain(saved), sort_keys=True) != json.dumps(plain(current), sort_keys=True):
+        yield name, _shown(saved), _shown(current)
+
+
+def _fields(current: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The defaults of settings, and their values, with the type."""
+    if not dataclasses.is_dataclass(current):
+        return {key: None for key, value in current.items() if value is None}, dict(current)
+    fields = dataclasses.fields(current)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    defaults |= {
+        field.name: field.default_factory() for field in fields if field.default_factory is not dataclasses.MISSING
+    }
+    return defaults, {"type": type(current).__name__} | {f.name: getattr(current, f.name) for f in fields}
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(plain(value), sort_keys=True)

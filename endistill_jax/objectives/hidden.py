@@ -1,0 +1,103 @@
+"""The distance between hidden states of student and teacher, through a projection that is learned with the student."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.batch import Batch, Lengths, segment_ids
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.outputs import Output, Reads, resolve_layer
+from endistill_jax.core.settings import require_choice
+from endistill_jax.core.sites import STACKS
+from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
+
+ENCODED = "encoded"
+DISTANCES = ("cosine", "l2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiddenDistance(Term):
+    """Distance of the student's states, projected to the teacher's width, from the teacher's; summed over real tokens.
+
+    Interpolated targets do not move it: the target is the teacher's state from the first step on.
+
+    Attributes:
+        of: "encoder" or "decoder" for the residual stream after a layer, "encoded" for the encoder's output.
+        teacher_layer: which layer of the teacher's stack; negative counts from its end. Not read for "encoded".
+        student_layer: which layer of the student's stack.
+        distance: "cosine", 1 - cosine; or "l2", the mean over the width of the squared difference.
+        project: whether a learned projection stands between them; without one, the widths must be equal.
+    """
+
+    of: str = ENCODED
+    teacher_layer: int = -1
+    student_layer: int = -1
+    distance: str = "cosine"
+    project: bool = True
+
+    def __post_init__(self):
+        require_choice(self, of=(*STACKS, ENCODED), distance=DISTANCES)
+
+    @property
+    def side(self) -> str:
+        """The side of the batch that the states are of."""
+        return "decoder" if self.of == "decoder" else "encoder"
+
+    def default_name(self) -> str:
+        layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
+        return f"hidden/{self.of}{layers}"
+
+    def reads(self, role: Role) -> Reads:
+        if self.of == ENCODED:
+            return Reads(encoded=True)
+        return Reads(hidden=frozenset({(self.of, self._layer(role))}))
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Real tokens of the side."""
+        return jnp.sum(segment_ids(batch, self.side) != 0, dtype=jnp.float32)
+
+    def sum(self, inputs: TermInputs) -> jax.Array:
+        real = segment_ids(inputs.batch, self.side) != 0  # [batch, length]
+
+        def states(output: Output, role: Role) -> jax.Array:
+            found = output.encoded if self.of == ENCODED else output.hidden[self.of, self._layer(role)]
+            return jnp.where(real[..., None], found.astype(jnp.float32), 0.0)  # [batch, length, d_model]
+
+        student, teacher = states(inputs.student, "student"), states(inputs.teacher, "teacher")
+        if self.project:
+            student = student @ inputs.params["kernel"]
+        if self.distance == "l2":
+            distances = jnp.mean(jnp.square(student - teacher), axis=-1)
+        else:
+            squares = (jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher))
+            # Bounded before the root, whose gradient at 0, as at padding, is infinite.
+            scales = [jax.lax.rsqrt(jnp.maximum(square, 1e-12)) for square in squares]
+            distances = 1 - jnp.sum(student * teacher, axis=-1) * scales[0] * scales[1]
+        return jnp.sum(jnp.where(real, distances, 0.0))
+
+    def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:
+        if not self.project:
+            return None
+        init = nn.with_logical_partitioning(nn.initializers.normal(student.d_model**-0.5), ("embed", None))
+        return {"kernel": init(key, (student.d_model, teacher.d_model), jnp.float32)}
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        if self.of != ENCODED:
+            for role, model in (("teacher", teacher), ("student", student)):
+                depth = model.depth(self.of)
+                resolve_layer(self._layer(role), depth, f"{self.name} in the {role}")
+        if not self.project and student.d_model != teacher.d_model:
+            raise UserError(
+                f"{self.name}: the teacher's width is {teacher.d_model} and the student's {student.d_model}; "
+                "give it a projection (project = True)"
+            )
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+        length = lengths.target if self.side == "decoder" else lengths.source
+        return 6 * lengths.batch * length * student.d_model * teacher.d_model if self.project else 0
+
+    def _layer(self, role: Role) -> int:
+        return self.teacher_layer if role == "teacher" else self.student_layer

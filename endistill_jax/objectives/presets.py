@@ -1,0 +1,141 @@
+"""Objectives by name.
+
+From the MiniEnD paper (Zhang et al., arXiv 2305.12330) and its poster, every weight 1: `scratch`, `logits` (its MlmKD),
+`minilm` (its MiniLM), `implicit` (MlmKD+MiniLM), `miniend_d` and `miniend_e` with and without logits. Ours is `union`,
+both directions of MiniEnD at once. Which relations a site has and how many relation heads is not known of the paper
+and is ours everywhere: `qq kk vv` for self-attention, `qk vv` for cross-attention, of the last layers.
+
+    preset        decoder_self    encoder_self    cross    logits
+    scratch                                                          the language model's own loss
+    logits                                                 x
+    minilm        x
+    implicit      x                                        x
+    miniend_d     x                               x        x         explicit, through the cross-attention
+    miniend_e     x               x                        x         explicit, through the encoder's self-attention
+    union         x               x               x        x
+"""
+
+from endistill_jax.objectives.cross_entropy import CrossEntropy
+from endistill_jax.objectives.divergences import ForwardKL
+from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
+from endistill_jax.objectives.objective import Objective
+from endistill_jax.objectives.relations import RelationKL, relations
+from endistill_jax.objectives.term import Term
+
+SELF = ("qq", "kk", "vv")
+CROSS = ("qk", "vv")
+RELATIONS_OF_SITE = {"decoder_self": SELF, "encoder_self": SELF, "cross": CROSS}
+
+
+def scratch(*, z_loss: float = 0.0) -> Objective:
+    """The language model's own loss, without a teacher."""
+    return Objective(terms=(CrossEntropy(z_loss=z_loss),))
+
+
+def logits(*, temperature: float = 1.0, interpolated_targets: InterpolatedTargets | None = None) -> Objective:
+    """The paper's MlmKD: token distributions alone."""
+    return Objective(terms=(ForwardKL(temperature=temperature),), interpolated_targets=interpolated_targets)
+
+
+def minilm(
+    *,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """The paper's MiniLM: the decoder's self-attention alone (that it is the decoder's is inferred)."""
+    terms = _relations(("decoder_self",), relation_heads, teacher_layer, student_layer)
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def implicit(
+    *,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    temperature: float = 1.0,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """The paper's MlmKD+MiniLM: token distributions and the decoder's self-attention."""
+    terms = _relations(("decoder_self",), relation_heads, teacher_layer, student_layer)
+    terms += (ForwardKL(temperature=temperature),)
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def miniend_d(
+    *,
+    with_logits: bool = True,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    temperature: float = 1.0,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """The paper's MiniEnD-D: the decoder's self-attention and its attention to the encoder."""
+    terms = _relations(("decoder_self", "cross"), relation_heads, teacher_layer, student_layer)
+    terms += (ForwardKL(temperature=temperature),) if with_logits else ()
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def miniend_e(
+    *,
+    with_logits: bool = True,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    temperature: float = 1.0,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """The paper's MiniEnD-E: the self-attention of the decoder and of the encoder."""
+    terms = _relations(("decoder_self", "encoder_self"), relation_heads, teacher_layer, student_layer)
+    terms += (ForwardKL(temperature=temperature),) if with_logits else ()
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def union(
+    *,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    temperature: float = 1.0,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """Ours: all three sites and the token distributions, MiniEnD-D and MiniEnD-E together."""
+    terms = _relations(("encoder_self", "decoder_self", "cross"), relation_heads, teacher_layer, student_layer)
+    terms += (ForwardKL(temperature=temperature),)
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def encoder(
+    *,
+    relation_heads: int = 16,
+    teacher_layer: int = -1,
+    student_layer: int = -1,
+    interpolated_targets: InterpolatedTargets | None = None,
+) -> Objective:
+    """Ours, for models that are an encoder alone: the encoder's self-attention."""
+    terms = _relations(("encoder_self",), relation_heads, teacher_layer, student_layer)
+    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+
+
+def objective(*, terms: tuple[Term, ...], interpolated_targets: InterpolatedTargets | None = None) -> Objective:
+    """Any terms; a tuple among them, such as `relations(...)` gives, counts as its members."""
+    flat = tuple(each for term in terms for each in (term if isinstance(term, tuple) else (term,)))
+    return Objective(terms=flat, interpolated_targets=interpolated_targets)
+
+
+def _relations(
+    sites: tuple[str, ...], relation_heads: int, teacher_layer: int, student_layer: int
+) -> tuple[RelationKL, ...]:
+    return tuple(
+        term
+        for site in sites
+        for term in relations(
+            site,
+            RELATIONS_OF_SITE[site],
+            relation_heads=relation_heads,
+            teacher_layer=teacher_layer,
+            student_layer=student_layer,
+        )
+    )

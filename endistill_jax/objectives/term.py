@@ -1,0 +1,131 @@
+"""What a term of an objective is: a pure function of what a student and a teacher return, and of the batch.
+
+A term is a frozen dataclass; its fields are plain data and become part of a checkpoint's manifest. To add one, subclass
+`Term`, or `TokenTerm` for a loss of the distributions over the vocabulary; nothing else has to change. See
+docs/extending.md.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from endistill_jax.core.batch import Batch, Lengths
+from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.core.settings import require_at_least, require_not_negative
+from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
+
+Role = Literal["teacher", "student"]
+
+
+class ModelShape(Protocol):
+    """What a term must know of a model to be checked against it; every model's configuration has these."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def inner_dim(self) -> int: ...
+
+    def depth(self, stack: str) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A coefficient that moves linearly from `start` at step 0 to `end` at `steps`, and stays there."""
+
+    start: float = 0.0
+    end: float = 1.0
+    steps: int
+
+    def __post_init__(self):
+        require_not_negative(self, "start", "end")
+        require_at_least(self, 1, "steps")
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        return self.start + (self.end - self.start) * jnp.clip(step.astype(jnp.float32) / self.steps, 0.0, 1.0)
+
+
+Coefficient = float | Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermInputs:
+    """What a term is computed from.
+
+    Attributes:
+        student: with everything that the term reads of the student.
+        teacher: likewise, a constant; None where no term needs one.
+        batch: `decoder_target_tokens`, `decoder_loss_weights` [batch, target], and what `batch_segments` reads.
+        params: what `init_params` made, as it is now.
+        share: the teacher's share of interpolated targets, a scalar from 0 to 1; None for the teacher's own.
+        implementation: dense or blocked, and the mesh.
+    """
+
+    student: Output
+    teacher: Output | None
+    batch: Batch
+    params: Any = None
+    share: jax.Array | None = None
+    implementation: LossImplementation = DEFAULT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term:
+    """One summand of the loss, `coefficient(step) * sum / weight`.
+
+    Attributes:
+        coefficient: a number, or a function of the step such as a `Ramp`.
+        label: the name of its metric; None takes the term's own.
+    """
+
+    coefficient: Coefficient = 1.0
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its metric is called; no two terms of an objective may have the same."""
+        return self.label or self.default_name()
+
+    def default_name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the term reads a teacher."""
+        return True
+
+    def reads(self, role: Role) -> Reads:
+        """What must be computed of the teacher or of the student."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """The normaliser, float32 scalar, from the masks alone: rows or tokens. Known before anything has run."""
+        raise NotImplementedError
+
+    def sum(self, inputs: TermInputs) -> jax.Array:
+        """The unnormalised sum over a (micro-)batch, float32 scalar; differentiable with respect to the student."""
+        raise NotImplementedError
+
+    def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:
+        """Parameters of its own, trained beside the student's and never exported; None for none.
+
+        Leaves may be boxed by `nn.with_logical_partitioning`; those that are not are replicated.
+        """
+        return None
+
+    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        """Checks the term against the models, before anything runs.
+
+        Raises:
+            UserError: naming the term, and what would be right.
+        """
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape | None) -> int:
+        """Operations of its own matrix products, value and gradient, beyond the two models'."""
+        return 0

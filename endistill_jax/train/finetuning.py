@@ -1,0 +1,158 @@
+"""Fine-tuning as experiments: a trained model learns a task, once for every learning rate and seed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
+from endistill_jax.core.errors import UserError
+from endistill_jax.core.settings import DTYPES, as_tuple, is_positive, whole_numbers
+from endistill_jax.evaluation.report import Evaluation
+from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics, scoring_spec
+from endistill_jax.models.family import ModelConfig, abstract_params, count_params
+from endistill_jax.models.generation.generation import Decoding
+from endistill_jax.objectives import presets
+from endistill_jax.reports.results import merge_seeds
+from endistill_jax.train.experiment import Data, Experiment, Run
+from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.run import train
+from endistill_jax.train.training import Training, finished
+
+Rows = list[dict[str, Any]]
+
+_OTHERS = ("learning_rate", "parameters", "best_step", "train_tokens", "seconds", "model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """How a model is fine-tuned on a task and judged.
+
+    Attributes:
+        data: the task or mixture; its `eval_split` is what the model is judged on.
+        optimizer: how the model is updated.
+        run: how long, on which mesh, what is kept. `keep_best` is a metric of the task, of a mixture `task/metric` or
+            `mean`; metrics are then those of the best evaluation.
+        learning_rates: peaks of the schedule to compare, a run for each; none for the optimizer's own alone.
+        seeds: a run for each at every learning rate; none for the run's own alone. They decide order and dropout.
+        dropout_rate: while it is trained.
+        dtype: float32 or bfloat16: type of the computations; parameters are float32.
+        z_loss: coefficient of the squared log normaliser.
+        scored_by: "generation"; "rank" takes the likeliest label where a task has labels; or "both".
+        decoding: how text is generated; None for the likeliest token, up to `targets_length` of them.
+    """
+
+    data: Data
+    optimizer: OptimizerConfig
+    run: Run
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    dropout_rate: float = 0.1
+    dtype: str = "float32"
+    z_loss: float = 0.0
+    scored_by: str = "generation"
+    decoding: Decoding | None = None
+
+    def __post_init__(self):
+        rates = as_tuple(
+            self.learning_rates, "Finetuning.learning_rates", "numbers above 0, such as (1e-3,)", is_positive
+        )
+        object.__setattr__(self, "learning_rates", rates)
+        object.__setattr__(self, "seeds", whole_numbers(self.seeds, "Finetuning.seeds"))
+        if self.dtype not in DTYPES:
+            raise UserError(f"Finetuning.dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+def open_initial(model: str | ModelConfig) -> TrainedModel | ModelConfig:
+    """The model that is trained further, its parameters in float32; a shape is returned as it is."""
+    if not isinstance(model, str):
+        return model
+    opened = open_model(model)
+    print_notes(opened)
+    return opened
+
+
+def plan_runs(
+    model_dir: str, model: TrainedModel | ModelConfig, finetuning: Finetuning, label: str = ""
+) -> list[Training]:
+    """A training for every learning rate and seed, learning rates first; one alone has `model_dir` to itself."""
+    initial = model if isinstance(model, TrainedModel) else None
+    student = dataclasses.replace(
+        model if initial is None else initial.config,
+        dropout_rate=finetuning.dropout_rate,
+        dtype=finetuning.dtype,
+    )
+    rates = finetuning.learning_rates or (finetuning.optimizer.learning_rate,)
+    seeds = finetuning.seeds or (finetuning.run.seed,)
+    several = len(rates) * len(seeds) > 1
+    return [
+        Training(
+            model_dir=f"{model_dir}/lr_{rate:g}_seed_{seed}" if several else model_dir,
+            experiment=Experiment(
+                student=student,
+                objective=presets.scratch(z_loss=finetuning.z_loss),
+                data=finetuning.data,
+                optimizer=dataclasses.replace(finetuning.optimizer, learning_rate=rate),
+                run=dataclasses.replace(finetuning.run, seed=seed),
+                initial_checkpoint=None if initial is None else initial.source,
+            ),
+            initial=initial,
+            scoring=scoring_spec(finetuning.data, finetuning.scored_by, finetuning.decoding),
+            label=" ".join(filter(None, (label or "finetune", f"lr {rate:g} seed {seed}" if several else ""))),
+        )
+        for rate in rates
+        for seed in seeds
+    ]
+
+
+def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
+    """Finds what would go wrong later; reads no example.
+
+    Raises:
+        UserError: naming the setting and what would be right.
+    """
+    folders = [training.model_dir for training in trainings]
+    if len(set(folders)) < len(folders):
+        raise UserError("Finetuning.learning_rates or seeds has a value twice; give each once")
+    for training in trainings:
+        training.check()
+    if finetuning.decoding is not None:
+        finetuning.decoding.validate(trainings[0].student)
+    check_task_metrics(finetuning.data, finetuning.scored_by)
+
+
+def prepare_evaluation(trainings: Sequence[Training], finetuning: Finetuning) -> Evaluation:
+    """What judges the runs.
+
+    Raises:
+        UserError: a split without examples, or no metric of the name of `Run.keep_best`.
+    """
+    evaluation = prepare_task_metrics(
+        finetuning.data, trainings[0].mesh(), scored_by=finetuning.scored_by, decoding=finetuning.decoding
+    )
+    evaluation.check_metric(finetuning.run.keep_best)
+    return evaluation
+
+
+def run_all(trainings: Sequence[Training], evaluation: Evaluation) -> Rows:
+    """Trains one after the other; a row for every learning rate, with the numbers of all its seeds."""
+    rows: dict[float, Rows] = {}
+    for training in trainings:
+        rows.setdefault(training.experiment.optimizer.learning_rate, []).append(_row(training, evaluation))
+    return [merge_seeds(each) | {"learning_rate": rate} for rate, each in rows.items()]
+
+
+def metric_names(row: dict[str, Any]) -> list[str]:
+    """Which of a row's keys are metrics."""
+    return [key for key in row if key not in _OTHERS]
+
+
+def _row(training: Training, evaluation: Evaluation) -> dict[str, Any]:
+    found = finished(training) or train(training, evaluation)
+    return {
+        "parameters": count_params(abstract_params(training.student)),
+        **found.best.metrics,
+        "best_step": float(found.best.step),
+        "train_tokens": float(found.tokens),
+        "seconds": found.seconds,
+        "model": f"{training.model_dir}/{CHECKPOINTS}/{found.best.step}",
+    }
