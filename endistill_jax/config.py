@@ -96,7 +96,7 @@ def bound_settings() -> dict[str, str]:
 
 
 # For included files, before gin's own readers, of which one logs an error for each file that it does not find.
-_reader = (lambda name: open(find(name, _read["search_paths"]), encoding="utf-8"), lambda name: True)
+_reader = (lambda name: find(name, _read["search_paths"]).open(encoding="utf-8"), lambda name: True)
 gin_config._FILE_READERS.insert(0, _reader)
 
 
@@ -114,8 +114,7 @@ def _leave_open() -> None:
 def _check(settings: dict[Key, Any]) -> None:
     """Refuses what gin would find late, or never."""
     if not any(key[2] == "job" for key in settings):
-        said = "no job to run; end a gin file with a line such as jobs.run.job = @jobs.distill"
-        raise UserError(f"{', '.join(_read['files'])}: {said}")
+        raise UserError(f"{', '.join(_read['files'])}: no job to run; add a line like jobs.run.job = @jobs.distill")
     references = [each for each in gin_config.iterate_references(settings) if each.config_key[1] != CONSTANT]
     macros = {scope for scope, selector, _ in settings if selector == MACRO}
     used = {each.config_key[0] for each in references if each.config_key[1] == MACRO}

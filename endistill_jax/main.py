@@ -65,7 +65,7 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
 
         os.environ["JAX_PLATFORMS"] = "cpu"
         plan = plan_options(options)
-        _import_seqio()
+        _import_text_pipeline()
         from endistill_jax import config
 
         config.read(options.gin_file, flags, options.gin_search_paths, planning=True)
@@ -75,7 +75,7 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
     from endistill_jax.multihost import shutdown
 
     distributed.initialize()
-    _import_seqio()
+    _import_text_pipeline()
     shutdown.watch()
     from endistill_jax import config
     from endistill_jax.multihost.agreement import agree, code_facts
@@ -91,9 +91,12 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
         yield functools.partial(config.job(), dry_run=options.dry_run)
 
 
-def _import_seqio() -> None:
-    """TensorFlow comes with it, and writes notices to stderr that no setting silences."""
-    with _held_back_stderr():
+def _import_text_pipeline() -> None:
+    """Imports SeqIO early: TensorFlow comes with it, and writes notices to stderr that no setting silences.
+
+    Where either is missing, the job that needs it says so.
+    """
+    with _held_back_stderr(), contextlib.suppress(ModuleNotFoundError):
         import seqio  # noqa: F401
 
 

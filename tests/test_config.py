@@ -119,7 +119,7 @@ def test_a_command_without_a_file_or_a_job_says_so(capsys):
     assert main([]) == 2
     assert "give a --gin_file, such as --gin_file=gin/miniend_demo.gin" in capsys.readouterr().err
     assert main([write("STEPS = 3\n", "none.gin")]) == 2
-    assert "none.gin: no job to run; end a gin file with a line such as jobs.run.job" in capsys.readouterr().err
+    assert "none.gin: no job to run; add a line like jobs.run.job" in capsys.readouterr().err
 
 
 def build(*names, **macros):

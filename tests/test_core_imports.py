@@ -22,7 +22,7 @@ OUTSIDE = {"jax", "flax", "optax", "numpy"}
 # No files, no processes, no network: what remains of the standard library is for describing and computing.
 STANDARD = {
     "abc", "collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re",
-    "types", "typing", "importlib", "pkgutil",  # the last two find model families
+    "types", "typing", "importlib", "json", "pkgutil",  # which find model families, and write values in messages
 }  # fmt: skip
 
 

@@ -3,10 +3,8 @@
 import difflib
 import importlib
 
-import seqio
-import tensorflow as tf
-
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.text_pipeline import seqio, tf
 
 # Modules that register the tasks of this project; imported when a name is first looked up.
 TASK_MODULES = tuple(

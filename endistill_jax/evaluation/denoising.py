@@ -17,6 +17,7 @@ import numpy as np
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramModel
+from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import CrossEntropy
 from endistill_jax.objectives.token_distribution import TokenDistribution
 
@@ -72,11 +73,11 @@ class DenoisingReport:
         )
 
 
-def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int = 1) -> DenoisingStep:
+def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int) -> DenoisingStep:
     """Builds the jitted evaluation step; make it once for a model and keep it, or it compiles again.
 
     Args:
-        apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `t5_logits`.
+        apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `model_logits`.
         sentinel_ids: ids of the sentinels, such as `range(32000, 32100)`.
         eos_id: id of the end of a sequence.
 
@@ -111,12 +112,9 @@ def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[i
     return step
 
 
-def t5_logits(config: Any) -> ApplyLogits:
-    """(params, batch) -> float32 logits of the T5 with this `T5Config`, without dropout."""
-    from endistill_jax.models.t5.t5 import T5
-
-    model = T5(config)
-    return lambda params, batch: model.apply({"params": params}, batch, with_logits=True, deterministic=True).logits
+def model_logits(config: ModelConfig) -> ApplyLogits:
+    """(params, batch) -> float32 logits of the model with these settings, without dropout."""
+    return lambda params, batch: apply(config, params, batch).logits
 
 
 def evaluate_denoising(

@@ -9,7 +9,8 @@ from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
 from endistill_jax.objectives.loss import loss_and_sums
 from endistill_jax.objectives.objective import Objective
 from endistill_jax.objectives.relations import RelationKL, relations
-from endistill_jax.objectives.term import Ramp, Term, TermInputs, TokenTerm
+from endistill_jax.objectives.term import Ramp, Term, TermInputs
+from endistill_jax.objectives.token_term import TokenTerm
 
 __all__ = [
     "AttentionKL",

@@ -75,9 +75,7 @@ class AttentionKL(SiteTerm):
             )
 
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        queries = lengths.source if self.site == "encoder_self" else lengths.target
-        keys = lengths.target if self.site == "decoder_self" else lengths.source
-        return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
+        return self.score_flops("qk", lengths, student, teacher)
 
 
 def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> jax.Array:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from endistill_jax.core.settings import require_between, require_positive
-from endistill_jax.objectives.term import TokenTerm
 from endistill_jax.objectives.token_distribution import TokenDistribution
+from endistill_jax.objectives.token_term import TokenTerm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

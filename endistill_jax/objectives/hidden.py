@@ -47,7 +47,8 @@ class HiddenDistance(Term):
         return "decoder" if self.of == "decoder" else "encoder"
 
     def default_name(self) -> str:
-        return f"hidden/{self.of}"
+        layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
+        return f"hidden/{self.of}{layers}"
 
     def reads(self, role: Role) -> Reads:
         if self.of == ENCODED:
@@ -71,10 +72,10 @@ class HiddenDistance(Term):
         if self.distance == "l2":
             distances = jnp.mean(jnp.square(student - teacher), axis=-1)
         else:
-            norms = jnp.linalg.norm(jnp.where(real[..., None], student, 1.0), axis=-1) * jnp.linalg.norm(
-                jnp.where(real[..., None], teacher, 1.0), axis=-1
-            )
-            distances = 1 - jnp.sum(student * teacher, axis=-1) / jnp.maximum(norms, 1e-12)
+            squares = (jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher))
+            # Bounded before the root, whose gradient at 0, as at padding, is infinite.
+            scales = [jax.lax.rsqrt(jnp.maximum(square, 1e-12)) for square in squares]
+            distances = 1 - jnp.sum(student * teacher, axis=-1) * scales[0] * scales[1]
         return jnp.sum(jnp.where(real, distances, 0.0))
 
     def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:

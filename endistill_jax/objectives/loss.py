@@ -15,9 +15,9 @@ from endistill_jax.core.outputs import Output
 from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
 from endistill_jax.objectives.interpolated_targets import joined_head
 from endistill_jax.objectives.objective import Objective
-from endistill_jax.objectives.term import TermInputs, TokenTerm
-from endistill_jax.objectives.token_distribution import TokenDistribution
-from endistill_jax.objectives.tokens_blocked import CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, token_loss
+from endistill_jax.objectives.term import TermInputs
+from endistill_jax.objectives.token_term import TokenTerm, dense_token_sums
+from endistill_jax.objectives.tokens_blocked import token_loss
 
 
 def loss_and_sums(
@@ -54,12 +54,10 @@ def loss_and_sums(
     """
     if share is not None and teacher.head is not None:
         teacher = teacher._replace(head=joined_head(teacher.head, student.head, share))
-    blocked = student.head is not None and implementation.blocks("vocabulary", len(student.head.hidden))
     factors = objective.factors(weights, step)
-    together = [term for term in objective.terms if blocked and isinstance(term, TokenTerm)]
     loss, sums = jnp.zeros((), jnp.float32), {}
     for term in objective.terms:
-        if term not in together:
+        if not isinstance(term, TokenTerm):
             sums[term.name] = term.sum(
                 TermInputs(
                     student=student,
@@ -71,22 +69,15 @@ def loss_and_sums(
                 )
             )
             loss += factors[term.name] * sums[term.name]
-    if blocked:
-        targets, token_weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-        head = None if teacher is None else teacher.head
-        of_tokens, token_sums = token_loss(
-            together, student.head, head, targets, token_weights, factors, implementation
-        )
-        return loss + of_tokens, sums | token_sums
-    return loss, sums | _cross_entropies(student, teacher, batch)
-
-
-def _cross_entropies(student: Output, teacher: Output | None, batch: Batch) -> dict[str, jax.Array]:
-    targets = batch["decoder_target_tokens"].reshape(-1)
-    weights = batch["decoder_loss_weights"].astype(jnp.float32).reshape(-1)
-    sums = {}
-    for name, output in ((CROSS_ENTROPY, student), (TEACHER_CROSS_ENTROPY, teacher)):
-        if output is not None and output.head is not None:
-            losses = TokenDistribution.of_output(jax.lax.stop_gradient(output), targets, weights).cross_entropy
-            sums[name] = jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
-    return sums
+    if student.head is None:
+        return loss, sums
+    # The token terms together: they share the logits.
+    terms = [term for term in objective.terms if isinstance(term, TokenTerm)]
+    heads = student.head, None if teacher is None else teacher.head
+    tokens = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    if terms and implementation.blocks("vocabulary", len(student.head.hidden)):
+        of_tokens, token_sums = token_loss(terms, *heads, *tokens, factors, implementation)
+    else:
+        token_sums = dense_token_sums(terms, *heads, *tokens)
+        of_tokens = sum(factors[term.name] * token_sums[term.name] for term in terms)
+    return loss + of_tokens, sums | token_sums

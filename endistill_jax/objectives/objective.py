@@ -13,6 +13,10 @@ from endistill_jax.core.outputs import Reads, union
 from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
 from endistill_jax.objectives.term import ModelShape, Role, Term
 
+# Metrics of a step that are no term.
+RESERVED = ("loss", "cross_entropy", "teacher_cross_entropy", "teacher_share", "gradient_norm", "update_norm")
+RESERVED += ("parameter_norm", "learning_rate", "tokens")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -34,6 +38,8 @@ class Objective:
         for name in self.term_names:
             if self.term_names.count(name) > 1:
                 raise UserError(f"Objective.terms has {name!r} twice; give one of them a label of its own")
+            if name in RESERVED:
+                raise UserError(f"Objective.terms has {name!r}, which is another metric's name; give it another label")
         for term in self.terms:
             coefficient = term.coefficient
             if not callable(coefficient) and not 0 <= coefficient < float("inf"):

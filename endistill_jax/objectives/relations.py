@@ -50,6 +50,12 @@ class SiteTerm(Term):
         layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
         return what + layers
 
+    def score_flops(self, relation: str, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+        """2 B Q K (I_teacher + 3 I_student): all scores, masked or not, and two products for the student's gradient."""
+        sides = {"encoder": lengths.source, "decoder": lengths.target}
+        queries, keys = (sides[SITES[self.site].side(vector)] for vector in relation)
+        return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
+
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
         for role, model in (("teacher", teacher), ("student", student)):
             depth = model.depth(SITES[self.site].stack)
@@ -112,10 +118,7 @@ class RelationKL(SiteTerm):
             )
 
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        """2 B Q K (I_teacher + 3 I_student): all scores, masked or not, and two products for the student's gradient."""
-        sides = {"encoder": lengths.source, "decoder": lengths.target}
-        queries, keys = (sides[SITES[self.site].side(vector)] for vector in self.relation)
-        return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
+        return self.score_flops(self.relation, lengths, student, teacher)
 
 
 def relation_scores(pair: Pair, segments: tuple[jax.Array, jax.Array], relation_heads: int) -> jax.Array:

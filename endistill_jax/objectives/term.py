@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from endistill_jax.core.batch import Batch, Lengths
-from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.core.settings import require_at_least, require_not_negative
 from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
-from endistill_jax.objectives.token_distribution import TokenDistribution
 
 Role = Literal["teacher", "student"]
 
@@ -43,6 +42,10 @@ class Ramp:
     start: float = 0.0
     end: float = 1.0
     steps: int
+
+    def __post_init__(self):
+        require_not_negative(self, "start", "end")
+        require_at_least(self, 1, "steps")
 
     def __call__(self, step: jax.Array) -> jax.Array:
         return self.start + (self.end - self.start) * jnp.clip(step.astype(jnp.float32) / self.steps, 0.0, 1.0)
@@ -126,58 +129,3 @@ class Term:
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape | None) -> int:
         """Operations of its own matrix products, value and gradient, beyond the two models'."""
         return 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenTerm(Term):
-    """A loss of the distributions over the vocabulary, summed over target tokens by their loss weights.
-
-    A subclass gives `token_loss`. It is called with all tokens (dense) or some at a time (blocked), on a device that
-    may have only some of the vocabulary's columns, and is differentiated there.
-    """
-
-    def reads(self, role: Role) -> Reads:
-        return Reads(head=role == "student" or self.needs_teacher)
-
-    def weight(self, batch: Batch) -> jax.Array:
-        return jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
-
-    def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> jax.Array:
-        """Nats a token, [tokens]. Sums over the vocabulary are taken by `student.sum`, so that columns may be split."""
-        raise NotImplementedError
-
-    def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """`token_loss`, and its gradient with respect to the student's logits, [tokens, columns].
-
-        Derived here; a term that can do it in fewer passes over the logits overrides this.
-        """
-
-        def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-            losses = self.token_loss(student.with_logits(logits), teacher, targets)
-            return jnp.sum(losses), losses
-
-        gradient, losses = jax.grad(total, has_aux=True)(student.logits)
-        # Every device has the whole loss, and a sum over devices transposes to a sum: each counts the others' too.
-        return losses, gradient / student.parts
-
-    def sum(self, inputs: TermInputs) -> jax.Array:
-        """The plain form over all logits; where it is blocked, a loss computes its token terms together instead."""
-        weights = inputs.batch["decoder_loss_weights"].astype(jnp.float32).reshape(-1)
-        targets = inputs.batch["decoder_target_tokens"].reshape(-1)
-        student, teacher = (
-            None if output is None or output.head is None else TokenDistribution.of_output(output, targets, weights)
-            for output in (inputs.student, inputs.teacher)
-        )
-        losses = self.token_loss(student, teacher, targets)
-        return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
-
-    def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        if self.needs_teacher and teacher is not None and teacher.vocab_size != student.vocab_size:
-            raise UserError(
-                f"objective.{self.name}: the vocabularies of teacher and student have {teacher.vocab_size} and "
-                f"{student.vocab_size} entries; comparing their distributions needs one for both"
-            )

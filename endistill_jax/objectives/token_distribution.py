@@ -5,8 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.outputs import Output
-
 
 class TokenDistribution:
     """softmax(logits) for some tokens, while a program is traced; what several losses need of it is computed once.
@@ -19,13 +17,6 @@ class TokenDistribution:
 
     def __init__(self, logits: jax.Array, targets: jax.Array, axis: str | None = None):
         self.logits, self.targets, self.axis = logits, targets, axis
-
-    @classmethod
-    def of_output(cls, output: Output, targets: jax.Array, weights: jax.Array) -> "TokenDistribution":
-        """All tokens of an output; those of weight 0 have logits of 0, whatever stands there."""
-        logits = output.logits.astype(jnp.float32).reshape(targets.size, -1)
-        # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
-        return cls(jnp.where((weights != 0)[:, None], logits, 0.0), targets)
 
     def with_logits(self, logits: jax.Array) -> "TokenDistribution":
         """The same tokens with other logits."""

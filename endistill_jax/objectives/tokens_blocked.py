@@ -17,16 +17,11 @@ from jax.sharding import PartitionSpec
 from endistill_jax.core.outputs import Head
 from endistill_jax.objectives.blocked import per_device, with_formed_gradient
 from endistill_jax.objectives.implementation import LossImplementation, MeshAxes
-from endistill_jax.objectives.term import TokenTerm
 from endistill_jax.objectives.token_distribution import TokenDistribution
+from endistill_jax.objectives.token_term import CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, Sums, TokenTerm, weighted_sum
 
 # Most that one model's logits of one block take on a device.
 VOCABULARY_BYTES = {"tpu": 64 << 20, "cpu": 128 << 20, "gpu": 256 << 20}
-
-CROSS_ENTROPY = "cross_entropy"
-TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
-
-Sums = dict[str, jax.Array]
 
 
 class Tokens(NamedTuple):
@@ -167,18 +162,14 @@ def _block_sums(
             return None
         return TokenDistribution(_product("td,dv->tv", hidden, kernel), block.targets, blocks.vocabulary_axis)
 
-    def total(losses: jax.Array) -> jax.Array:
-        # Not by a product: what is at weight 0 may be NaN, such as the cross-entropy of an impossible target.
-        return jnp.sum(jnp.where(block.weights != 0, block.weights * losses, 0.0))
-
     student, teacher = distribution(block.student, kernels[0]), distribution(block.teacher, kernels[1])
-    sums = {CROSS_ENTROPY: total(student.cross_entropy)}
+    sums = {CROSS_ENTROPY: weighted_sum(student.cross_entropy, block.weights)}
     if teacher is not None:
-        sums[TEACHER_CROSS_ENTROPY] = total(teacher.cross_entropy)
+        sums[TEACHER_CROSS_ENTROPY] = weighted_sum(teacher.cross_entropy, block.weights)
     d_logits = jnp.zeros((), jnp.float32)
     for term in blocks.terms:
         losses, by_logits = term.loss_and_gradient(student, teacher, block.targets)
-        sums[term.name] = total(losses)
+        sums[term.name] = weighted_sum(losses, block.weights)
         d_logits += (factors[term.name] * block.weights)[:, None] * by_logits
     return sums, d_logits if with_gradient else None
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from endistill_jax.checkpoints.manifest import plain
 from endistill_jax.planning.estimate import Assumptions, Load, Range, RunEstimate, estimate_run, step_seconds
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.train.flops import step_flops
@@ -112,7 +113,7 @@ class PlannedStep:
         """Everything, as plain data."""
         request = dataclasses.asdict(self.request)
         request["topology"]["name"] = self.request.topology.name
-        request["objective"] = self.request.objective.plain()
+        request["objective"] = plain(self.request.objective.described())
         known = self.seconds is not None
         return {
             "topology": self.request.topology.name,

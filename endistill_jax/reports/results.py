@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 from endistill_jax.evaluation.denoising import DenoisingReport
-from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.reports.table import Column, print_table, write_table
 
 DENOISING_COLUMNS = (
@@ -24,7 +23,7 @@ DENOISING_COLUMNS = (
 
 
 def model_row(
-    name: str, config: T5Config, report: DenoisingReport, tokens: int | None, seconds: float | None
+    name: str, config: ModelConfig, report: DenoisingReport, tokens: int | None, seconds: float | None
 ) -> dict[str, Any]:
     """A trained model's row; tokens and seconds are None for a model that was trained elsewhere."""
     size = {"model": name, "parameters": count_params(abstract_params(config))}

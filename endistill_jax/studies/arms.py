@@ -16,6 +16,7 @@ from endistill_jax.interpolation.chain import Chain, plan_chain
 from endistill_jax.interpolation.settings import Interpolation
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.objectives import Objective
+from endistill_jax.studies.plots import check_packages
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.finetuning import Finetuning, check_runs, plan_runs
 from endistill_jax.train.flops import step_flops
@@ -140,8 +141,9 @@ def plan_study(
     """A run for every seed and arm, seed after seed, so that a study that is resumed has whole comparisons.
 
     Raises:
-        UserError: an arm's interpolation does not fit.
+        UserError: an arm's interpolation does not fit, or what plots are drawn with is not installed.
     """
+    check_packages()
 
     def planned(name: str, arm: Arm, seed: int) -> StudyRun:
         folder, label = f"{model_dir}/{name}/seed_{seed}", f"{name}, seed {seed}"

@@ -4,6 +4,7 @@ import io
 import math
 from typing import Any
 
+from endistill_jax.extras import STUDIES, require
 from endistill_jax.reports.table import spread
 from endistill_jax.studies.figures import (
     PROBE,
@@ -24,8 +25,22 @@ _MARKERS = "osv^DXP*<>"
 _DOTS_PER_INCH = 110
 
 
+def check_packages() -> None:
+    """Makes sure that plots can be drawn: before anything is trained, not at the end.
+
+    Raises:
+        UserError: if Matplotlib is not installed.
+    """
+    require("matplotlib", "drawing the plots of a study", STUDIES)
+
+
 def study_plots(raw: Raw) -> dict[str, bytes]:
-    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such."""
+    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such.
+
+    Raises:
+        UserError: if Matplotlib is not installed.
+    """
+    check_packages()
     plots = {"held_out_loss.png": _held_out_loss(raw)}
     if task_metrics(raw):
         plots["downstream.png"] = _downstream(raw)

@@ -10,9 +10,9 @@ more.
 
 from typing import NamedTuple
 
+from endistill_jax.core.batch import Lengths
 from endistill_jax.models.family import ModelConfig, forward_flops
 from endistill_jax.objectives import Objective
-from endistill_jax.objectives.term import Lengths
 
 
 class StepFlops(NamedTuple):

@@ -21,7 +21,7 @@ from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.groups import platform_attention_bytes
 from endistill_jax.core.sites import STACKS
-from endistill_jax.models.family import ModelConfig, apply
+from endistill_jax.models.family import ModelConfig, apply, logical_axes
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
@@ -129,14 +129,16 @@ def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batc
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))[0]
 
 
-def norms_by_stack(tree: Any) -> dict[str, jax.Array]:
+def norms_by_stack(config: ModelConfig, gradient: Any) -> dict[str, jax.Array]:
     """The norm of a model's gradient in its encoder, its decoder, and its embedding with the head."""
     groups: dict[str, list[jax.Array]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [entry.key for entry in path]
-        stack = names[0] if names[0] in STACKS and "logits_dense" not in names else "embedding"
-        groups.setdefault(stack, []).append(leaf)
-    return {stack: optax.global_norm(leaves) for stack, leaves in groups.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(split_trainable(gradient)[0])
+    axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    for (path, leaf), names in zip(leaves, axes, strict=True):
+        stack = path[0].key
+        group = stack if stack in STACKS and "vocab" not in names else "embedding"
+        groups.setdefault(group, []).append(leaf)
+    return {group: optax.global_norm(parts) for group, parts in groups.items()}
 
 
 def make_train_step(
@@ -204,7 +206,8 @@ def make_train_step(
             trained = optax.apply_updates(state.trainable, updates)
             params, own = split_trainable(trained)
             carried = dict(state.objective) | ({"params": own} if own else {})
-            metrics = _metrics(batch, loss, sums, weights, grads, updates, trained)
+            metrics = _loss_metrics(batch, loss, sums, weights)
+            metrics |= _norm_metrics(student, grads, updates, trained)
             if objective.interpolated_targets is not None:
                 targets, share = objective.interpolated_targets, state.objective.get("share")
                 metrics["teacher_share"] = (targets.share(state.step, share), jnp.ones((), jnp.float32))
@@ -226,20 +229,18 @@ def make_train_step(
     )
 
 
-def _metrics(
-    batch: Batch, loss: jax.Array, sums: Mapping[str, jax.Array], weights: Mapping[str, jax.Array], grads: Any,
-    updates: Any, trained: Any,
-) -> Metrics:  # fmt: skip
-    tokens, one = jnp.sum(batch["decoder_loss_weights"]).astype(jnp.float32), jnp.ones((), jnp.float32)
-    metrics = {name: (value, weights.get(name, tokens)) for name, value in sums.items()}
-    norms = norms_by_stack(split_trainable(grads)[0])
-    return metrics | {
-        "loss": (loss, one),
-        "gradient_norm": (optax.global_norm(grads), one),
-        **{f"gradient_norm/{stack}": (norm, one) for stack, norm in norms.items()},
-        "update_norm": (optax.global_norm(updates), one),
-        "parameter_norm": (optax.global_norm(trained), one),
-    }
+def _loss_metrics(
+    batch: Batch, loss: jax.Array, sums: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+) -> Metrics:
+    tokens = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
+    return {"loss": (loss, jnp.ones(()))} | {name: (total, weights.get(name, tokens)) for name, total in sums.items()}
+
+
+def _norm_metrics(student: ModelConfig, gradient: Any, updates: Any, trained: Any) -> Metrics:
+    norms = {f"gradient_norm/{stack}": norm for stack, norm in norms_by_stack(student, gradient).items()}
+    norms |= {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
+    norms["parameter_norm"] = optax.global_norm(trained)
+    return {name: (norm, jnp.ones(())) for name, norm in norms.items()}
 
 
 def window_means(window: list[Metrics]) -> dict[str, float]:

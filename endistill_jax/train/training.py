@@ -7,13 +7,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.interchange import Params, VocabularyFile
+from endistill_jax.checkpoints.interchange import VocabularyFile
 from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
 from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
-from endistill_jax.models.family import ModelConfig, config_from_plain
+from endistill_jax.models.family import ModelConfig, Params, config_from_plain
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import check_rows, param_shardings

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, t5_logits, with_wrong_inputs
+from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, model_logits, with_wrong_inputs
 from endistill_jax.evaluation.ngrams import NgramCounter
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
@@ -152,7 +152,7 @@ def test_real_model_gives_finite_figures_with_padding_rows_of_nothing(examples):
     config = T5Config(
         vocab_size=VOCAB, d_model=8, num_heads=2, head_dim=4, mlp_dim=8, num_encoder_layers=1, num_decoder_layers=1
     )
-    step = make_denoising_step(t5_logits(config), sentinel_ids=SENTINELS, eos_id=EOS)
+    step = make_denoising_step(model_logits(config), sentinel_ids=SENTINELS, eos_id=EOS)
     weights = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     report = evaluate_denoising(step, weights, batched(examples, 8))
     padded_in_front = {name: np.insert(array, 0, 0, axis=0) for name, array in examples.items()}
@@ -200,6 +200,6 @@ def test_too_few_examples_for_a_wrong_input_are_refused(params, examples):
 
 
 def test_sentinels_outside_the_vocabulary_are_refused(params, examples):
-    step = make_denoising_step(reader_logits, sentinel_ids=range(30, 33))
+    step = make_denoising_step(reader_logits, sentinel_ids=range(30, 33), eos_id=EOS)
     with pytest.raises(UserError, match="32 is outside"):
         evaluate_denoising(step, params, batched(examples, 7))
