@@ -242,9 +242,9 @@ def _in_one_line(source: str, kinds: tuple[type[Exception], ...] = (Exception,))
 
 def _with_hint(message: str) -> str:
     if found := re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", message):
-        return message.rstrip(".") + _hint(found[2], vars(sys.modules[found[1]]))
-    if found := re.search(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
-        with contextlib.suppress(ValueError, KeyError):
-            parameters = inspect.signature(gin.get_configurable(found[1])).parameters
-            return message.rstrip(".") + _hint(found[2], parameters)
+        message = f"{found[1]} has no {found[2]}{_hint(found[2], vars(sys.modules[found[1]]))}"
+    elif found := re.search(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
+        targets = [each.wrapped for each in gin_config._REGISTRY.get_all_matches(found[1])]
+        parameters = {name for each in targets for name in inspect.signature(each).parameters}
+        message = f"{found[1]} has no parameter {found[2]}{_hint(found[2], parameters)}"
     return message

@@ -55,12 +55,13 @@ MISTAKES = {
     "syntax": ("toy.job.steps = \n", "run.gin:{line}: "),
     "an open bracket": ("toy.job.part = (1,\n", "run.gin: EOF in multi-line statement"),
     "no value": ("toy.job.steps = three\n", "run.gin:{line}: 'three' is not a value .a string needs quotes"),
-    "no parameter": ("toy.job.stepz = 3\n", "run.gin:{line}: .*parameter named 'stepz'; did you mean steps?"),
-    "no parameter, in a block": ("toy.job:\n    stepz = 3\n", "run.gin:{next}: .*'stepz'; did you mean steps?"),
+    "no parameter": ("toy.job.stepz = 3\n", "run.gin:{line}: toy.job has no parameter stepz; did you mean steps?"),
+    "no parameter, in a block": ("toy.job:\n    stepz = 3\n",
+                                 "run.gin:{next}: toy.job has no parameter stepz; did you mean steps?"),
     "no parameter, behind **": ("toy.job.part = @presets.build()\npresets.build.preset = 'minilm'\n"
                                 "presets.build.relation_head = 4\n",
                                 "run.gin:{last}: .*unexpected keyword argument 'relation_head'"),
-    "no function": ("toy.job.part = @toy.prt()\n", "run.gin:{line}: .*no attribute prt; did you mean part?"),
+    "no function": ("toy.job.part = @toy.prt()\n", "run.gin:{line}: toy has no prt; did you mean part?"),
     "no import": ("toi.job.steps = 3\n", "run.gin:{line}: 'toi' was not provided by an import"),
     "no module": ("import endistill_jax.nothing\n", "run.gin:{line}: No module named 'endistill_jax.nothing'"),
     "no file": ("include 'gin/studies/objective.gin'\n", "run.gin:{line}: .*did you mean gin/studies/objectives.gin?"),
@@ -82,8 +83,11 @@ MISTAKES = {
 }  # fmt: skip
 FLAGS = {
     "no macro": ("--gin.STEPZ=3", "--gin.STEPZ: nothing uses STEPZ; did you mean STEPS?"),
-    "no parameter": ("--gin.toy.job.stepz=3", "--gin.toy.job.stepz: .*'stepz'; did you mean steps?"),
-    "no function": ("--gin.STEPS=@toy.jib()", "--gin.STEPS: .*no attribute jib; did you mean job?"),
+    "no parameter": (
+        "--gin.toy.job.stepz=3",
+        "--gin.toy.job.stepz: toy.job has no parameter stepz; did you mean steps?",
+    ),
+    "no function": ("--gin.STEPS=@toy.jib()", "--gin.STEPS: toy has no jib; did you mean job?"),
     "a wrong type": ("--gin.STEPS=ten", r"--gin.STEPS: STEPS \(toy.job.steps\) is 'ten'; it must be int"),
     "an open bracket": ("--gin.STEPS=[3", "--gin.STEPS: EOF in multi-line statement"),
     "no name": ("--gin.a b=3", "--gin.a b: "),
@@ -182,7 +186,7 @@ def test_size_and_objective_are_chosen_by_macros_and_their_settings_stay():
 def test_a_preset_may_be_a_function_and_may_not_be_an_objective():
     assert presets.build(presets.minilm, relation_heads=4) == presets.minilm(relation_heads=4)
     assert presets.build("scratch", relation_heads=4, z_loss=0.1) == presets.scratch(z_loss=0.1)
-    with pytest.raises(UserError, match="no name of a preset and no function"):
+    with pytest.raises(UserError, match="a preset is a name or a function"):
         presets.build(presets.scratch())
     with pytest.raises(UserError, match=r"no objective 'union_'; did you mean union\?"):
         presets.build("union_")
