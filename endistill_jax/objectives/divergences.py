@@ -29,8 +29,8 @@ class _Divergence(TokenTerm):
     def token_loss(
         self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
     ) -> jax.Array:
-        log_p = jax.lax.stop_gradient(teacher.log_softmax(self.temperature))
-        return self.temperature**2 * student.sum(self.terms(log_p, student.log_softmax(self.temperature)))
+        log_p, log_q = teacher.log_softmax(self.temperature), student.log_softmax(self.temperature)
+        return self.temperature**2 * student.sum(self.terms(log_p, log_q))
 
     def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """What is summed over the vocabulary, [tokens, columns], of the two log-probabilities."""

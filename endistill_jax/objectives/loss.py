@@ -52,6 +52,7 @@ def loss_and_sums(
         where distributions over the vocabulary are read, `cross_entropy` and `teacher_cross_entropy`, whose weight is
         that of the loss weights: float32 scalars in nats.
     """
+    teacher = jax.lax.stop_gradient(teacher)
     if share is not None and teacher.head is not None:
         teacher = teacher._replace(head=joined_head(teacher.head, student.head, share))
     factors = objective.factors(weights, step)

@@ -6,6 +6,7 @@ docs/extending.md.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -93,7 +94,8 @@ class Term:
         return self.label or self.default_name()
 
     def default_name(self) -> str:
-        raise NotImplementedError
+        """The class's name, in the way of metrics."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def needs_teacher(self) -> bool:

@@ -85,14 +85,14 @@ def dense_token_sums(
         targets: int [batch, target].
         weights: float or int [batch, target], not negative; 0 at padding.
     """
-    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
 
     def distribution(head: Head) -> TokenDistribution:
-        logits = head.logits().reshape(targets.size, -1)
         # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
-        return TokenDistribution(jnp.where((weights != 0)[:, None], logits, 0.0), targets)
+        hidden = jnp.where((weights != 0)[..., None], head.hidden, 0)
+        return TokenDistribution(head._replace(hidden=hidden).logits().reshape(targets.size, -1), targets.reshape(-1))
 
     ours, theirs = distribution(student), None if teacher is None else distribution(teacher)
+    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
     sums = {CROSS_ENTROPY: weighted_sum(jax.lax.stop_gradient(ours.cross_entropy), weights)}
     if theirs is not None:
         sums[TEACHER_CROSS_ENTROPY] = weighted_sum(theirs.cross_entropy, weights)

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.stages import equal_compute_steps, plan_stages, stages_table
 from endistill_jax.jobs import Data, Interpolation, Run, StageSettings
 from endistill_jax.models.family import Lengths
+from endistill_jax.models.t5 import sizes
 from endistill_jax.objectives import Path, Site
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 
 MODELS = ("t5_v1_1_xl", "t5_v1_1_large", "t5_v1_1_base", "student_6x6_768")
-XL, LARGE, BASE, STUDENT = (model_config(f"gin/models/{name}.gin") for name in MODELS)
+XL, LARGE, BASE, STUDENT = (sizes.build(name) for name in MODELS)
 PATH = Path(encoder_self=Site(relations=("qq",), relation_heads=32), logits_weight=1.0)
 COMMON = {
     "path": PATH,
