@@ -10,7 +10,7 @@ from endistill_jax.data.text_pipeline import seqio, tf
 
 
 def task_modules() -> list[str]:
-    """Every module of `endistill_jax.tasks`; importing one registers its tasks, so a new file needs no entry anywhere."""
+    """Every module of `endistill_jax.tasks`; importing one registers its tasks, so a new file needs no entry."""
     return [f"{tasks.__name__}.{module.name}" for module in pkgutil.iter_modules(tasks.__path__)]
 
 
