@@ -45,7 +45,7 @@ class Golden(NamedTuple):
 
 
 def unpack(name: str, folder: pathlib.Path) -> Golden:
-    """Unpacks a golden and registers its task there: tf.data's saved position has the corpus's name as the run knew it."""
+    """Unpacks a golden, and registers its task there: tf.data's saved position has the corpus's relative name."""
     with tarfile.open(GOLDENS / f"{name}.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     with contextlib.chdir(folder):

@@ -1,3 +1,4 @@
+# ruff: noqa: I001  its imports are of then
 """Records the goldens of checkpoint format 1: what runs of endistill-jax 0 left, for its successors to load and resume.
 
     python record.py OUTPUT
