@@ -20,8 +20,16 @@ from endistill_jax.models.family import abstract_params
 from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import T5
-from endistill_jax.objectives import Path, Site, coefficients, combine, term_sums, term_weights
+from endistill_jax.objectives import (
+    CrossEntropy,
+    ForwardKL,
+    HiddenDistance,
+    InterpolatedTargets,
+    Objective,
+    Ramp,
+    relations,
+)
+from endistill_jax.train.step import LossFunction
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 needs_t5x = pytest.mark.skipif(not HAS_T5X, reason="needs T5X: docs/t5x.md says how to install it")
@@ -32,12 +40,14 @@ V1_1 = T5Config(
 )
 V1_0 = dataclasses.replace(V1_1, mlp_activations=("relu",), tied_head=True)
 KINDS = pytest.mark.parametrize("config", [V1_1, V1_0], ids=["v1.1", "v1.0"])
-PATH = Path(
-    encoder_self=Site(relations=("qq", "vv"), relation_heads=2),
-    decoder_self=Site(relations=("kk",), relation_heads=2, weight=0.5),
-    cross=Site(relations=("qk", "vv"), relation_heads=4),
-    logits_weight=1.0,
-    lm_weight=0.25,
+OBJECTIVE = Objective(
+    terms=(
+        *relations("encoder_self", ("qq", "vv"), relation_heads=2),
+        *relations("decoder_self", ("kk",), relation_heads=2, coefficient=0.5),
+        *relations("cross", ("qk", "vv"), relation_heads=4),
+        ForwardKL(),
+        CrossEntropy(coefficient=0.25),
+    )
 )
 
 
@@ -233,7 +243,7 @@ def teacher(tmp_path, monkeypatch):
     return model
 
 
-def miniend_model(path=PATH, student=STUDENT):
+def miniend_model(objective=OBJECTIVE, student=STUDENT):
     import seqio
     from t5x import adafactor
 
@@ -241,25 +251,22 @@ def miniend_model(path=PATH, student=STUDENT):
 
     vocabulary = seqio.PassThroughVocabulary(student.vocab_size, eos_id=1)
     optimizer = adafactor.Adafactor(learning_rate=0.1, logical_factor_rules=adafactor.standard_logical_factor_rules())
-    return MiniEndModel(our_module(student), "teacher", path, vocabulary, vocabulary, optimizer)
+    return MiniEndModel(our_module(student), "teacher", objective, vocabulary, vocabulary, optimizer)
 
 
 def dense_loss(params, teacher, batch):
     """The objective, written out."""
-    student_output, teacher_output = (
-        T5(config).apply({"params": params}, batch, tap_layers=PATH.tap_layers(role))
-        for config, params, role in ((STUDENT, params, "student"), (teacher.config, teacher.params, "teacher"))
-    )
-    sums, weights = term_sums(PATH, student_output, teacher_output, batch), term_weights(PATH, batch)
-    return combine(PATH, sums, weights), (sums, weights)
+    weights = OBJECTIVE.weights(batch)
+    dense = LossFunction(student=STUDENT, teacher=teacher.config, objective=OBJECTIVE)
+    loss, sums = dense(params, teacher.params, batch, weights)
+    return loss, (sums, weights)
 
 
 @needs_t5x
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_loss_gradient_and_metrics_are_those_of_the_objective(teacher, packed):
     model, batch, params = miniend_model(), make_batch(packed), random_params(STUDENT)
-    taught = model.taught_by(teacher.params)
-    gradient_of = jax.jit(jax.value_and_grad(taught.loss_fn, has_aux=True))
+    gradient_of = jax.jit(jax.value_and_grad(model.with_teacher(teacher.params).loss_fn, has_aux=True))
     (loss, metrics), gradient = gradient_of(unstack_layers(params), batch, None)
     gradient_of = jax.jit(jax.value_and_grad(functools.partial(dense_loss, teacher=teacher, batch=batch), has_aux=True))
     (expected, (sums, weights)), expected_gradient = gradient_of(params)
@@ -267,7 +274,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_objective(teacher, packed):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), stack_layers(gradient), expected_gradient
     )
-    for name in coefficients(PATH):
+    for name in OBJECTIVE.term_names:
         np.testing.assert_allclose(metrics[name].compute(), sums[name] / weights[name], rtol=1e-5)
     assert metrics["loss"].compute() == loss
     assert {"cross_entropy", "teacher_cross_entropy"} <= set(metrics)
@@ -278,7 +285,7 @@ def test_the_teacher_gets_no_gradient(teacher):
     model, batch, params = miniend_model(), make_batch(), unstack_layers(random_params(STUDENT))
 
     def loss(teacher_params):
-        return model.taught_by(teacher_params).loss_fn(params, batch, None)[0]
+        return model.with_teacher(teacher_params).loss_fn(params, batch, None)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(teacher.params)
     assert value > 0.1
@@ -292,9 +299,23 @@ def test_a_model_without_its_trainer_says_which_one_it_needs(teacher):
 
 
 @needs_t5x
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(terms=(ForwardKL(),), interpolated_targets=InterpolatedTargets(steps=3)),
+        Objective(terms=(ForwardKL(coefficient=Ramp(steps=3)),)),
+        Objective(terms=(HiddenDistance(),)),
+    ],
+)
+def test_what_t5x_knows_nothing_of_is_refused_at_once(teacher, objective):
+    with pytest.raises(UserError, match="T5X's"):
+        miniend_model(objective)
+
+
+@needs_t5x
 def test_models_that_do_not_fit_are_refused_at_once(teacher):
     with pytest.raises(UserError, match="relation_heads"):
-        miniend_model(dataclasses.replace(PATH, cross=Site(relations=("qk",), relation_heads=3)))
+        miniend_model(Objective(terms=relations("cross", ("qk",), relation_heads=3)))
     with pytest.raises(UserError, match="vocab"):
         miniend_model(student=dataclasses.replace(STUDENT, vocab_size=31))
 
@@ -332,7 +353,7 @@ def test_a_step_does_not_depend_on_microbatching(teacher):
     for count in (None, 2, 4):
         with make_trainer(miniend_model(), params, count) as trainer:
             summary = trainer.train(iter([batch]), 1).result()
-            told = {name: summary[name].value for name in ("loss", *coefficients(PATH))}
+            told = {name: summary[name].value for name in ("loss", *OBJECTIVE.term_names)}
             ended[count] = trainer.train_state.params, told
     for count in (2, 4):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ended[count], ended[None])
