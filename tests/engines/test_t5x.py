@@ -16,12 +16,22 @@ import pytest
 from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import abstract_params
+from endistill_jax.models.family import abstract_params, apply
 from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import T5
-from endistill_jax.objectives import Path, Site, coefficients, combine, term_sums, term_weights
+from endistill_jax.objectives import (
+    CrossEntropy,
+    ForwardKL,
+    HiddenDistance,
+    InterpolatedTargets,
+    Objective,
+    Ramp,
+    loss_and_sums,
+    presets,
+    relations,
+)
+from endistill_jax.objectives.implementation import DENSE
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 needs_t5x = pytest.mark.skipif(not HAS_T5X, reason="needs T5X: docs/t5x.md says how to install it")
@@ -32,12 +42,14 @@ V1_1 = T5Config(
 )
 V1_0 = dataclasses.replace(V1_1, mlp_activations=("relu",), tied_head=True)
 KINDS = pytest.mark.parametrize("config", [V1_1, V1_0], ids=["v1.1", "v1.0"])
-PATH = Path(
-    encoder_self=Site(relations=("qq", "vv"), relation_heads=2),
-    decoder_self=Site(relations=("kk",), relation_heads=2, weight=0.5),
-    cross=Site(relations=("qk", "vv"), relation_heads=4),
-    logits_weight=1.0,
-    lm_weight=0.25,
+OBJECTIVE = Objective(
+    terms=(
+        *relations("encoder_self", ("qq", "vv"), relation_heads=2),
+        *relations("decoder_self", ("kk",), relation_heads=2, coefficient=0.5),
+        *relations("cross", ("qk", "vv"), relation_heads=4),
+        ForwardKL(),
+        CrossEntropy(coefficient=0.25),
+    )
 )
 
 
@@ -107,10 +119,10 @@ def t5x_model(module, **kwargs):
 
 
 @pytest.mark.skipif(HAS_T5X, reason="T5X is installed")
-@pytest.mark.parametrize("module", ["t5x_adapter", "t5x_distillation"])
+@pytest.mark.parametrize("module", ["adapter", "trainer"])
 def test_without_t5x_one_line_says_what_is_needed(module):
     with pytest.raises(UserError, match=r"needs T5X.*No module named 't5x'.*docs/t5x\.md") as error:
-        importlib.import_module(f"endistill_jax.{module}")
+        importlib.import_module(f"endistill_jax.engines.t5x.{module}")
     assert "\n" not in str(error.value)
 
 
@@ -225,15 +237,15 @@ def teacher(tmp_path, monkeypatch):
     config = dataclasses.replace(V1_1, num_heads=4)
     params = random_params(config, seed=7)
     model = TrainedModel(
-        source="teacher", config=config, vocabulary_file=None, step=0, facts={}, _read=lambda mesh: (params, "00")
+        source="teacher", config=config, vocabulary_file=None, step=0, manifest={}, _read=lambda mesh: (params, "00")
     )
-    from endistill_jax.engines.t5x import trainer as t5x_distillation
+    from endistill_jax.engines.t5x import trainer
 
-    monkeypatch.setattr(t5x_distillation, "open_model", lambda source, dtype: model)
+    monkeypatch.setattr(trainer, "open_model", lambda source, dtype: model)
     return model
 
 
-def miniend_model(path=PATH, student=STUDENT):
+def miniend_model(objective=OBJECTIVE, student=STUDENT):
     import seqio
     from t5x import adafactor
 
@@ -241,34 +253,32 @@ def miniend_model(path=PATH, student=STUDENT):
 
     vocabulary = seqio.PassThroughVocabulary(student.vocab_size, eos_id=1)
     optimizer = adafactor.Adafactor(learning_rate=0.1, logical_factor_rules=adafactor.standard_logical_factor_rules())
-    return MiniEndModel(our_module(student), "teacher", path, vocabulary, vocabulary, optimizer)
+    return MiniEndModel(our_module(student), "teacher", objective, vocabulary, vocabulary, optimizer)
 
 
 def dense_loss(params, teacher, batch):
-    """The objective, written out."""
-    student_output, teacher_output = (
-        T5(config).apply({"params": params}, batch, tap_layers=PATH.tap_layers(role))
-        for config, params, role in ((STUDENT, params, "student"), (teacher.config, teacher.params, "teacher"))
-    )
-    sums, weights = term_sums(PATH, student_output, teacher_output, batch), term_weights(PATH, batch)
-    return combine(PATH, sums, weights), (sums, weights)
+    """The loss and the sums that it is made of, by nothing of T5X."""
+    outputs = [
+        apply(config, params, batch, OBJECTIVE.reads(role))
+        for role, config, params in (("student", STUDENT, params), ("teacher", teacher.config, teacher.params))
+    ]
+    return loss_and_sums(OBJECTIVE, *outputs, batch, OBJECTIVE.weights(batch), implementation=DENSE)
 
 
 @needs_t5x
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_loss_gradient_and_metrics_are_those_of_the_objective(teacher, packed):
     model, batch, params = miniend_model(), make_batch(packed), random_params(STUDENT)
-    taught = model.taught_by(teacher.params)
-    gradient_of = jax.jit(jax.value_and_grad(taught.loss_fn, has_aux=True))
+    gradient_of = jax.jit(jax.value_and_grad(model.with_teacher(teacher.params).loss_fn, has_aux=True))
     (loss, metrics), gradient = gradient_of(unstack_layers(params), batch, None)
     gradient_of = jax.jit(jax.value_and_grad(functools.partial(dense_loss, teacher=teacher, batch=batch), has_aux=True))
-    (expected, (sums, weights)), expected_gradient = gradient_of(params)
+    (expected, sums), expected_gradient = gradient_of(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), stack_layers(gradient), expected_gradient
     )
-    for name in coefficients(PATH):
-        np.testing.assert_allclose(metrics[name].compute(), sums[name] / weights[name], rtol=1e-5)
+    for name, weight in OBJECTIVE.weights(batch).items():
+        np.testing.assert_allclose(metrics[name].compute(), sums[name] / weight, rtol=1e-5)
     assert metrics["loss"].compute() == loss
     assert {"cross_entropy", "teacher_cross_entropy"} <= set(metrics)
 
@@ -278,7 +288,7 @@ def test_the_teacher_gets_no_gradient(teacher):
     model, batch, params = miniend_model(), make_batch(), unstack_layers(random_params(STUDENT))
 
     def loss(teacher_params):
-        return model.taught_by(teacher_params).loss_fn(params, batch, None)[0]
+        return model.with_teacher(teacher_params).loss_fn(params, batch, None)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(teacher.params)
     assert value > 0.1
@@ -294,9 +304,23 @@ def test_a_model_without_its_trainer_says_which_one_it_needs(teacher):
 @needs_t5x
 def test_models_that_do_not_fit_are_refused_at_once(teacher):
     with pytest.raises(UserError, match="relation_heads"):
-        miniend_model(dataclasses.replace(PATH, cross=Site(relations=("qk",), relation_heads=3)))
+        miniend_model(presets.union(relation_heads=3))
     with pytest.raises(UserError, match="vocab"):
         miniend_model(student=dataclasses.replace(STUDENT, vocab_size=31))
+
+
+@needs_t5x
+@pytest.mark.parametrize(
+    ("objective", "match"),
+    [
+        (presets.logits(interpolated_targets=InterpolatedTargets(steps=5)), "interpolated_targets moves with the step"),
+        (Objective(terms=(ForwardKL(coefficient=Ramp(steps=5)),)), "logits: it moves with the step"),
+        (Objective(terms=(HiddenDistance(),)), "no place for a term's own parameters"),
+    ],
+)
+def test_an_objective_that_t5x_has_no_place_for_is_refused(teacher, objective, match):
+    with pytest.raises(UserError, match=match):
+        miniend_model(objective)
 
 
 def make_trainer(model, params, num_microbatches):
@@ -332,7 +356,7 @@ def test_a_step_does_not_depend_on_microbatching(teacher):
     for count in (None, 2, 4):
         with make_trainer(miniend_model(), params, count) as trainer:
             summary = trainer.train(iter([batch]), 1).result()
-            told = {name: summary[name].value for name in ("loss", *coefficients(PATH))}
+            told = {name: summary[name].value for name in ("loss", *OBJECTIVE.term_names)}
             ended[count] = trainer.train_state.params, told
     for count in (2, 4):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ended[count], ended[None])

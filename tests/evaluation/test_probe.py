@@ -11,18 +11,25 @@ from endistill_jax.evaluation.probe import evaluate_probe, make_probe_step
 from endistill_jax.evaluation.report import JointEvaluation
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, Site, term_sums, term_weights
+from endistill_jax.objectives import ForwardKL, HiddenDistance, Objective, relations
 from endistill_jax.sharding import make_mesh
-from endistill_jax.train.step import forward
+from endistill_jax.train.step import LossFunction
 
 LENGTHS = {"source": (6, 3, 5, 2, 6, 4), "target": (5, 2, 3, 4, 1, 5)}
-SELF = Site(relations=("qq", "vv"), relation_heads=2)
-PATH = Path(
-    encoder_self=SELF,
-    decoder_self=SELF,
-    cross=Site(relations=("qk", "vv"), relation_heads=2, teacher_layer=0, weight=0.5),
-    logits_weight=1.0,
-)
+
+
+def objective(cross_layer: int) -> Objective:
+    """Relations of all three sites, of the cross-attention with half the coefficient, and the logits."""
+    terms = [
+        *relations("encoder_self", ("qq", "vv"), relation_heads=2),
+        *relations("decoder_self", ("qq", "vv"), relation_heads=2),
+        *relations("cross", ("qk", "vv"), relation_heads=2, teacher_layer=cross_layer, coefficient=0.5),
+        ForwardKL(),
+    ]
+    return Objective(terms=tuple(terms))
+
+
+OBJECTIVE = objective(cross_layer=0)
 STUDENT = T5Config(
     vocab_size=32,
     d_model=8,
@@ -63,7 +70,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def step():
-    return make_probe_step(path=PATH, student=STUDENT, teacher=TEACHER, mesh=make_mesh())
+    return make_probe_step(objective=OBJECTIVE, student=STUDENT, teacher=TEACHER, mesh=make_mesh())
 
 
 def batched(examples, size):
@@ -74,36 +81,41 @@ def batched(examples, size):
 
 
 def test_terms_are_those_of_the_dense_objective_over_all_examples(examples, models, step):
-    report = evaluate_probe(step, PATH, *models, batched(examples, 6))
+    report = evaluate_probe(step, OBJECTIVE, *models, batched(examples, 6))
     still = dataclasses.replace(STUDENT, dropout_rate=0.0)
-    student = forward(still, models[0], examples, PATH, "student")
-    teacher = forward(TEACHER, models[1], examples, PATH, "teacher")
-    sums, weights = term_sums(PATH, student, teacher, examples), term_weights(PATH, examples)
-    assert dict(report.terms) == pytest.approx({name: float(sums[name] / weights[name]) for name in sums}, rel=1e-5)
+    dense, weights = LossFunction(student=still, teacher=TEACHER, objective=OBJECTIVE), OBJECTIVE.weights(examples)
+    loss, sums = jax.jit(dense)(*models, examples, weights)
+    assert dict(report.terms) == pytest.approx({name: float(sums[name] / weights[name]) for name in weights}, rel=1e-5)
     assert len(report.terms) == 7 and min(report.terms.values()) > 0
     weighted = sum(value / 2 for name, value in report.terms.items() if name.startswith(("encoder", "decoder")))
     weighted += sum(value / 4 for name, value in report.terms.items() if name.startswith("cross"))
-    assert report.loss == pytest.approx(weighted + report.terms["logits"])
+    assert report.loss == pytest.approx(weighted + report.terms["logits"]) == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_terms_do_not_depend_on_batches_and_padding_rows(examples, models, step, size):
-    whole = evaluate_probe(step, PATH, *models, batched(examples, 6))
-    cut = evaluate_probe(step, PATH, *models, batched(examples, size))
+    whole = evaluate_probe(step, OBJECTIVE, *models, batched(examples, 6))
+    cut = evaluate_probe(step, OBJECTIVE, *models, batched(examples, size))
     assert dict(cut.terms) == pytest.approx(dict(whole.terms), rel=1e-5)
 
 
 def test_a_model_is_at_no_distance_from_itself(examples, models):
-    path = dataclasses.replace(PATH, cross=dataclasses.replace(PATH.cross, teacher_layer=-1))
-    itself = make_probe_step(path=path, student=TEACHER, teacher=TEACHER, mesh=make_mesh())
-    report = evaluate_probe(itself, path, models[1], models[1], batched(examples, 6))
+    last = objective(cross_layer=-1)
+    itself = make_probe_step(objective=last, student=TEACHER, teacher=TEACHER, mesh=make_mesh())
+    report = evaluate_probe(itself, last, models[1], models[1], batched(examples, 6))
     assert max(map(abs, report.terms.values())) < 1e-5
 
 
 def test_batches_without_anything_to_compare_are_refused(examples, models, step):
     empty = [{name: np.zeros_like(array) for name, array in examples.items()}]
     with pytest.raises(UserError, match="nothing to compare for encoder_self/qq"):
-        evaluate_probe(step, PATH, *models, empty)
+        evaluate_probe(step, OBJECTIVE, *models, empty)
+
+
+def test_a_term_with_parameters_of_its_own_is_refused():
+    projected = Objective(terms=(HiddenDistance(),))
+    with pytest.raises(UserError, match="a probe cannot compute hidden/encoded"):
+        make_probe_step(objective=projected, student=STUDENT, teacher=TEACHER, mesh=make_mesh())
 
 
 def test_several_evaluations_tell_all_their_figures(examples, models, step):
@@ -112,7 +124,7 @@ def test_several_evaluations_tell_all_their_figures(examples, models, step):
             self.batches = batches
 
         def evaluate(self, config, params):
-            return evaluate_probe(step, PATH, params, models[1], self.batches)
+            return evaluate_probe(step, OBJECTIVE, params, models[1], self.batches)
 
     class Counts:
         def evaluate(self, config, params):
@@ -125,5 +137,5 @@ def test_several_evaluations_tell_all_their_figures(examples, models, step):
             return "3 arrays"
 
     report = JointEvaluation(evaluations=(Counts(), Asks(batched(examples, 6)))).evaluate(STUDENT, models[0])
-    assert list(report.scalars("x/"))[0] == "x/arrays" and "x/probe/cross/qk" in report.scalars("x/")
+    assert list(report.scalars("x/"))[0] == "x/arrays" and "x/probe/logits" in report.scalars("x/")
     assert report.summary().startswith("3 arrays, from the teacher ")

@@ -17,10 +17,10 @@ def tried(make_request, make_plan):
         kept = {"full": 1, "dots": 2, "none": 4}
 
         def plan(request):
-            seen.append((request.mesh, request.teacher_placement, request.student.remat, request.batch_per_chip))
+            seen.append((request.mesh, request.teacher_sharding, request.student.remat, request.batch_per_chip))
             fits = request.batch_per_chip * kept[request.student.remat] <= most
             result = None if fits else {"status": "too big", "reason": "RESOURCE_EXHAUSTED"}
-            settings = {name: getattr(request, name) for name in ("mesh", "student", "lengths", "teacher_placement")}
+            settings = {name: getattr(request, name) for name in ("mesh", "student", "lengths", "teacher_sharding")}
             return make_plan(topology, result=result, **settings)
 
         plans = list(run_sweep(sweep, make_request(topology, **fields), plan))
@@ -43,7 +43,7 @@ def test_nothing_that_cannot_fit_any_more_is_tried(tried):
 
 
 def test_an_axis_that_is_not_named_stays_as_configured(tried):
-    seen, _ = tried(Sweep(batch=(8,)), most=64, mesh=(1, 16, 1), teacher_placement="replicated")
+    seen, _ = tried(Sweep(batch=(8,)), most=64, mesh=(1, 16, 1), teacher_sharding="replicated")
     assert seen == [((1, 16, 1), "replicated", "none", 8)]
 
 
