@@ -5,13 +5,15 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import sys
 import tokenize
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import gin
 from endistill_jax.command_line import find
@@ -21,11 +23,11 @@ from gin import config as gin_config
 from gin import config_parser
 
 MACRO, CONSTANT, REQUIRED = "gin.macro", "gin.constant", "gin.REQUIRED"
+GIN_FOLDER = os.path.dirname(gin.__file__)
 SIMPLE_TYPES = (int, float, str, bool, type(None))
 
-Key = tuple[
-    str, str, str
-]  # scope, selector and parameter; a macro is parameter "value" of gin.macro, its name the scope
+# Scope, selector and parameter. A macro is the parameter "value" of gin.macro, with its name for a scope.
+Key = tuple[str, str, str]
 _read: dict[str, Sequence] = {"files": (), "flags": (), "search_paths": ()}  # what gin holds, for messages
 
 
@@ -93,11 +95,9 @@ def bound_settings() -> dict[str, str]:
     return {name: value for name, equals, value in lines if equals and not name.startswith("#")}
 
 
-def _open_included(name: str) -> TextIO:
-    return open(find(name, _read["search_paths"]), encoding="utf-8")
-
-
-gin_config.register_file_reader(_open_included, lambda name: True)  # gin tries the current folder before
+# For included files, before gin's own readers, of which one logs an error for each file that it does not find.
+_reader = (lambda name: find(name, _read["search_paths"]).open(encoding="utf-8"), lambda name: True)
+gin_config._FILE_READERS.insert(0, _reader)
 
 
 def _leave_open() -> None:
@@ -105,7 +105,7 @@ def _leave_open() -> None:
     from endistill_jax.train.experiment import Data
 
     for (scope, selector), values in list(gin_config._CONFIG.items()):
-        if selector == MACRO and _is_required(values["value"]):
+        if selector == MACRO and getattr(values["value"], "scopes", None) == [REQUIRED]:
             gin.bind_parameter((scope, selector, "value"), left_open(scope))
         if "task" in values and gin_config._REGISTRY[selector].wrapped is Data:
             gin.bind_parameter((scope, selector, "task"), left_open("TASK"))
@@ -113,6 +113,8 @@ def _leave_open() -> None:
 
 def _check(settings: dict[Key, Any]) -> None:
     """Refuses what gin would find late, or never."""
+    if not any(key[2] == "job" for key in settings):
+        raise UserError(f"{', '.join(_read['files'])}: no job to run; add a line like jobs.run.job = @jobs.distill")
     references = [each for each in gin_config.iterate_references(settings) if each.config_key[1] != CONSTANT]
     macros = {scope for scope, selector, _ in settings if selector == MACRO}
     used = {each.config_key[0] for each in references if each.config_key[1] == MACRO}
@@ -120,15 +122,16 @@ def _check(settings: dict[Key, Any]) -> None:
     for key in settings:
         # A file may set what its runs use now and then; a flag that nothing uses, or a near miss, is a mistake.
         name, by_flag = key[0], key[0] in dict(_read["flags"])
-        if key[1] == MACRO and name not in used and (by_flag or _near(name, used, 0.8) and not _uses(f"%{name}")):
+        if key[1] == MACRO and name not in used and (by_flag or _hint(name, used, 0.8) and not _uses(f"%{name}")):
             raise UserError(f"{_sets(key)[0]}: nothing uses {name}{_hint(name, used)}")
         for part in set(name.split("/")) - scopes if name and key[1] != MACRO else ():
-            if not _uses(f"[@/]{part}"):  # a value that a later file replaced may have used it
+            if not _uses(f"[@/]{part}"):
                 raise UserError(f"{_sets(key)[0]}: nothing uses the scope {part} of {_name(key)}{_hint(part, scopes)}")
+            gin_config._CONFIG.pop(key[:2], None)  # a later file replaced what used it
     for name in sorted(used - macros):
         hint = f"give --gin.{name}=..., or set it in a file{_hint(name, macros)}"
         raise UserError(f"{_uses(f'%{name}')}: %{name} is not set; {hint}")
-    if missing := [key for key, value in settings.items() if _is_required(value)]:
+    if missing := [key for key, value in settings.items() if getattr(value, "scopes", None) == [REQUIRED]]:
         flags = ", ".join(f"--gin.{_name(key)}=...{_sets(key)[1]}" for key in missing)
         raise UserError(f"{', '.join(map(_name, missing))} must be set: give {flags}")
     for key, value in settings.items():
@@ -155,22 +158,14 @@ def _check_type(key: Key, value: Any, settings: dict[Key, Any]) -> None:
         raise UserError(f"{_sets(key)[0]}: {shown} is {value!r}; it must be {expected}")
 
 
-def _is_required(value: Any) -> bool:
-    return isinstance(value, gin_config.ConfigurableReference) and value.scopes == [REQUIRED]
-
-
 def _name(key: Key) -> str:
     scope, selector, parameter = key
     short = ".".join(selector.split(".")[-2:])
     return scope if selector == MACRO else f"{scope}/{short}.{parameter}".lstrip("/")
 
 
-def _near(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    return difflib.get_close_matches(name, list(names), n=2, cutoff=cutoff)
-
-
-def _hint(name: str, names: Iterable[str]) -> str:
-    near = _near(name, names)
+def _hint(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name, list(names), n=2, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -192,9 +187,9 @@ def _statements(files: Sequence[str]) -> Iterator[tuple[Key, Any, tuple[str, str
                 elif isinstance(each, config_parser.BindingStatement):
                     macro = "/".join(filter(None, (each.scope, each.selector)))
                     key = (each.scope, each.selector, each.arg_name) if each.arg_name else (macro, MACRO, "value")
-                    _, hash_sign, comment = each.location.line_content.partition(" # ")
-                    comment = f" ({comment.strip()})" if hash_sign else ""
-                    yield key, each.value, (f"{path}:{each.location.line_num}", comment)
+                    comment = re.search(" # (.+)", each.location.line_content)
+                    place = f"{path}:{each.location.line_num}", f" ({comment[1]})" if comment else ""
+                    yield key, each.value, place
 
 
 def _last(fits: Callable[[Key, Any], Any]) -> tuple[str, str]:
@@ -231,21 +226,25 @@ def _in_one_line(source: str, kinds: tuple[type[Exception], ...] = (Exception,))
     except RecursionError:
         raise UserError(f"{source}: its files include one another without end") from None
     except kinds as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        if kinds == (Exception,) and not (isinstance(error, UserError) or last.startswith((GIN_FOLDER, "<frozen"))):
+            raise  # a mistake in a module that a gin file imports
         message, _, added = str(error).partition("\n  In ")
-        message = " ".join(message.split()).rstrip(".")
+        message = " ".join(message.split())
         if at := re.search(r'file "(.+)", line (\d+)', added):
             source = source if source.startswith("--") else f"{at[1]}:{at[2]}"
         elif argument := re.search(r"unexpected keyword argument '(\w+)'", message):
             source = _last(lambda key, _: key[2] == argument[1])[0]
         elif (called := re.search("call to configurable '(.+?)'", added)) and not isinstance(error, UserError):
             source = _uses(rf"\b{called[1]}")
-        raise UserError((f"{source}: " if source else "") + message + _suggestion(message)) from None
+        raise UserError((f"{source}: " if source else "") + _with_hint(message)) from None
 
 
-def _suggestion(message: str) -> str:
+def _with_hint(message: str) -> str:
     if found := re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", message):
-        return _hint(found[2], vars(sys.modules[found[1]]))
-    if found := re.search(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
-        with contextlib.suppress(ValueError, KeyError):
-            return _hint(found[2], inspect.signature(gin.get_configurable(found[1])).parameters)
-    return ""
+        message = f"{found[1]} has no {found[2]}{_hint(found[2], vars(sys.modules[found[1]]))}"
+    elif found := re.search(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
+        targets = [each.wrapped for each in gin_config._REGISTRY.get_all_matches(found[1])]
+        parameters = {name for each in targets for name in inspect.signature(each).parameters}
+        message = f"{found[1]} has no parameter {found[2]}{_hint(found[2], parameters)}"
+    return message

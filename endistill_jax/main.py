@@ -92,8 +92,11 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
 
 
 def _import_text_pipeline() -> None:
-    """TensorFlow comes with it, and writes notices to stderr that no setting silences."""
-    with _held_back_stderr():
+    """Imports SeqIO early: TensorFlow comes with it, and writes notices to stderr that no setting silences.
+
+    Where either is missing, the job that needs it says so.
+    """
+    with _held_back_stderr(), contextlib.suppress(ModuleNotFoundError):
         import seqio  # noqa: F401
 
 

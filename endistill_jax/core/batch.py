@@ -3,25 +3,20 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 # Integer arrays by SeqIO's names: `encoder_input_tokens` [batch, source]; `decoder_input_tokens`,
 # `decoder_target_tokens`, `decoder_loss_weights` [batch, target]; when examples are packed also
 # `encoder_segment_ids`, `decoder_segment_ids` and positions. Token 0 is padding.
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Array]
 
 
 class Segments(NamedTuple):
-    """Segment ids of both sides of a batch.
+    """Segment ids of both sides of a batch: 0 is padding, equal ids may see each other, within a side and across."""
 
-    Attributes:
-        encoder: int32 [batch, source]; 0 is padding, equal ids may see each other.
-        decoder: int32 [batch, target]; decoder segment i belongs to encoder segment i.
-    """
-
-    encoder: jax.Array
-    decoder: jax.Array
+    encoder: Int[Array, "batch source"]
+    decoder: Int[Array, "batch target"]
 
 
 class Lengths(NamedTuple):
@@ -32,8 +27,8 @@ class Lengths(NamedTuple):
     target: int
 
 
-def segment_ids(batch: Batch, side: Literal["encoder", "decoder"]) -> jax.Array:
-    """int32 [batch, length]: the batch's own ids when it is packed, else 1 at real tokens and 0 at padding.
+def segment_ids(batch: Batch, side: Literal["encoder", "decoder"]) -> Int[Array, "batch length"]:
+    """The batch's own ids when it is packed, else 1 at real tokens and 0 at padding.
 
     Real decoder tokens are those with a target: the first decoder *input* is the start symbol, which has the id of
     padding.
@@ -48,16 +43,12 @@ def batch_segments(batch: Batch) -> Segments:
     return Segments(encoder=segment_ids(batch, "encoder"), decoder=segment_ids(batch, "decoder"))
 
 
-def visible_keys(query_segments: jax.Array, key_segments: jax.Array, causal: bool) -> jax.Array:
+def visible_keys(
+    query_segments: Int[Array, "batch query"], key_segments: Int[Array, "batch key"], causal: bool
+) -> Bool[Array, "batch query key"]:
     """Which keys each query may see: those of its own non-zero segment, and when causal none after it.
 
-    Args:
-        query_segments: int [batch, query_length], 0 is padding.
-        key_segments: int [batch, key_length], 0 is padding.
-        causal: compares positions in the arrays, so segments must be contiguous and both sides the same sequence.
-
-    Returns:
-        bool [batch, query_length, key_length].
+    Causal compares positions in the arrays, so segments must be contiguous and both sides the same sequence.
     """
     queries, keys = query_segments[:, :, None], key_segments[:, None, :]
     visible = (queries == keys) & (queries != 0)

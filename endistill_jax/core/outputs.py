@@ -5,27 +5,27 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.sites import SITES, Stack
 
 
 class Tap(NamedTuple):
-    """Queries, keys and values of one attention module: each [batch, length, inner_dim], heads concatenated.
+    """Queries, keys and values of one attention module, heads concatenated.
 
     Attributes:
         query: as projected, on the model's own scale.
         key: likewise.
         value: likewise.
-        bias: what the model adds to the scores, [1, num_heads, query_length, key_length]; None where it adds nothing.
+        bias: what the model adds to the scores; None where it adds nothing.
     """
 
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    bias: jax.Array | None = None
+    query: Float[Array, "batch query inner"]
+    key: Float[Array, "batch key inner"]
+    value: Float[Array, "batch key inner"]
+    bias: Float[Array, "1 heads query key"] | None = None
 
 
 class Head(NamedTuple):
@@ -34,15 +34,15 @@ class Head(NamedTuple):
     Whoever needs only the logits of some tokens at a time applies it to those.
 
     Attributes:
-        hidden: [batch, target, d_model], scaled if the model scales it.
-        kernel: [d_model, vocab_size].
+        hidden: the decoder's output, scaled if the model scales it.
+        kernel: of the projection.
     """
 
-    hidden: jax.Array
-    kernel: jax.Array
+    hidden: Float[Array, "batch target d_model"]
+    kernel: Float[Array, "d_model vocab"]
 
-    def logits(self) -> jax.Array:
-        """All logits, [batch, target, vocab_size], float32."""
+    def logits(self) -> Float[Array, "batch target vocab"]:
+        """All logits, float32."""
         dtype = self.hidden.dtype
         # Batch and length are one axis: XLA's CPU compiler otherwise transposes activations in the backward pass.
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
@@ -55,20 +55,20 @@ class Output(NamedTuple):
     """What a forward pass returns of what it was asked for.
 
     Attributes:
-        encoded: [batch, source, d_model], after the encoder's final normalisation; None if nothing reads it.
+        encoded: the encoder's output, after its final normalization; None if nothing reads it.
         head: the unapplied head; None unless asked for.
         taps: by (site, layer), as they were asked for.
-        hidden: the residual stream after a layer, [batch, length, d_model], by (stack, layer) as asked for.
+        hidden: the residual stream after a layer, by (stack, layer) as asked for.
     """
 
-    encoded: jax.Array | None = None
+    encoded: Float[Array, "batch source d_model"] | None = None
     head: Head | None = None
     taps: Mapping[tuple[str, int], Tap] = {}
-    hidden: Mapping[tuple[Stack, int], jax.Array] = {}
+    hidden: Mapping[tuple[Stack, int], Float[Array, "batch length d_model"]] = {}
 
     @property
-    def logits(self) -> jax.Array | None:
-        """The logits of all tokens, [batch, target, vocab_size], float32; None where no head was asked for."""
+    def logits(self) -> Float[Array, "batch target vocab"] | None:
+        """The logits of all tokens, float32; None where no head was asked for."""
         return None if self.head is None else self.head.logits()
 
 

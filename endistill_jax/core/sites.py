@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-import jax
+from jaxtyping import Array, Int
 
 from endistill_jax.core.batch import Segments
 
@@ -40,8 +40,8 @@ SITES = {
 class RowMasks(NamedTuple):
     """What decides which pairs of positions a relation compares: see `visible_keys`."""
 
-    query_segments: jax.Array
-    key_segments: jax.Array
+    query_segments: Int[Array, "batch query"]
+    key_segments: Int[Array, "batch key"]
     causal: bool
 
 

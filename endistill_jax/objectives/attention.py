@@ -6,11 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
-from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
+from endistill_jax.core.batch import visible_keys
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Output, Reads, Tap
-from endistill_jax.core.sites import RowMasks, row_masks
+from endistill_jax.core.outputs import Output, Tap
+from endistill_jax.core.sites import RowMasks
 from endistill_jax.objectives.blocked import per_device, with_formed_gradient
 from endistill_jax.objectives.implementation import MeshAxes
 from endistill_jax.objectives.interpolated_targets import joined
@@ -35,19 +36,15 @@ class AttentionKL(SiteTerm):
     def default_name(self) -> str:
         return self.named(f"{self.site}/attention")
 
-    def reads(self, role: Role) -> Reads:
-        return Reads(taps={(self.site, self.layer(role)): "qk"})
+    @property
+    def vectors(self) -> str:
+        return "qk"
 
-    def weight(self, batch: Batch) -> jax.Array:
-        """Rows: real query positions with at least one visible key."""
-        visible = visible_keys(*row_masks(self.site, "qk", batch_segments(batch)))
-        return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
-
-    def sum(self, inputs: TermInputs) -> jax.Array:
+    def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         student, teacher = self._tap(inputs.student, "student"), self._tap(inputs.teacher, "teacher")
         if inputs.share is not None:
             teacher = self._interpolated(teacher, student, inputs.share)
-        masks = row_masks(self.site, "qk", batch_segments(inputs.batch))
+        masks = self.masks(inputs.batch)
         if inputs.implementation.blocks("relations", len(masks.query_segments)):
             axes = inputs.implementation.sharded_axes
             return _blocked(self.num_heads, masks.causal, axes, student, teacher, masks[:2])
@@ -57,7 +54,7 @@ class AttentionKL(SiteTerm):
         tap = output.taps[self.site, self.layer(role)]
         return Tap(tap.query, tap.key, None, tap.bias)
 
-    def _interpolated(self, teacher: Tap, student: Tap, share: jax.Array) -> Tap:
+    def _interpolated(self, teacher: Tap, student: Tap, share: Float[Array, ""]) -> Tap:
         query, key = (
             joined(ours, own, share, self.num_heads, keep_scale=True)
             for ours, own in zip(teacher[:2], student[:2], strict=True)
@@ -74,15 +71,12 @@ class AttentionKL(SiteTerm):
                 f"{student.num_heads}; attention is compared head by head. Compare relations of models with other heads"
             )
 
-    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        return self.score_flops("qk", lengths, student, teacher)
 
-
-def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> jax.Array:
-    """The plain form, of any number of examples: the sum over rows, float32 scalar."""
+def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> Float[Array, ""]:
+    """The plain form, of any number of examples: the sum over rows, float32."""
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
-    def masked_scores(tap: Tap) -> jax.Array:
+    def masked_scores(tap: Tap) -> Float[Array, "batch heads query key"]:
         # Padding is cleared before the arithmetic, so that what is not finite there spoils no gradient.
         query, key = (
             jnp.where(segments[:, :, None] != 0, x.astype(jnp.float32), 0.0)
@@ -95,7 +89,9 @@ def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> jax.Array
     return jnp.sum(categorical_kl(masked_scores(teacher), masked_scores(student))) / heads
 
 
-def _blocked(heads: int, causal: bool, axes: MeshAxes | None, student: Tap, teacher: Tap, segments: tuple) -> jax.Array:
+def _blocked(
+    heads: int, causal: bool, axes: MeshAxes | None, student: Tap, teacher: Tap, segments: tuple
+) -> Float[Array, ""]:
     """An example at a time, its gradient formed beside its value: only one example's scores are ever in memory."""
     parts = 1 if axes is None or heads % axes.model_parts else axes.model_parts
 

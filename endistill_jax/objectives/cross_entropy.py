@@ -2,8 +2,8 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.settings import require_not_negative
 from endistill_jax.objectives.token_distribution import TokenDistribution
@@ -33,8 +33,8 @@ class CrossEntropy(TokenTerm):
         return False
 
     def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> jax.Array:
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> Float[Array, " tokens"]:
         # A comparison and a sum rather than a gather: its gradient is no scatter, and stays where the columns are.
         target = student.sum(jnp.where(student.is_target, student.logits, 0.0))
         normalizer = student.log_normalizer
@@ -42,8 +42,8 @@ class CrossEntropy(TokenTerm):
         return jnp.where(student.in_vocabulary, losses, jnp.nan)
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
         losses = student.cross_entropy + self.z_loss * jnp.square(student.log_normalizer)
         slope = (1 + 2 * self.z_loss * student.log_normalizer) / student.exp_sum
         gradient = student.exp * slope[:, None] - student.is_target

@@ -11,12 +11,14 @@ et al., arXiv 1503.02531). With p the teacher's and q the student's softened dis
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.settings import require_between, require_positive
 from endistill_jax.objectives.token_distribution import TokenDistribution
 from endistill_jax.objectives.token_term import TokenTerm
+
+Columns = Float[Array, "tokens columns"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class _Divergence(TokenTerm):
         require_positive(self, "temperature")
 
     def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> jax.Array:
-        log_p = jax.lax.stop_gradient(teacher.log_softmax(self.temperature))
-        return self.temperature**2 * student.sum(self.terms(log_p, student.log_softmax(self.temperature)))
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> Float[Array, " tokens"]:
+        log_p, log_q = teacher.log_softmax(self.temperature), student.log_softmax(self.temperature)
+        return self.temperature**2 * student.sum(self.terms(log_p, log_q))
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        """What is summed over the vocabulary, [tokens, columns], of the two log-probabilities."""
+    def terms(self, log_p: Columns, log_q: Columns) -> Columns:
+        """What is summed over the vocabulary, of the two log-probabilities."""
         raise NotImplementedError
 
 
@@ -44,12 +46,12 @@ class ForwardKL(_Divergence):
     def default_name(self) -> str:
         return "logits"
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    def terms(self, log_p: Columns, log_q: Columns) -> Columns:
         return jnp.exp(log_p) * (log_p - log_q)
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
         """By hand: the exponentials are those of the cross-entropies, and no log-probability is formed."""
         teacher_shifted, teacher_exp, teacher_sum = teacher.softened(self.temperature)
         student_shifted, student_exp, student_sum = student.softened(self.temperature)
@@ -67,7 +69,7 @@ class ReverseKL(_Divergence):
     def default_name(self) -> str:
         return "reverse_kl"
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    def terms(self, log_p: Columns, log_q: Columns) -> Columns:
         return jnp.exp(log_q) * (log_q - log_p)
 
 
@@ -84,7 +86,7 @@ class GeneralizedJSD(_Divergence):
     def default_name(self) -> str:
         return "jsd"
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    def terms(self, log_p: Columns, log_q: Columns) -> Columns:
         log_m = jnp.logaddexp(log_p + jnp.log(self.beta), log_q + jnp.log1p(-self.beta))
         return self.beta * jnp.exp(log_p) * (log_p - log_m) + (1 - self.beta) * jnp.exp(log_q) * (log_q - log_m)
 
@@ -102,6 +104,6 @@ class SkewedKL(_Divergence):
     def default_name(self) -> str:
         return "skewed_kl"
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    def terms(self, log_p: Columns, log_q: Columns) -> Columns:
         log_m = jnp.logaddexp(log_p + jnp.log(self.alpha), log_q + jnp.log1p(-self.alpha))
         return jnp.exp(log_p) * (log_p - log_m)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from endistill_jax.core.batch import Batch, Lengths, segment_ids
 from endistill_jax.core.errors import UserError
@@ -55,16 +56,16 @@ class HiddenDistance(Term):
             return Reads(encoded=True)
         return Reads(hidden=frozenset({(self.of, self._layer(role))}))
 
-    def weight(self, batch: Batch) -> jax.Array:
+    def weight(self, batch: Batch) -> Float[Array, ""]:
         """Real tokens of the side."""
         return jnp.sum(segment_ids(batch, self.side) != 0, dtype=jnp.float32)
 
-    def sum(self, inputs: TermInputs) -> jax.Array:
+    def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         real = segment_ids(inputs.batch, self.side) != 0  # [batch, length]
 
-        def states(output: Output, role: Role) -> jax.Array:
+        def states(output: Output, role: Role) -> Float[Array, "batch length d_model"]:
             found = output.encoded if self.of == ENCODED else output.hidden[self.of, self._layer(role)]
-            return jnp.where(real[..., None], found.astype(jnp.float32), 0.0)  # [batch, length, d_model]
+            return jnp.where(real[..., None], found.astype(jnp.float32), 0.0)
 
         student, teacher = states(inputs.student, "student"), states(inputs.teacher, "teacher")
         if self.project:

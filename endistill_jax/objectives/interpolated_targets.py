@@ -19,11 +19,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.outputs import Head
 from endistill_jax.core.settings import require_at_least, require_between, require_not_negative
 
-ShareState = dict[str, jax.Array]
+Scalar = Float[Array, ""]
+ShareState = dict[str, Scalar]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +57,15 @@ class InterpolatedTargets:
         zero = jnp.zeros((), jnp.float32)
         return {"share": jnp.full((), self.start, jnp.float32), "change": zero, "loss": zero}
 
-    def share(self, step: jax.Array, state: ShareState | None = None) -> jax.Array:
-        """The teacher's share at a step that counts from 0, float32 scalar; never 0.
+    def share(self, step: Int[Array, ""], state: ShareState | None = None) -> Scalar:
+        """The teacher's share at a step that counts from 0, float32; never 0.
 
         A share of 0 would leave rounding errors for a gradient, which optimizers scale up to whole updates.
         """
         linear = self.start + (1 - self.start) * jnp.minimum((step.astype(jnp.float32) + 1) / self.steps, 1.0)
         return linear if state is None else jnp.maximum(linear, state["share"])
 
-    def update(self, step: jax.Array, state: ShareState | None, loss: jax.Array) -> ShareState | None:
+    def update(self, step: Int[Array, ""], state: ShareState | None, loss: Scalar) -> ShareState | None:
         """The state after a step whose loss was measured."""
         if state is None:
             return None
@@ -75,24 +77,26 @@ class InterpolatedTargets:
 
 
 def joined(
-    teacher: jax.Array, student: jax.Array, share: jax.Array, heads: int, *, keep_scale: bool = False
-) -> jax.Array:
+    teacher: Float[Array, "batch length teacher_inner"],
+    student: Float[Array, "batch length student_inner"],
+    share: Scalar,
+    heads: int,
+    *,
+    keep_scale: bool = False,
+) -> Float[Array, "batch length teacher_inner+student_inner"]:
     """Vectors of both models put together head by head, so scaled that their scores interpolate.
 
     Args:
-        teacher: [batch, length, teacher_inner].
-        student: [batch, length, student_inner]; taken as a constant.
+        teacher: a constant.
+        student: taken as a constant.
         share: the teacher's, a scalar from 0 to 1.
         heads: divides both widths.
         keep_scale: the scores are plain products. Otherwise they are divided by the root of their heads' size, and each
             of a score's two factors is scaled by the fourth root of (joined size / own size) to make up for it.
-
-    Returns:
-        [batch, length, teacher_inner + student_inner].
     """
 
-    def split(vectors: jax.Array) -> jax.Array:
-        return vectors.reshape(*vectors.shape[:2], heads, -1)  # [batch, length, heads, head_size]
+    def split(vectors: Float[Array, "batch length inner"]) -> Float[Array, "batch length heads head_size"]:
+        return vectors.reshape(*vectors.shape[:2], heads, -1)
 
     parts = [split(teacher), split(jax.lax.stop_gradient(student))]
     size = sum(part.shape[-1] for part in parts)
@@ -103,13 +107,13 @@ def joined(
     return jnp.concatenate(scaled, axis=-1).reshape(*teacher.shape[:2], -1)
 
 
-def joined_head(teacher: Head, student: Head, share: jax.Array) -> Head:
+def joined_head(teacher: Head, student: Head, share: Scalar) -> Head:
     """The head of a teacher whose logits are `share` the teacher's and `1 - share` the student's, a constant."""
     student = jax.lax.stop_gradient(student)
     hidden = jnp.concatenate([_scaled(teacher.hidden, share), _scaled(student.hidden, 1 - share)], axis=-1)
     return Head(hidden, jnp.concatenate([teacher.kernel, student.kernel]))
 
 
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+def _scaled(x: Float[Array, "*shape"], factor: Scalar) -> Float[Array, "*shape"]:
     """In the type of `x`, but by the whole factor: rounded to bfloat16, it would be up to 0.4 % off for every score."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)

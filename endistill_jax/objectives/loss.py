@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.outputs import Output
@@ -16,7 +17,7 @@ from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
 from endistill_jax.objectives.interpolated_targets import joined_head
 from endistill_jax.objectives.objective import Objective
 from endistill_jax.objectives.term import TermInputs
-from endistill_jax.objectives.token_term import TokenTerm, dense_token_sums
+from endistill_jax.objectives.token_term import Sums, TokenTerm, dense_token_sums
 from endistill_jax.objectives.tokens_blocked import token_loss
 
 
@@ -25,13 +26,13 @@ def loss_and_sums(
     student: Output,
     teacher: Output | None,
     batch: Batch,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Float[Array, ""]],
     *,
     params: Mapping[str, Any] | None = None,
-    share: jax.Array | None = None,
-    step: jax.Array | None = None,
+    share: Float[Array, ""] | None = None,
+    step: Int[Array, ""] | None = None,
     implementation: LossImplementation = DEFAULT,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], Sums]:
     """The loss of a batch, or a micro-batch's share of it, and the sums that it is made of.
 
     Only the loss is differentiable in every form: `jax.value_and_grad(..., has_aux=True)`.
@@ -52,6 +53,7 @@ def loss_and_sums(
         where distributions over the vocabulary are read, `cross_entropy` and `teacher_cross_entropy`, whose weight is
         that of the loss weights: float32 scalars in nats.
     """
+    teacher = jax.lax.stop_gradient(teacher)
     if share is not None and teacher.head is not None:
         teacher = teacher._replace(head=joined_head(teacher.head, student.head, share))
     factors = objective.factors(weights, step)

@@ -146,8 +146,8 @@ def build(preset: str | Callable[..., Objective], *, relation_heads: int = 16, *
         preset = PRESETS[preset]
     if not callable(preset):
         raise UserError(
-            f"{preset!r} is no name of a preset and no function that makes an objective; in gin, an objective that is "
-            "made already is given as jobs.Experiment.objective"
+            f"a preset is a name or a function, such as presets.union without (), and not {type(preset).__name__}; "
+            "an objective that is made already is jobs.Experiment.objective itself"
         )
     if "relation_heads" in inspect.signature(preset).parameters:
         settings["relation_heads"] = relation_heads

@@ -4,30 +4,33 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 # Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
 MASKED_SCORE = -1e30
 
-Pair = tuple[jax.Array, jax.Array]  # the two sets of vectors that a relation compares: queries and keys
+# The two sets of vectors that a relation compares: queries and keys.
+Pair = tuple[Float[Array, "*batch query inner"], Float[Array, "*batch key inner"]]
 
 
 def rows_divergence(
-    student: Pair, teacher: Pair, visible: jax.Array, with_gradient: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    student: Pair, teacher: Pair, visible: Bool[Array, "1 rows key"], with_gradient: bool
+) -> tuple[
+    Float[Array, ""], Float[Array, "heads rows relation_dim"] | None, Float[Array, "heads relation_dim key"] | None
+]:
     """The sum of the divergences of all rows given, and its gradient by the student's queries and keys.
 
-    Args:
-      student: `[heads, rows, relation_dim]`, `[heads, key_length, relation_dim]`.
-      teacher: likewise, with its own `relation_dim`.
-      visible: bool `[1, rows, key_length]`.
-      with_gradient: whether to form it.
+    That by the keys is turned: so the large factor of its product is read in the order of memory, which is five times
+    as fast on a CPU.
 
-    Returns:
-      The sum; the gradients by queries `[heads, rows, relation_dim]` and by keys, `[heads, relation_dim, key_length]`:
-      so the large factor of its product is read as it lies in memory, which is five times as fast on a CPU.
+    Args:
+        student: its rows and keys, [heads, rows or key, dim].
+        teacher: likewise, of its own width.
+        visible: which keys a row sees.
+        with_gradient: whether to form it.
     """
 
-    def shifted_scores(pair: Pair) -> jax.Array:  # [heads, rows, key_length], 0 at a row's largest
+    def shifted_scores(pair: Pair) -> Float[Array, "heads rows key"]:  # 0 at a row's largest
         queries, keys = pair
         scores = _product("hqd,hkd->hqk", queries, keys) / math.sqrt(queries.shape[-1])
         scores = jnp.where(visible, scores, MASKED_SCORE)

@@ -10,12 +10,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import Output, Reads, resolve_layer
 from endistill_jax.core.settings import require_choice
-from endistill_jax.core.sites import SITES, row_masks
+from endistill_jax.core.sites import SITES, RowMasks, row_masks
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
 from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
@@ -50,10 +51,26 @@ class SiteTerm(Term):
         layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
         return what + layers
 
-    def score_flops(self, relation: str, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
+    @property
+    def vectors(self) -> str:
+        """Which two kinds of vectors are compared, such as "qk"."""
+        raise NotImplementedError
+
+    def reads(self, role: Role) -> Reads:
+        return Reads(taps={(self.site, self.layer(role)): self.vectors})
+
+    def masks(self, batch: Batch) -> RowMasks:
+        """Of the rows that are compared."""
+        return row_masks(self.site, self.vectors, batch_segments(batch))
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Rows: real query positions with at least one visible key."""
+        return jnp.sum(jnp.any(visible_keys(*self.masks(batch)), axis=-1), dtype=jnp.float32)
+
+    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
         """2 B Q K (I_teacher + 3 I_student): all scores, masked or not, and two products for the student's gradient."""
         sides = {"encoder": lengths.source, "decoder": lengths.target}
-        queries, keys = (sides[SITES[self.site].side(vector)] for vector in relation)
+        queries, keys = (sides[SITES[self.site].side(vector)] for vector in self.vectors)
         return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
@@ -82,21 +99,17 @@ class RelationKL(SiteTerm):
     def default_name(self) -> str:
         return self.named(f"{self.site}/{self.relation}")
 
-    def reads(self, role: Role) -> Reads:
-        return Reads(taps={(self.site, self.layer(role)): self.relation})
+    @property
+    def vectors(self) -> str:
+        return self.relation
 
-    def weight(self, batch: Batch) -> jax.Array:
-        """Rows: real query positions with at least one visible key."""
-        visible = visible_keys(*row_masks(self.site, self.relation, batch_segments(batch)))
-        return jnp.sum(jnp.any(visible, axis=-1), dtype=jnp.float32)
-
-    def sum(self, inputs: TermInputs) -> jax.Array:
+    def sum(self, inputs: TermInputs) -> Float[Array, ""]:
         student, teacher = self._pair(inputs.student, "student"), self._pair(inputs.teacher, "teacher")
         if inputs.share is not None:
             teacher = tuple(
                 joined(ours, own, inputs.share, self.relation_heads) for ours, own in zip(teacher, student, strict=True)
             )
-        masks = row_masks(self.site, self.relation, batch_segments(inputs.batch))
+        masks = self.masks(inputs.batch)
         if inputs.implementation.blocks("relations", len(masks.query_segments)):
             return relation_kl_blocked(teacher, student, self.relation_heads, masks, inputs.implementation)
         return relation_kl(teacher, student, self.relation_heads, masks)
@@ -117,24 +130,25 @@ class RelationKL(SiteTerm):
                 f"choose one of {choices}"
             )
 
-    def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
-        return self.score_flops(self.relation, lengths, student, teacher)
 
-
-def relation_scores(pair: Pair, segments: tuple[jax.Array, jax.Array], relation_heads: int) -> jax.Array:
-    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)` without a mask: [batch, relation_heads, query, key].
+def relation_scores(
+    pair: Pair, segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]], relation_heads: int
+) -> Float[Array, "batch relation_heads query key"]:
+    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)`, without a mask.
 
     Args:
-        pair: [batch, query_length, inner] and [batch, key_length, inner], heads joined.
-        segments: int [batch, query_length] and [batch, key_length]; vectors at segment 0 count as zero.
+        pair: heads joined.
+        segments: vectors at segment 0 count as zero.
         relation_heads: divides `inner`.
     """
 
-    def split(vectors: jax.Array, segments: jax.Array) -> jax.Array:
+    def split(
+        vectors: Float[Array, "batch length inner"], segments: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length relation_heads relation_dim"]:
         # Padding is cleared before the arithmetic, not only after: the gradient of a product whose result is later
         # thrown away by a `where` is 0 * NaN = NaN if a factor is not finite.
         vectors = jnp.where(segments[:, :, None] != 0, vectors.astype(jnp.float32), 0.0)
-        return vectors.reshape(*vectors.shape[:2], relation_heads, -1)  # [batch, length, relation_heads, relation_dim]
+        return vectors.reshape(*vectors.shape[:2], relation_heads, -1)
 
     queries, keys = map(split, pair, segments)
     # Accelerators would otherwise round float32 factors to fewer bits.
@@ -142,8 +156,8 @@ def relation_scores(pair: Pair, segments: tuple[jax.Array, jax.Array], relation_
     return scores / math.sqrt(queries.shape[-1])
 
 
-def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: tuple) -> jax.Array:
-    """The plain dense form: the sum over rows, float32 scalar in nats.
+def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: RowMasks) -> Float[Array, ""]:
+    """The plain dense form: the sum over rows, float32, in nats.
 
     Args:
         teacher: a constant; see `relation_scores`.
@@ -153,7 +167,7 @@ def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: tuple)
     """
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
-    def masked_scores(pair: Pair) -> jax.Array:
+    def masked_scores(pair: Pair) -> Float[Array, "batch relation_heads query key"]:
         return jnp.where(visible, relation_scores(pair, masks[:2], relation_heads), MASKED_SCORE)
 
     # Rows that see nothing need no further mask: their scores are the same constants in both models, which differ by
@@ -162,8 +176,10 @@ def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: tuple)
     return jnp.sum(divergence) / relation_heads
 
 
-def categorical_kl(teacher_scores: jax.Array, student_scores: jax.Array) -> jax.Array:
-    """KL(softmax(teacher) || softmax(student)) over the last axis, in nats: [..., choices] -> [...].
+def categorical_kl(
+    teacher_scores: Float[Array, "*rows choices"], student_scores: Float[Array, "*rows choices"]
+) -> Float[Array, "*rows"]:
+    """KL(softmax(teacher) || softmax(student)) over the last axis, in nats.
 
     Computed as `sum_j p_t (s_t - s_s) - lse_t + lse_s`, whose gradient with respect to the student's scores is
     `p_s - p_t`; for equal scores both are zero up to rounding. The teacher is a constant.

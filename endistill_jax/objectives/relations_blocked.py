@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.batch import visible_keys
 from endistill_jax.core.groups import choose_groups
@@ -25,9 +26,13 @@ __all__ = ["MASKED_SCORE", "RELATION_BYTES", "Pair", "relation_kl_blocked"]
 RELATION_BYTES = {"tpu": 8 << 20, "cpu": 2 << 20, "gpu": 256 << 20}
 
 
+# Of queries and keys, of all examples or of one.
+Segments = tuple[Int[Array, "*batch query"], Int[Array, "*batch key"]]
+
+
 def relation_kl_blocked(
     teacher: Pair, student: Pair, relation_heads: int, masks: RowMasks, implementation: LossImplementation
-) -> jax.Array:
+) -> Float[Array, ""]:
     """As `relations.relation_kl`, in memory that does not grow with heads or examples.
 
     Vectors of less than float32 are multiplied as they are, with float32 sums, which is exact; the gradient by the
@@ -76,8 +81,12 @@ def _sharded(
 
 
 def _per_device(
-    blocks: _Blocks, student: Pair, teacher: Pair, segments: Pair, with_gradient: bool
-) -> tuple[jax.Array, Pair | None]:
+    blocks: _Blocks,
+    student: Pair,
+    teacher: Pair,
+    segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]],
+    with_gradient: bool,
+) -> tuple[Float[Array, " 1"], Pair | None]:
     """One device's part, some examples at a time: its sum `[1]` and the gradient by its vectors."""
     heads = blocks.heads // blocks.parts
     batch, query_length = segments[0].shape
@@ -101,33 +110,41 @@ def _per_device(
     return jnp.sum(totals, keepdims=True) / blocks.heads, gradients
 
 
-def _split_heads(vectors: jax.Array, segments: jax.Array, heads: int, together: int) -> jax.Array:
-    """`[length, inner]` -> `[heads / together, together, length, relation_dim]`, padding cleared."""
+def _split_heads(
+    vectors: Float[Array, "length inner"], segments: Int[Array, " length"], heads: int, together: int
+) -> Float[Array, "groups {together} length relation_dim"]:
+    """The heads in groups, padding cleared."""
     # Before the arithmetic: what is not finite would spoil the products of the positions that see it with weight 0.
     vectors = jnp.where(segments[:, None] != 0, vectors, 0)
     vectors = vectors.reshape(len(vectors), heads // together, together, -1)
     return vectors.transpose(1, 2, 0, 3)
 
 
-def _join_heads(vectors: jax.Array, like: jax.Array) -> jax.Array:
+def _join_heads(
+    vectors: Float[Array, "groups together length relation_dim"], like: Float[Array, "length inner"]
+) -> Float[Array, "length inner"]:
     """The reverse of `_split_heads`, in the shape and type of `like`."""
     return vectors.transpose(2, 0, 1, 3).reshape(like.shape).astype(like.dtype)
 
 
 def _over_rows(
-    segments: Pair, rows: int, causal: bool, with_gradient: bool, vectors: tuple[Pair, Pair]
+    segments: tuple[Int[Array, " query"], Int[Array, " key"]],
+    rows: int,
+    causal: bool,
+    with_gradient: bool,
+    vectors: tuple[Pair, Pair],
 ) -> tuple[jax.Array, Pair | None]:
     """Some heads of an example, a block of rows at a time.
 
     Args:
-      segments: `[query_length]`, `[key_length]`.
-      rows: queries in a block.
-      causal: whether a query sees no key after itself.
-      with_gradient: whether to form it.
-      vectors: of student and teacher, `[heads, query_length or key_length, relation_dim]`.
+        segments: of queries and keys.
+        rows: queries in a block.
+        causal: whether a query sees no key after itself.
+        with_gradient: whether to form it.
+        vectors: of student and teacher, [heads, query or key, relation_dim].
 
     Returns:
-      The sum over rows and heads, and the gradient by the student's vectors, float32.
+        The sum over rows and heads, and the gradient by the student's vectors, float32.
     """
     (student_queries, student_keys), (teacher_queries, teacher_keys) = vectors
     query_segments, key_segments = segments

@@ -6,11 +6,13 @@ docs/extending.md.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from endistill_jax.core.batch import Batch, Lengths
 from endistill_jax.core.outputs import Output, Reads
@@ -20,6 +22,7 @@ from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
 Role = Literal["teacher", "student"]
 
 
+@runtime_checkable
 class ModelShape(Protocol):
     """What a term must know of a model to be checked against it; every model's configuration has these."""
 
@@ -71,7 +74,7 @@ class TermInputs:
     teacher: Output | None
     batch: Batch
     params: Any = None
-    share: jax.Array | None = None
+    share: Float[Array, ""] | None = None
     implementation: LossImplementation = DEFAULT
 
 
@@ -93,7 +96,8 @@ class Term:
         return self.label or self.default_name()
 
     def default_name(self) -> str:
-        raise NotImplementedError
+        """The class's name, in the way of metrics."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def needs_teacher(self) -> bool:
@@ -104,12 +108,12 @@ class Term:
         """What must be computed of the teacher or of the student."""
         raise NotImplementedError
 
-    def weight(self, batch: Batch) -> jax.Array:
-        """The normaliser, float32 scalar, from the masks alone: rows or tokens. Known before anything has run."""
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """The normalizer, float32, from the masks alone: rows or tokens. Known before anything has run."""
         raise NotImplementedError
 
-    def sum(self, inputs: TermInputs) -> jax.Array:
-        """The unnormalised sum over a (micro-)batch, float32 scalar; differentiable with respect to the student."""
+    def sum(self, inputs: TermInputs) -> Float[Array, ""]:
+        """The unnormalised sum over a (micro-)batch, float32; differentiable with respect to the student."""
         raise NotImplementedError
 
     def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:

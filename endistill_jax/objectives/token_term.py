@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
@@ -15,7 +16,8 @@ from endistill_jax.objectives.token_distribution import TokenDistribution
 CROSS_ENTROPY = "cross_entropy"
 TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
 
-Sums = dict[str, jax.Array]
+Scalar = Float[Array, ""]
+Sums = dict[str, Scalar]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,24 +31,24 @@ class TokenTerm(Term):
     def reads(self, role: Role) -> Reads:
         return Reads(head=role == "student" or self.needs_teacher)
 
-    def weight(self, batch: Batch) -> jax.Array:
+    def weight(self, batch: Batch) -> Scalar:
         return jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
 
     def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> jax.Array:
-        """Nats a token, [tokens]. Sums over the vocabulary are `student.sum`, so that its columns may be split."""
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> Float[Array, " tokens"]:
+        """Nats a token. Sums over the vocabulary are `student.sum`, so that its columns may be split."""
         raise NotImplementedError
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """`token_loss`, and its gradient with respect to the student's logits, [tokens, columns].
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
+    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
+        """`token_loss`, and its gradient with respect to the student's logits.
 
         Derived here; a term that can do it in fewer passes over the logits overrides this.
         """
 
-        def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def total(logits: Float[Array, "tokens columns"]) -> tuple[Scalar, Float[Array, " tokens"]]:
             losses = self.token_loss(student.with_logits(logits), teacher, targets)
             return jnp.sum(losses), losses
 
@@ -54,7 +56,7 @@ class TokenTerm(Term):
         # Every device has the whole loss, and a sum over devices transposes to a sum: each counts the others' too.
         return losses, gradient / student.parts
 
-    def sum(self, inputs: TermInputs) -> jax.Array:
+    def sum(self, inputs: TermInputs) -> Scalar:
         """Of all logits at once. A loss computes its token terms together; see `loss_and_sums`."""
         teacher = None if inputs.teacher is None else inputs.teacher.head
         targets, weights = inputs.batch["decoder_target_tokens"], inputs.batch["decoder_loss_weights"]
@@ -68,13 +70,17 @@ class TokenTerm(Term):
             )
 
 
-def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+def weighted_sum(losses: Float[Array, " tokens"], weights: Float[Array, " tokens"]) -> Scalar:
     """Not by a product: what is at weight 0 may be NaN, such as the cross-entropy of an impossible target."""
     return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
 
 
 def dense_token_sums(
-    terms: Sequence[TokenTerm], student: Head, teacher: Head | None, targets: jax.Array, weights: jax.Array
+    terms: Sequence[TokenTerm],
+    student: Head,
+    teacher: Head | None,
+    targets: Int[Array, "batch target"],
+    weights: Num[Array, "batch target"],
 ) -> Sums:
     """The plain form: by name the sum of every term and of the models' cross-entropies, which are constants.
 
@@ -82,17 +88,17 @@ def dense_token_sums(
         terms: of the objective that read the distributions over the vocabulary.
         student: the student's head.
         teacher: the teacher's, a constant; None without one.
-        targets: int [batch, target].
-        weights: float or int [batch, target], not negative; 0 at padding.
+        targets: the real tokens.
+        weights: not negative; 0 at padding.
     """
-    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
 
     def distribution(head: Head) -> TokenDistribution:
-        logits = head.logits().reshape(targets.size, -1)
         # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
-        return TokenDistribution(jnp.where((weights != 0)[:, None], logits, 0.0), targets)
+        hidden = jnp.where((weights != 0)[..., None], head.hidden, 0)
+        return TokenDistribution(head._replace(hidden=hidden).logits().reshape(targets.size, -1), targets.reshape(-1))
 
     ours, theirs = distribution(student), None if teacher is None else distribution(teacher)
+    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
     sums = {CROSS_ENTROPY: weighted_sum(jax.lax.stop_gradient(ours.cross_entropy), weights)}
     if theirs is not None:
         sums[TEACHER_CROSS_ENTROPY] = weighted_sum(theirs.cross_entropy, weights)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Num
 
 from endistill_jax.core.outputs import Head
 from endistill_jax.objectives.blocked import per_device, with_formed_gradient
@@ -25,23 +26,23 @@ VOCABULARY_BYTES = {"tpu": 64 << 20, "cpu": 128 << 20, "gpu": 256 << 20}
 
 
 class Tokens(NamedTuple):
-    """Some tokens: hidden states [tokens, d_model], targets and weights [tokens]."""
+    """Some tokens: the hidden states of both models, targets and weights."""
 
-    student: jax.Array
-    teacher: jax.Array | None
-    targets: jax.Array
-    weights: jax.Array
+    student: Float[Array, "tokens d_model"]
+    teacher: Float[Array, "tokens teacher_d_model"] | None
+    targets: Int[Array, " tokens"]
+    weights: Float[Array, " tokens"]
 
 
 def token_loss(
     terms: Sequence[TokenTerm],
     student: Head,
     teacher: Head | None,
-    targets: jax.Array,
-    weights: jax.Array,
-    factors: Mapping[str, jax.Array | float],
+    targets: Int[Array, "batch target"],
+    weights: Num[Array, "batch target"],
+    factors: Mapping[str, Float[Array, ""] | float],
     implementation: LossImplementation,
-) -> tuple[jax.Array, Sums]:
+) -> tuple[Float[Array, ""], Sums]:
     """`sum over terms of factor * sum over tokens`, without holding all logits.
 
     What is at positions of weight zero, be it NaN, changes neither value nor gradient.
@@ -50,8 +51,8 @@ def token_loss(
         terms: of the objective that read the distributions over the vocabulary.
         student: the student's head.
         teacher: the teacher's, a constant; None without one.
-        targets: int [batch, target].
-        weights: float or int [batch, target], not negative; 0 at padding.
+        targets: the real tokens.
+        weights: not negative; 0 at padding.
         factors: by term name. The gradient is formed together with the value, so they must be known here; constants.
         implementation: size of the blocks, and the mesh.
 
@@ -154,8 +155,8 @@ def _block_sums(
     block: Tokens,
     factors: Mapping[str, jax.Array],
     with_gradient: bool,
-) -> tuple[Sums, jax.Array | None]:
-    """The sums of a block, and the gradient of the loss by the student's logits, float32 [tokens, columns]."""
+) -> tuple[Sums, Float[Array, "tokens columns"] | None]:
+    """The sums of a block, and the gradient of the loss by the student's logits, float32."""
 
     def distribution(hidden: jax.Array | None, kernel: jax.Array | None) -> TokenDistribution | None:
         if kernel is None:
@@ -166,7 +167,7 @@ def _block_sums(
     sums = {CROSS_ENTROPY: weighted_sum(student.cross_entropy, block.weights)}
     if teacher is not None:
         sums[TEACHER_CROSS_ENTROPY] = weighted_sum(teacher.cross_entropy, block.weights)
-    d_logits = jnp.zeros((), jnp.float32)
+    d_logits = jnp.zeros_like(student.logits)
     for term in blocks.terms:
         losses, by_logits = term.loss_and_gradient(student, teacher, block.targets)
         sums[term.name] = weighted_sum(losses, block.weights)
@@ -174,7 +175,7 @@ def _block_sums(
     return sums, d_logits if with_gradient else None
 
 
-def _sum_over_devices(axes: MeshAxes, d_kernel: jax.Array) -> jax.Array:
+def _sum_over_devices(axes: MeshAxes, d_kernel: Float[Array, "d_model columns"]) -> Float[Array, "rows columns"]:
     scatter = _scatter_axis(axes, len(d_kernel))
     others = [axis for axis in axes.batch if axis != scatter and axes.mesh.shape[axis] > 1]
     if others:

@@ -91,7 +91,6 @@ class LossFunction:
             with nn.logical_axis_rules(rules):
                 reads, limit = objective.reads("teacher"), self._teacher_attention_bytes()
                 teacher_out = apply(self.teacher, teacher_params, batch, reads, frozen=True, attention_bytes=limit)
-            teacher_out = jax.lax.stop_gradient(teacher_out)
         key = dropout_key if student.dropout_rate else None
         student_out = apply(student, params, batch, objective.reads("student"), dropout_key=key)
         targets = objective.interpolated_targets
@@ -129,12 +128,17 @@ def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batc
     return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))[0]
 
 
-def norms_by_stack(config: ModelConfig, gradient: Any) -> dict[str, jax.Array]:
-    """The norm of a model's gradient in its encoder, its decoder, and its embedding with the head."""
+def norms_by_stack(axes: Any, gradient: Any) -> dict[str, jax.Array]:
+    """The norm of a model's gradient in its encoder, its decoder, and its embedding with the head.
+
+    Args:
+        axes: `logical_axes` of the model; what has one for the vocabulary is embedding or head.
+        gradient: by the model's parameters.
+    """
     groups: dict[str, list[jax.Array]] = {}
-    leaves = jax.tree_util.tree_leaves_with_path(split_trainable(gradient)[0])
-    axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    for (path, leaf), names in zip(leaves, axes, strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    names_of_leaves = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    for (path, leaf), names in zip(leaves, names_of_leaves, strict=True):
         stack = path[0].key
         group = stack if stack in STACKS and "vocab" not in names else "embedding"
         groups.setdefault(group, []).append(leaf)
@@ -180,12 +184,12 @@ def make_train_step(
     if base_key is None and student.dropout_rate:
         raise UserError(f"dropout_rate is {student.dropout_rate}, which needs a base_key")
     base_key = jax.random.key(0) if base_key is None else base_key
-    axes = MeshAxes(mesh=mesh)
+    student_axes = logical_axes(student)
     loss_function = LossFunction(
         student=student,
         teacher=teacher,
         objective=objective,
-        implementation=dataclasses.replace(implementation or LossImplementation(), axes=axes),
+        implementation=dataclasses.replace(implementation or LossImplementation(), axes=MeshAxes(mesh=mesh)),
         teacher_sharding=teacher_sharding,
     )
 
@@ -207,7 +211,7 @@ def make_train_step(
             params, own = split_trainable(trained)
             carried = dict(state.objective) | ({"params": own} if own else {})
             metrics = _loss_metrics(batch, loss, sums, weights)
-            metrics |= _norm_metrics(student, grads, updates, trained)
+            metrics |= _norm_metrics(student_axes, grads, updates, trained)
             if objective.interpolated_targets is not None:
                 targets, share = objective.interpolated_targets, state.objective.get("share")
                 metrics["teacher_share"] = (targets.share(state.step, share), jnp.ones((), jnp.float32))
@@ -236,8 +240,9 @@ def _loss_metrics(
     return {"loss": (loss, jnp.ones(()))} | {name: (total, weights.get(name, tokens)) for name, total in sums.items()}
 
 
-def _norm_metrics(student: ModelConfig, gradient: Any, updates: Any, trained: Any) -> Metrics:
-    norms = {f"gradient_norm/{stack}": norm for stack, norm in norms_by_stack(student, gradient).items()}
+def _norm_metrics(axes: Any, gradient: Any, updates: Any, trained: Any) -> Metrics:
+    of_student, _ = split_trainable(gradient)
+    norms = {f"gradient_norm/{stack}": norm for stack, norm in norms_by_stack(axes, of_student).items()}
     norms |= {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
     norms["parameter_norm"] = optax.global_norm(trained)
     return {name: (norm, jnp.ones(())) for name, norm in norms.items()}

@@ -16,7 +16,7 @@ import pytest
 from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import abstract_params, apply
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
@@ -27,11 +27,9 @@ from endistill_jax.objectives import (
     InterpolatedTargets,
     Objective,
     Ramp,
-    loss_and_sums,
-    presets,
     relations,
 )
-from endistill_jax.objectives.implementation import DENSE
+from endistill_jax.train.step import LossFunction
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 needs_t5x = pytest.mark.skipif(not HAS_T5X, reason="needs T5X: docs/t5x.md says how to install it")
@@ -119,10 +117,10 @@ def t5x_model(module, **kwargs):
 
 
 @pytest.mark.skipif(HAS_T5X, reason="T5X is installed")
-@pytest.mark.parametrize("module", ["adapter", "trainer"])
+@pytest.mark.parametrize("module", ["t5x_adapter", "t5x_distillation"])
 def test_without_t5x_one_line_says_what_is_needed(module):
     with pytest.raises(UserError, match=r"needs T5X.*No module named 't5x'.*docs/t5x\.md") as error:
-        importlib.import_module(f"endistill_jax.engines.t5x.{module}")
+        importlib.import_module(f"endistill_jax.{module}")
     assert "\n" not in str(error.value)
 
 
@@ -237,11 +235,11 @@ def teacher(tmp_path, monkeypatch):
     config = dataclasses.replace(V1_1, num_heads=4)
     params = random_params(config, seed=7)
     model = TrainedModel(
-        source="teacher", config=config, vocabulary_file=None, step=0, manifest={}, _read=lambda mesh: (params, "00")
+        source="teacher", config=config, vocabulary_file=None, step=0, facts={}, _read=lambda mesh: (params, "00")
     )
-    from endistill_jax.engines.t5x import trainer
+    from endistill_jax.engines.t5x import trainer as t5x_distillation
 
-    monkeypatch.setattr(trainer, "open_model", lambda source, dtype: model)
+    monkeypatch.setattr(t5x_distillation, "open_model", lambda source, dtype: model)
     return model
 
 
@@ -257,12 +255,11 @@ def miniend_model(objective=OBJECTIVE, student=STUDENT):
 
 
 def dense_loss(params, teacher, batch):
-    """The loss and the sums that it is made of, by nothing of T5X."""
-    outputs = [
-        apply(config, params, batch, OBJECTIVE.reads(role))
-        for role, config, params in (("student", STUDENT, params), ("teacher", teacher.config, teacher.params))
-    ]
-    return loss_and_sums(OBJECTIVE, *outputs, batch, OBJECTIVE.weights(batch), implementation=DENSE)
+    """The objective, written out."""
+    weights = OBJECTIVE.weights(batch)
+    dense = LossFunction(student=STUDENT, teacher=teacher.config, objective=OBJECTIVE)
+    loss, sums = dense(params, teacher.params, batch, weights)
+    return loss, (sums, weights)
 
 
 @needs_t5x
@@ -272,13 +269,13 @@ def test_loss_gradient_and_metrics_are_those_of_the_objective(teacher, packed):
     gradient_of = jax.jit(jax.value_and_grad(model.with_teacher(teacher.params).loss_fn, has_aux=True))
     (loss, metrics), gradient = gradient_of(unstack_layers(params), batch, None)
     gradient_of = jax.jit(jax.value_and_grad(functools.partial(dense_loss, teacher=teacher, batch=batch), has_aux=True))
-    (expected, sums), expected_gradient = gradient_of(params)
+    (expected, (sums, weights)), expected_gradient = gradient_of(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), stack_layers(gradient), expected_gradient
     )
-    for name, weight in OBJECTIVE.weights(batch).items():
-        np.testing.assert_allclose(metrics[name].compute(), sums[name] / weight, rtol=1e-5)
+    for name in OBJECTIVE.term_names:
+        np.testing.assert_allclose(metrics[name].compute(), sums[name] / weights[name], rtol=1e-5)
     assert metrics["loss"].compute() == loss
     assert {"cross_entropy", "teacher_cross_entropy"} <= set(metrics)
 
@@ -302,25 +299,25 @@ def test_a_model_without_its_trainer_says_which_one_it_needs(teacher):
 
 
 @needs_t5x
-def test_models_that_do_not_fit_are_refused_at_once(teacher):
-    with pytest.raises(UserError, match="relation_heads"):
-        miniend_model(presets.union(relation_heads=3))
-    with pytest.raises(UserError, match="vocab"):
-        miniend_model(student=dataclasses.replace(STUDENT, vocab_size=31))
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(terms=(ForwardKL(),), interpolated_targets=InterpolatedTargets(steps=3)),
+        Objective(terms=(ForwardKL(coefficient=Ramp(steps=3)),)),
+        Objective(terms=(HiddenDistance(),)),
+    ],
+)
+def test_what_t5x_knows_nothing_of_is_refused_at_once(teacher, objective):
+    with pytest.raises(UserError, match="T5X's"):
+        miniend_model(objective)
 
 
 @needs_t5x
-@pytest.mark.parametrize(
-    ("objective", "match"),
-    [
-        (presets.logits(interpolated_targets=InterpolatedTargets(steps=5)), "interpolated_targets moves with the step"),
-        (Objective(terms=(ForwardKL(coefficient=Ramp(steps=5)),)), "logits: it moves with the step"),
-        (Objective(terms=(HiddenDistance(),)), "no place for a term's own parameters"),
-    ],
-)
-def test_an_objective_that_t5x_has_no_place_for_is_refused(teacher, objective, match):
-    with pytest.raises(UserError, match=match):
-        miniend_model(objective)
+def test_models_that_do_not_fit_are_refused_at_once(teacher):
+    with pytest.raises(UserError, match="relation_heads"):
+        miniend_model(Objective(terms=relations("cross", ("qk",), relation_heads=3)))
+    with pytest.raises(UserError, match="vocab"):
+        miniend_model(student=dataclasses.replace(STUDENT, vocab_size=31))
 
 
 def make_trainer(model, params, num_microbatches):
@@ -410,7 +407,7 @@ TINY = {
 
 
 def run_t5x(program, folder, *files, **macros):
-    """Runs a program of T5X; settings are macros, `T5Config.` ones bindings of the model's configuration."""
+    """Runs a program of T5X; settings are macros, those with two underscores parameters."""
     bindings = [f"--gin.{name.replace('__', '.')}={value!r}" for name, value in macros.items()]
     command = [sys.executable, "-m", f"t5x.{program}", *(f"--gin_file={name}" for name in files), *bindings]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
@@ -433,22 +430,20 @@ def distilled(tmp_path_factory):
         EVAL_PERIOD=2,
         BATCH_SIZE=4,
         TASK_FEATURE_LENGTHS={"inputs": 32, "targets": 32},
-        **{f"T5Config__{name}": value for name, value in TINY.items()},
+        **{f"sizes.build__{name}": value for name, value in TINY.items()},
     )
     return folder, log
 
 
-SIZE = "gin/models/mini_2x2_128.gin"
-
-
 def of_student(folder):
     return {
+        "STUDENT": "mini_2x2_128",
         "VOCAB_SIZE": 8192,
         "MIXTURE_OR_TASK_MODULE": "docs_with_a_metric",
         "MIXTURE_OR_TASK_NAME": "docs_with_a_metric",
         "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 16},
         "BATCH_SIZE": 4,
-        **{f"T5Config__{name}": value for name, value in TINY.items()},
+        **{f"sizes.build__{name}": value for name, value in TINY.items()},
     }
 
 
@@ -471,12 +466,12 @@ def test_t5x_infer_and_eval_run_on_what_t5x_train_distilled(distilled):
     folder, _ = distilled
     checkpoint = str(folder / "run" / "checkpoint_4")
     settings = of_student(folder) | {"CHECKPOINT_PATH": checkpoint}
-    run_t5x("infer", folder, SIZE, "gin/t5x/infer.gin", **settings, INFER_OUTPUT_DIR=str(folder / "infer"))
+    run_t5x("infer", folder, "gin/t5x/infer.gin", **settings, INFER_OUTPUT_DIR=str(folder / "infer"))
     [written] = (folder / "infer").glob("*.jsonl-00000-of-00001")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(lines) >= 6 and all(isinstance(line["prediction"], str) for line in lines)
 
-    log = run_t5x("eval", folder, SIZE, "gin/t5x/eval.gin", **settings, EVAL_OUTPUT_DIR=str(folder / "eval"))
+    log = run_t5x("eval", folder, "gin/t5x/eval.gin", **settings, EVAL_OUTPUT_DIR=str(folder / "eval"))
     [metrics] = (folder / "eval").glob("**/*-metrics.jsonl")
     found = json.loads(metrics.read_text().splitlines()[-1])
     assert found["examples"] == len(lines) and 0 <= found["equal"] <= 1, log[-2000:]
@@ -495,5 +490,5 @@ def test_t5x_train_fine_tunes_what_it_distilled(distilled):
         "EVAL_STEPS": 1,
         "EVAL_PERIOD": 2,
     }
-    run_t5x("train", folder, SIZE, "gin/t5x/finetune.gin", **settings)
+    run_t5x("train", folder, "gin/t5x/finetune.gin", **settings)
     assert (folder / "tuned" / "checkpoint_6").is_dir()

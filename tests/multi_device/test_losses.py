@@ -12,11 +12,21 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.objectives.implementation import Computation, Placement
+from endistill_jax.core.outputs import Head
+from endistill_jax.core.sites import RowMasks
+from endistill_jax.objectives import (
+    CrossEntropy,
+    ForwardKL,
+    GeneralizedJSD,
+    LossImplementation,
+    MeshAxes,
+    ReverseKL,
+    SkewedKL,
+)
 from endistill_jax.objectives.relations import relation_kl
-from endistill_jax.objectives.relations_blocked import relation_kl_grouped
-from endistill_jax.objectives.vocabulary import vocabulary_loss
-from endistill_jax.objectives.vocabulary_tokens import Head
+from endistill_jax.objectives.relations_blocked import relation_kl_blocked
+from endistill_jax.objectives.token_term import TokenTerm
+from endistill_jax.objectives.tokens_blocked import token_loss
 from endistill_jax.sharding import make_mesh
 
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2), "2x4x1": (2, 4, 1), "1x2x4": (1, 2, 4)}
@@ -61,37 +71,31 @@ def _vectors():
     return pair(STUDENT_DIM), pair(TEACHER_DIM), segments
 
 
-def _relation(loss, heads):
+def _relation(heads, implementation=None):
+    """Of no mesh and dense, without an implementation."""
+
     def function(student, teacher, segments):
-        return loss(
-            teacher,
-            student,
-            relation_heads=heads,
-            query_segments=segments[0],
-            key_segments=segments[1],
-            causal=False,
-        )
+        masks = RowMasks(*segments, causal=False)
+        if implementation is None:
+            return relation_kl(teacher, student, heads, masks), None
+        return relation_kl_blocked(teacher, student, heads, masks, implementation), None
 
     return function
 
 
-# Two heads are split over no `tensor` axis of four; each group holds one head of one example.
+# Two heads are split over no `tensor` axis of four; each block holds one head of one example.
 @pytest.mark.parametrize("heads", [2, 12])
 @pytest.mark.parametrize("name", MESHES)
-def test_grouped_relations_do_not_depend_on_the_mesh(name, heads):
+def test_blocked_relations_do_not_depend_on_the_mesh(name, heads):
     arrays = _vectors()
-    (expected, rows), expected_gradients = _compiled(_relation(relation_kl, heads), *arrays)(*arrays)
+    (expected, _), expected_gradients = _compiled(_relation(heads), *arrays)(*arrays)
     mesh = make_mesh(*MESHES[name])
     vectors, examples = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec(BATCH_AXES)
     placed = _place(mesh, arrays, ((vectors,) * 2, (vectors,) * 2, (examples,) * 2))
 
-    def grouped(*args, **kwargs):
-        computation = Computation(group_bytes=4 * QUERIES * KEYS, placement=Placement(mesh=mesh))
-        return relation_kl_grouped(*args, **kwargs, computation=computation)
-
-    compiled = _compiled(_relation(grouped, heads), *placed)
-    (total, weight), gradients = compiled(*placed)
-    assert float(weight) == float(rows) > 0
+    implementation = LossImplementation(relation_bytes=4 * QUERIES * KEYS, axes=MeshAxes(mesh=mesh))
+    compiled = _compiled(_relation(heads, implementation), *placed)
+    (total, _), gradients = compiled(*placed)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert np.linalg.norm(gradient - expected_gradient) < 1e-6 * np.linalg.norm(expected_gradient)
@@ -115,20 +119,28 @@ def _heads(dtype=np.float32):
     return head(16), head(24), (rng.integers(0, VOCABULARY, (BATCH, QUERIES)).astype(np.int32), weights)
 
 
-def _vocabulary(placement=None):
-    computation = Computation(chunk_bytes=4 * 8 * VOCABULARY // 8, placement=placement)
+class _Derived(ForwardKL):
+    """`ForwardKL` with its derived gradient."""
+
+    loss_and_gradient = TokenTerm.loss_and_gradient
+
+
+TERMS = (
+    ForwardKL(temperature=2.0),
+    _Derived(temperature=2.0, label="derived"),
+    ReverseKL(),
+    GeneralizedJSD(beta=0.3),
+    SkewedKL(),
+    CrossEntropy(z_loss=0.01),
+)
+
+
+def _tokens(axes=None, terms=TERMS):
+    implementation = LossImplementation(vocabulary_bytes=4 * 8 * VOCABULARY // 8, axes=axes)
+    factors = {term.name: 0.3 + 0.1 * number for number, term in enumerate(terms)}
 
     def function(student, teacher, tokens):
-        return vocabulary_loss(
-            student,
-            teacher,
-            *tokens,
-            logits_factor=0.7,
-            lm_factor=0.3,
-            temperature=2.0,
-            z_loss=0.01,
-            computation=computation,
-        )
+        return token_loss(terms, student, teacher, *tokens, factors, implementation)
 
     return function
 
@@ -140,24 +152,34 @@ def _placed_heads(mesh, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_chunked_vocabulary_losses_do_not_depend_on_the_mesh(name):
+def test_blocked_token_losses_do_not_depend_on_the_mesh(name):
     arrays = _heads()
-    (expected, expected_sums), expected_gradient = _compiled(_vocabulary(), *arrays)(*arrays)
+    (expected, expected_sums), expected_gradient = _compiled(_tokens(), *arrays)(*arrays)
     mesh = make_mesh(*MESHES[name])
     placed = _placed_heads(mesh)
-    (loss, sums), gradient = _compiled(_vocabulary(Placement(mesh=mesh)), *placed)(*placed)
+    (loss, sums), gradient = _compiled(_tokens(MeshAxes(mesh=mesh)), *placed)(*placed)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for actual, total in zip(sums, expected_sums, strict=True):
-        np.testing.assert_allclose(actual, total, rtol=1e-6)
+    for term, total in expected_sums.items():
+        np.testing.assert_allclose(sums[term], total, rtol=2e-6, err_msg=term)
     for actual, whole in zip(gradient, expected_gradient, strict=True):
         assert np.linalg.norm(actual - whole) < 1e-6 * np.linalg.norm(whole)
     assert gradient.kernel.sharding.is_equivalent_to(placed[0].kernel.sharding, 2)
 
 
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
+def test_the_gradient_of_every_token_term_is_that_of_one_device_where_the_vocabulary_is_split(term):
+    arrays, mesh = _heads(), make_mesh(1, 2, 4)
+    placed = _placed_heads(mesh)
+    _, expected = _compiled(_tokens(terms=(term,)), *arrays)(*arrays)
+    _, gradient = _compiled(_tokens(MeshAxes(mesh=mesh), terms=(term,)), *placed)(*placed)
+    for actual, whole in zip(gradient, expected, strict=True):
+        assert np.linalg.norm(actual - whole) < 1e-6 * np.linalg.norm(whole)
+
+
 def test_heads_are_gathered_once_and_their_gradient_is_summed_once():
     mesh = make_mesh(1, 8, 1)
     placed = _placed_heads(mesh)
-    program = _compiled(_vocabulary(Placement(mesh=mesh)), *placed).as_text()
+    program = _compiled(_tokens(MeshAxes(mesh=mesh), (ForwardKL(), CrossEntropy())), *placed).as_text()
     assert re.search(r" while\(.*body=", program)
     inside = set(re.findall(r"body=%?([\w.-]+)", program))
     exchanges = _exchanges(program)
@@ -166,12 +188,9 @@ def test_heads_are_gathered_once_and_their_gradient_is_summed_once():
     assert kinds.count("all-gather") == 2 and kinds.count("reduce-scatter") == 1 and "all-to-all" not in kinds
 
 
-def test_examples_that_the_mesh_does_not_divide_go_by_the_dense_forms_or_are_an_error():
-    placement = Placement(mesh=make_mesh(4, 2, 1))
-    assert Computation(placement=placement).groups_relations(16)
-    assert not Computation(placement=placement).groups_relations(12)
-    assert not Computation(placement=placement).chunks_vocabulary(12)
-    with pytest.raises(UserError, match="relations is 'grouped', but 8 devices do not divide 12 examples"):
-        Computation(relations="grouped", placement=placement).groups_relations(12)
-    with pytest.raises(UserError, match="vocabulary is 'chunky'; choose auto, dense or chunked"):
-        Computation(vocabulary="chunky").chunks_vocabulary(8)
+def test_examples_that_the_mesh_does_not_divide_take_the_dense_forms_or_are_an_error():
+    axes = MeshAxes(mesh=make_mesh(4, 2, 1))
+    assert LossImplementation(axes=axes).blocks("relations", 16)
+    assert not LossImplementation(axes=axes).blocks("vocabulary", 12)
+    with pytest.raises(UserError, match="relations is 'blocked', but 8 devices do not divide 12 examples"):
+        LossImplementation(relations="blocked", axes=axes).blocks("relations", 12)

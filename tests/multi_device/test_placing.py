@@ -14,8 +14,8 @@ from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Path
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
-from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.experiment import Data, Run
+from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
 from endistill_jax.train.training import Training
 

@@ -1,4 +1,4 @@
-"""One step gives the same on every mesh: terms, gradients, moments and parameters; and everything lies where it should.
+"""One step gives the same on every mesh: terms, gradients, moments, parameters; and all is where it should be.
 
 The first moment after one step of Adam from zero is (1 - b1) times the gradient, so the state tells it. The examples
 are packed and uneven: whole devices hold padding alone, so averaging per device, or per micro-batch, would show. All is
@@ -14,48 +14,46 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_models import ROWS, SOURCE, STUDENT, TARGET, TEACHER, packed_batch, random_params
 
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.models.family import abstract_params
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Computation, InterpolatedTargets, Path, Site
+from endistill_jax.objectives import (
+    AttentionKL,
+    CrossEntropy,
+    ForwardKL,
+    HiddenDistance,
+    InterpolatedTargets,
+    LossImplementation,
+    Objective,
+    ReverseKL,
+    relations,
+)
+from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
-from endistill_jax.train.state import abstract_state, init_state, state_shardings
+from endistill_jax.train.state import TrainState, abstract_state, init_state, state_shardings
 from endistill_jax.train.step import make_train_step
 
-# Every width is a multiple of eight, the largest mesh axis. Two lower layers of the encoders run as a loop.
-STUDENT = T5Config(
-    vocab_size=40,
-    d_model=16,
-    num_heads=8,
-    head_dim=3,
-    mlp_dim=32,
-    num_encoder_layers=3,
-    num_decoder_layers=1,
-    relative_buckets=8,
-    relative_max_distance=12,
+OBJECTIVE = Objective(
+    terms=(
+        *relations("encoder_self", ("qq", "vv"), relation_heads=4),
+        *relations("decoder_self", ("qk",), relation_heads=4),
+        *relations("cross", ("qk", "vv"), relation_heads=12),
+        AttentionKL(site="encoder_self", num_heads=8),
+        HiddenDistance(of="encoded"),
+        ForwardKL(coefficient=0.7),
+        ReverseKL(coefficient=0.2),
+        CrossEntropy(coefficient=0.3, z_loss=0.01),
+    )
 )
-TEACHER = dataclasses.replace(STUDENT, d_model=24, head_dim=6, mlp_dim=56, tied_head=True)
-
-_SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
-PATH = Path(
-    encoder_self=_SELF,
-    decoder_self=_SELF,
-    cross=Site(relations=("qk", "vv"), relation_heads=12),
-    logits_weight=0.7,
-    lm_weight=0.3,
-    z_loss=0.01,
-)
-ROWS, SOURCE, TARGET = 16, 6, 5
 
 # A large eps keeps Adam's first update from being the mere sign of a gradient, of noise where that is zero.
 ADAM = make_optimizer(OptimizerConfig(learning_rate=0.1, schedule="constant", eps=1e-3), 10)
 
 # One head of one example has up to 4 x 6 x 6 = 144 bytes of scores: attention takes four heads at a time.
-AUTO, DENSE = Computation(attention_bytes=600), Computation(relations="dense", vocabulary="dense")
-# name -> (axes, micro-batches, placement of the teacher, form of the losses)
+AUTO = LossImplementation(attention_bytes=600)
+# name -> (axes, micro-batches, sharding of the teacher, form of the losses)
 RUNS = {
     "1x1x1": ((1, 1, 1), 1, "sharded", DENSE),
     "8x1x1": ((8, 1, 1), 2, "sharded", AUTO),
@@ -66,40 +64,6 @@ RUNS = {
     "1x8x1, replicated": ((1, 8, 1), 2, "replicated", DENSE),
 }
 MESHES = [name for name in RUNS if name != "1x1x1"]
-
-
-def random_params(config, seed):
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, shape):
-        center, spread = (1.0, 0.2) if path[-1].key == "scale" else (0.0, 0.4)
-        return rng.normal(center, spread, shape.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
-
-
-def packed_batch():
-    """Rows of two examples, one or none; the first four, on some meshes whole devices, are empty."""
-    rng = np.random.default_rng(5)
-    examples = np.repeat([0, 1, 2], [4, 5, 7])  # of each row
-
-    def side(most):
-        lengths = np.where(np.arange(2) < examples[:, None], rng.integers(1, most // 2 + 1, (ROWS, 2)), 0)
-        first, both = np.cumsum(lengths, axis=1)[..., None].swapaxes(0, 1)  # [rows, 1] each
-        position = np.arange(most)
-        segments = np.where(position < first, 1, np.where(position < both, 2, 0)).astype(np.int32)
-        return segments, np.where(segments > 0, rng.integers(1, 40, (ROWS, most)), 0).astype(np.int32)
-
-    (source_segments, source), (target_segments, target) = side(SOURCE), side(TARGET)
-    shifted, before = (np.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in (target, target_segments))
-    return {
-        "encoder_input_tokens": source,
-        "encoder_segment_ids": source_segments,
-        "decoder_input_tokens": np.where(before == target_segments, shifted, 0),
-        "decoder_target_tokens": target,
-        "decoder_segment_ids": target_segments,
-        "decoder_loss_weights": np.where(target > 0, rng.choice([0.5, 1.0], target.shape), 0).astype(np.float32),
-    }
 
 
 @dataclasses.dataclass
@@ -118,21 +82,22 @@ class Ran:
 def run(compiler_log):
     """One step by the settings of a name of RUNS."""
 
-    def run(name, path=PATH):
-        axes, micro_batches, placement, computation = RUNS[name]
+    def run(name, objective=OBJECTIVE):
+        axes, micro_batches, teacher_sharding, implementation = RUNS[name]
         mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
-        student = dataclasses.replace(STUDENT, attention_bytes=computation.attention_bytes)
-        state = init_state(STUDENT, ADAM, mesh, jax.random.key(0), random_params(STUDENT, 0))
-        teacher_params = jax.device_put(random_params(TEACHER, 1), param_shardings(TEACHER, mesh, placement))
+        student = dataclasses.replace(STUDENT, attention_bytes=implementation.attention_bytes)
+        models = {"objective": objective, "teacher": TEACHER}
+        state = init_state(STUDENT, ADAM, mesh, jax.random.key(0), random_params(STUDENT, 0), **models)
+        teacher_params = jax.device_put(random_params(TEACHER, 1), param_shardings(TEACHER, mesh, teacher_sharding))
         step = make_train_step(
             student=student,
             teacher=TEACHER,
-            path=path,
+            objective=objective,
             optimizer=ADAM,
             mesh=mesh,
             micro_batches=micro_batches,
-            computation=computation,
-            teacher_placement=placement,
+            implementation=implementation,
+            teacher_sharding=teacher_sharding,
         )
         batch = place_batch(packed_batch(), mesh)
         with compiler_log() as log:
@@ -149,7 +114,7 @@ def runs(run):
 
 
 def check_metrics(actual, expected):
-    assert actual.keys() == expected.keys() and len(actual) == 16
+    assert actual.keys() == expected.keys() and len(actual) == 20 + ("teacher_share" in expected)
     for term, (total, weight) in expected.items():
         assert actual[term][1] == weight, term
         # Float32 sums of some hundred terms of either sign, in another order: a few of 2^-23 times their size.
@@ -171,6 +136,8 @@ def check_state(actual, expected):
     compare("nu", 4e-5)
     # An update is at most the learning rate, 0.1; in its slope, 1 / eps at worst, the gradient's rounding is amplified.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), actual.params, expected.params)
+    own = actual.objective["params"], expected.objective["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), *own)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -184,12 +151,18 @@ def test_gradients_moments_and_updated_parameters_do_not_depend_on_the_mesh(runs
 
 
 def test_a_step_with_interpolated_targets_does_not_depend_on_the_mesh(run, runs):
-    path = dataclasses.replace(PATH, interpolated_targets=InterpolatedTargets(start=0.4, steps=10))
-    one, several = run("1x1x1", path), run("2x4x1", path)
+    targets = InterpolatedTargets(start=0.4, steps=10, adaptive_rate=0.1)
+    objective = dataclasses.replace(OBJECTIVE, interpolated_targets=targets)
+    one, several = run("1x1x1", objective), run("1x2x4", objective)
     check_metrics(several.metrics, one.metrics)
     check_state(*(jax.device_get(ran.state) for ran in (several, one)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5),
+        *(ran.state.objective["share"] for ran in (several, one)),
+    )
+    assert float(one.state.objective["share"]["share"]) > 0.4
     # Targets that are partly the student's own are nearer to it.
-    assert one.metrics["loss"][0] < 0.9 * runs["1x1x1"].metrics["loss"][0]
+    assert one.metrics["loss"][0] < 0.95 * runs["1x1x1"].metrics["loss"][0]
 
 
 def test_parameters_move_far_more_than_the_tolerance_of_their_comparison(runs):
@@ -204,10 +177,14 @@ def shard_shapes(tree, names):
         leaf = tree
         for part in name.split("/"):
             leaf = leaf[part]
-        shapes = {shard.data.shape for shard in leaf.addressable_shards}
-        assert len(leaf.addressable_shards) == 8 and len(shapes) == 1
-        found[name] = shapes.pop()
+        found[name] = _shard(leaf)
     return found
+
+
+def _shard(leaf):
+    shapes = {shard.data.shape for shard in leaf.addressable_shards}
+    assert len(leaf.addressable_shards) == 8 and len(shapes) == 1
+    return shapes.pop()
 
 
 # Whole shape: (40, 16), (3, 16, 24), (3, 32, 16), (3, 16), (8, 8), (16, 40).
@@ -232,8 +209,13 @@ def test_parameters_and_adam_moments_are_sharded_by_the_logical_rules(runs, name
     )
     expected = dict(zip(parameters, SHARDS[name], strict=True))
     state = runs[name].state
-    for tree in (state.params, *(optax.tree_utils.tree_get(state.opt_state, moment) for moment in ("mu", "nu"))):
-        assert shard_shapes(tree, parameters) == expected
+    projection = 16 // RUNS[name][0][1], 24  # of the hidden states: the student's width is split over `fsdp`
+    assert _shard(state.objective["params"]["hidden/encoded"]["kernel"]) == projection
+    for moment in ("mu", "nu"):
+        tree = optax.tree_utils.tree_get(state.opt_state, moment)
+        assert shard_shapes(tree["student"], parameters) == expected
+        assert _shard(tree["objective"]["hidden/encoded"]["kernel"]) == projection
+    assert shard_shapes(state.params, parameters) == expected
     assert state.step.sharding.is_fully_replicated
 
 
@@ -248,7 +230,7 @@ TEACHER_SHARDS = {
 
 
 @pytest.mark.parametrize("name", TEACHER_SHARDS)
-def test_teacher_lies_as_its_placement_says(runs, name):
+def test_teacher_is_sharded_as_it_is_said(runs, name):
     parameters = (
         "token_embedder/embedding",
         "encoder/layers/attention/query/kernel",
@@ -278,10 +260,10 @@ def gathers(program):
 @pytest.mark.parametrize("name", ["1x8x1", "1x8x1, replicated"])
 def test_parameters_are_gathered_a_layer_at_a_time_inside_the_loop(runs, name):
     """Forward and backward, a loop gathers the kernels of its layer; no device ever has those of two layers."""
-    micro_batches, placement = RUNS[name][1:3]
+    micro_batches, teacher_sharding = RUNS[name][1:3]
     program = runs[name].program
     found = gathers(program)
-    models = [STUDENT, TEACHER] if placement == "sharded" else [STUDENT]
+    models = [STUDENT, TEACHER] if teacher_sharding == "sharded" else [STUDENT]
     for config in models:
         for kernel in kernels(config):
             # The loop has two turns. A compiler may gather once more for the backward pass, not instead of the loop.
@@ -337,17 +319,17 @@ def test_each_device_has_its_examples_logits_of_its_part_of_the_vocabulary(runs,
 
 @pytest.mark.parametrize("name", ["1x8x1", "1x2x4", "1x1x1"])
 def test_checkpoint_of_one_mesh_restores_on_another_bit_for_bit(runs, tmp_path, name):
-    saved = runs["2x2x2"].state
-    shardings = state_shardings(STUDENT, ADAM, runs[name].mesh)
+    saved, whole = runs["2x2x2"].state, {"objective": OBJECTIVE, "teacher": TEACHER}
+    shardings = state_shardings(STUDENT, ADAM, runs[name].mesh, **whole)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state(STUDENT, ADAM),
-        shardings,
+        abstract_state(STUDENT, ADAM, **whole).saved(),
+        shardings.saved(),
     )
     with Checkpointer(str(tmp_path)) as checkpoints:
-        checkpoints.save(1, saved, {}, {})
+        checkpoints.save(1, saved.saved(), {}, {})
     with Checkpointer(str(tmp_path)) as checkpoints:
-        restored, _, _ = checkpoints.restore(1, abstract)
+        restored = TrainState(**checkpoints.restore(1, abstract)[0])
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     for ours, theirs, sharding in zip(*map(jax.tree.leaves, (restored, saved, shardings)), strict=True):
         assert ours.dtype == theirs.dtype and ours.sharding.is_equivalent_to(sharding, ours.ndim)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.objectives.relations import relation_kl, relation_weight
+from endistill_jax.core.sites import RowMasks
+from endistill_jax.objectives.relations import relation_kl
 
 TEACHER_DIM, STUDENT_DIM = 24, 12  # for instance 4 heads of 6, and 3 heads of 4
 
@@ -30,15 +30,14 @@ def _log_softmax(scores):
 
 
 def _reference(teacher, student, relation_heads, query_segments, key_segments, causal):
-    """(sum, weight, gradient of the sum by the student's two arrays) in float64, one row and head at a time."""
+    """(sum, gradient of the sum by the student's two arrays) in float64, one row and head at a time."""
     teacher, student = ([np.asarray(x, np.float64) for x in pair] for pair in (teacher, student))
-    total, rows, gradients = 0.0, 0, tuple(np.zeros_like(x) for x in student)
+    total, gradients = 0.0, tuple(np.zeros_like(x) for x in student)
     for b, i in np.ndindex(*np.shape(query_segments)):
         segment = query_segments[b][i]
         keys = [j for j, s in enumerate(key_segments[b]) if s == segment and not (causal and j > i)]
         if segment == 0 or not keys:
             continue
-        rows += 1
         for r in range(relation_heads):
 
             def scores(pair, r=r, b=b, i=i, keys=keys):
@@ -53,7 +52,7 @@ def _reference(teacher, student, relation_heads, query_segments, key_segments, c
             by_scores = (np.exp(log_student) - np.exp(log_teacher)) / relation_heads / scale
             gradients[0][b, i, head] += by_scores @ student[1][b, keys, head]
             gradients[1][b, keys, head] += by_scores[:, None] * student[0][b, i, head]
-    return total, rows, gradients
+    return total, gradients
 
 
 def _vectors(mask, seed=0, scale=1.0):
@@ -71,38 +70,29 @@ def _vectors(mask, seed=0, scale=1.0):
 
 @functools.partial(jax.jit, static_argnames=("relation_heads", "causal"))
 def _value_and_gradients(teacher, student, relation_heads, query_segments, key_segments, causal):
-    """(sum, weight), gradients of the sum by (teacher, student)."""
+    """The sum, and its gradients by (teacher, student)."""
 
     def loss(teacher, student):
-        return relation_kl(
-            teacher,
-            student,
-            relation_heads=relation_heads,
-            query_segments=query_segments,
-            key_segments=key_segments,
-            causal=causal,
-        )
+        return relation_kl(teacher, student, relation_heads, RowMasks(query_segments, key_segments, causal))
 
-    (total, weight), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(teacher, student)
-    return total, weight, gradients
+    return jax.value_and_grad(loss, argnums=(0, 1))(teacher, student)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("relation_heads", [2, 6])  # 6 is the number of heads of neither model
-def test_value_weight_and_gradient_match_the_float64_reference(mask, relation_heads):
+def test_value_and_gradient_match_the_float64_reference(mask, relation_heads):
     teacher, student, *masks = _vectors(mask)
-    total, weight, (_, gradients) = _value_and_gradients(teacher, student, relation_heads, *masks)
-    expected_total, expected_weight, expected_gradients = _reference(teacher, student, relation_heads, *masks)
+    total, (_, gradients) = _value_and_gradients(teacher, student, relation_heads, *masks)
+    expected_total, expected_gradients = _reference(teacher, student, relation_heads, *masks)
     assert expected_total > 0
     np.testing.assert_allclose(total, expected_total, rtol=1e-5)
-    assert float(weight) == expected_weight
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_matches_finite_differences_of_the_float64_reference():
     teacher, student, *masks = _vectors("cross", seed=1)
-    _, _, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
+    _, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
     step = 1e-5
     for which in (0, 1):
         numeric = np.zeros(student[which].shape)
@@ -120,9 +110,8 @@ def test_gradient_matches_finite_differences_of_the_float64_reference():
 @pytest.mark.parametrize("mask", ["causal", "packed cross"])
 def test_loss_and_gradient_are_zero_for_identical_models(mask):
     teacher, _, *masks = _vectors(mask)
-    total, weight, (_, gradients) = _value_and_gradients(teacher, teacher, 6, *masks)
+    total, (_, gradients) = _value_and_gradients(teacher, teacher, 6, *masks)
     np.testing.assert_allclose(total, 0.0, atol=1e-5)
-    assert float(weight) > 0
     for gradient in gradients:
         np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
@@ -134,7 +123,7 @@ def test_direction_is_from_teacher_to_student():
         return np.ones((1, 1, 1), np.float32), np.log(probabilities).astype(np.float32)[None, :, None]
 
     segments = np.ones((1, 1), np.int32), np.ones((1, 2), np.int32), False
-    total, _, _ = _value_and_gradients(pair(even), pair(skewed), 1, *segments)
+    total, _ = _value_and_gradients(pair(even), pair(skewed), 1, *segments)
     forward, reverse = np.sum(even * np.log(even / skewed)), np.sum(skewed * np.log(skewed / even))
     assert abs(forward - reverse) > 0.1
     np.testing.assert_allclose(total, forward, rtol=1e-5)
@@ -142,7 +131,7 @@ def test_direction_is_from_teacher_to_student():
 
 def test_teacher_gets_no_gradient():
     teacher, student, *masks = _vectors("full")
-    _, _, (gradients, _) = _value_and_gradients(teacher, student, 6, *masks)
+    _, (gradients, _) = _value_and_gradients(teacher, student, 6, *masks)
     for gradient in gradients:
         assert not np.any(gradient)
 
@@ -158,14 +147,13 @@ def test_padding_values_change_neither_value_nor_gradient(mask, padding):
     ]
     actual = _value_and_gradients(*spoilt, 6, *masks)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    for gradient, segments in zip(actual[2][1], masks[:2], strict=True):
+    for gradient, segments in zip(actual[1][1], masks[:2], strict=True):
         assert not np.any(gradient[segments == 0])
 
 
-def test_rows_that_see_no_key_are_not_counted_and_give_finite_gradients():
+def test_rows_that_see_no_key_give_finite_gradients():
     teacher, student, *masks = _vectors("a query sees no key")
-    total, weight, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
-    assert float(weight) == 1  # only the first query of the second example has a key
+    total, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
     assert np.isfinite(total)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert not np.any(gradients[0][0]) and np.any(gradients[0][1, 0])
@@ -173,46 +161,25 @@ def test_rows_that_see_no_key_are_not_counted_and_give_finite_gradients():
 
 def test_batch_without_any_visible_key_gives_zero_and_finite_gradients():
     teacher, student, query_segments, key_segments, causal = _vectors("cross")
-    total, weight, (_, gradients) = _value_and_gradients(teacher, student, 6, query_segments, 0 * key_segments, causal)
-    assert float(total) == float(weight) == 0.0
+    total, (_, gradients) = _value_and_gradients(teacher, student, 6, query_segments, 0 * key_segments, causal)
+    assert float(total) == 0.0
     assert all(not np.any(gradient) for gradient in gradients)
 
 
 def test_scores_too_large_for_a_plain_exponential_match_the_reference():
     teacher, student, *masks = _vectors("causal", scale=30.0)
-    total, _, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
-    expected, _, expected_gradients = _reference(teacher, student, 6, *masks)
+    total, (_, gradients) = _value_and_gradients(teacher, student, 6, *masks)
+    expected, expected_gradients = _reference(teacher, student, 6, *masks)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_relation_weight_comes_from_masks_alone(mask):
-    teacher, student, *masks = _vectors(mask)
-    _, weight, _ = _value_and_gradients(teacher, student, 2, *masks)
-    assert float(relation_weight(*masks)) == float(weight) > 0
-
-
 def test_half_precision_vectors_give_float32_sums():
     teacher, student, *masks = _vectors("cross")
     half = [tuple(jnp.asarray(x, jnp.bfloat16) for x in pair) for pair in (teacher, student)]
-    total, weight, (_, gradients) = _value_and_gradients(*half, 6, *masks)
-    assert total.dtype == weight.dtype == jnp.float32
+    total, (_, gradients) = _value_and_gradients(*half, 6, *masks)
+    assert total.dtype == jnp.float32
     assert gradients[0].dtype == jnp.bfloat16
     rounded = [tuple(np.asarray(x, np.float32) for x in pair) for pair in half]
     np.testing.assert_allclose(total, _reference(*rounded, 6, *masks)[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("relation_heads", [0, -1, 5, 8, 24])  # 8 and 24 divide the teacher's dimension only
-def test_relation_heads_that_do_not_divide_both_are_an_error_naming_the_choices(relation_heads):
-    teacher, student, query_segments, key_segments, causal = _vectors("full")
-    with pytest.raises(UserError, match=rf"is {relation_heads},.* 24 .* 12 .*choose one of 1, 2, 3, 4, 6, 12$"):
-        relation_kl(
-            teacher,
-            student,
-            relation_heads=relation_heads,
-            query_segments=query_segments,
-            key_segments=key_segments,
-            causal=causal,
-        )

@@ -6,15 +6,13 @@ import sys
 
 import pytest
 
-from endistill_jax.models.family import Lengths
+from endistill_jax.core.batch import Lengths
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, Site
+from endistill_jax.objectives import presets
 from endistill_jax.planning.planned import PlannedStep
 from endistill_jax.planning.request import StepRequest
 from endistill_jax.planning.topologies import parse_topology
 from endistill_jax.train.optimizer import OptimizerConfig
-
-SITE = Site(relations=("qq", "vv"), relation_heads=4)
 
 
 def make_model(layers: int, width: int) -> T5Config:
@@ -38,7 +36,7 @@ def make_request():
             "topology": parse_topology(topology),
             "student": make_model(2, 16),
             "teacher": make_model(3, 32),
-            "path": Path(encoder_self=SITE, decoder_self=SITE, logits_weight=1.0),
+            "objective": presets.miniend_e(relation_heads=4),
             "optimizer": OptimizerConfig(name="adamw", learning_rate=1e-3),
             "steps": 100,
             "lengths": Lengths(batch=8, source=16, target=8),

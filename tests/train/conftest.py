@@ -6,50 +6,28 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny_models
+from tiny_models import SOURCE, TARGET, random_params
 
-from endistill_jax.models.family import abstract_params
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path, Site
+from endistill_jax.objectives import CrossEntropy, ForwardKL, Objective, relations
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train.state import TrainState, init_state
 
-STUDENT = T5Config(
-    vocab_size=19,
-    d_model=8,
-    num_heads=2,
-    head_dim=6,
-    mlp_dim=10,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    relative_buckets=8,
-    relative_max_distance=12,
-    scan_layers=False,
-)
-TEACHER = dataclasses.replace(STUDENT, d_model=14, head_dim=8, mlp_dim=22)
+STUDENT = dataclasses.replace(tiny_models.STUDENT, num_encoder_layers=1, scan_layers=False)
+TEACHER = dataclasses.replace(tiny_models.TEACHER, num_encoder_layers=1, scan_layers=False)
 
-EVERYTHING = Path(
-    encoder_self=Site(relations=("qq", "kk"), relation_heads=4),
-    decoder_self=Site(relations=("qk", "vv"), relation_heads=4),
-    cross=Site(relations=("qk", "vv"), weight=2.0, relation_heads=2),
-    logits_weight=0.7,
-    temperature=2.0,
-    lm_weight=0.3,
-    z_loss=0.01,
+EVERYTHING = Objective(
+    terms=(
+        *relations("encoder_self", ("qq", "kk"), relation_heads=4),
+        *relations("decoder_self", ("qk", "vv"), relation_heads=4),
+        *relations("cross", ("qk", "vv"), coefficient=2.0, relation_heads=2),
+        ForwardKL(coefficient=0.7, temperature=2.0),
+        CrossEntropy(coefficient=0.3, z_loss=0.01),
+    )
 )
 
 # (source, target) tokens of each row: no two parts of the batch have the same number, and one row is empty.
 LENGTHS = ((6, 5), (2, 1), (5, 2), (0, 0), (6, 4), (1, 3), (4, 5), (3, 1))
-SOURCE, TARGET = 6, 5
-
-
-def random_params(config, seed):
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, shape):
-        center, spread = (1.0, 0.2) if path[-1].key == "scale" else (0.0, 0.4)
-        return rng.normal(center, spread, shape.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
 def uneven_batch(vocab_size=STUDENT.vocab_size):
@@ -75,8 +53,8 @@ def teacher():
 
 
 @pytest.fixture(scope="session")
-def path():
-    """Every site, logits and language modelling."""
+def objective():
+    """Every site, token distributions and language modeling."""
     return EVERYTHING
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
-from endistill_jax.objectives import Path
+from endistill_jax.objectives import presets
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train import compiler_options
 from endistill_jax.train.compiler_options import options_of_platform
@@ -64,9 +64,13 @@ def test_the_step_is_compiled_with_the_options(mesh, student):
     batch: Batch = dict.fromkeys(names, tokens)
 
     def kernels(options):
-        path = Path(lm_weight=1.0)
         step = make_train_step(
-            student=student, teacher=None, path=path, optimizer=optimizer, mesh=mesh, compiler_options=options
+            student=student,
+            teacher=None,
+            objective=presets.scratch(),
+            optimizer=optimizer,
+            mesh=mesh,
+            compiler_options=options,
         )
         compiled = step.lower(abstract_state(student, optimizer), None, batch).compile()
         return compiled.as_text().count(" fusion(")

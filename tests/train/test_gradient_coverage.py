@@ -1,4 +1,4 @@
-"""Which of the student's parameters a path teaches, and which it leaves alone: exactly, leaf by leaf, layer by layer.
+"""Which of the student's parameters an objective trains, and which it leaves alone: exactly, leaf by leaf.
 
 Why self-attention relations are not enough for an encoder-decoder: what lies above the last decoder layer's queries,
 keys and values gets no gradient from them.
@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.models.layout import unstack_layers
-from endistill_jax.objectives import Path, Site, coefficients, term_sums, term_weights
-from endistill_jax.train.step import forward
-
-SELF = Site(relations=("qq", "kk", "vv"), relation_heads=4)
-CROSS = Site(relations=("qk", "vv"), relation_heads=4)
+from endistill_jax.objectives import CrossEntropy, Objective, presets
+from endistill_jax.train.step import LossFunction
 
 ATTENTION = {f"{name}/kernel" for name in ("query", "key", "value", "out")}
 MLP = {"pre_mlp_layer_norm/scale", "mlp/wi_0/kernel", "mlp/wi_1/kernel", "mlp/wo/kernel"}
@@ -36,17 +33,20 @@ DECODER_LAYERS = {
     f"decoder/layers_{index}/{name}" for index in (0, 1) for name in SELF_ATTENTION | CROSS_ATTENTION | MLP
 }
 
-# path -> the parameters without any gradient; all others have one.
-UNTAUGHT = {
-    "scratch": (Path(lm_weight=1.0), set()),
-    "logits": (Path(logits_weight=1.0), set()),
-    "minilm": (Path(encoder_self=SELF, decoder_self=SELF), ABOVE_SELF),
-    "minilm_logits": (Path(encoder_self=SELF, decoder_self=SELF, logits_weight=1.0), set()),
-    "decoder": (Path(decoder_self=SELF, cross=CROSS), ABOVE_CROSS),
-    "minend": (Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS, logits_weight=1.0), set()),
-    "minend, relations alone": (Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS), ABOVE_CROSS),
-    "encoder relations alone": (
-        Path(encoder_self=SELF),
+HEADS = {"relation_heads": 4}
+# Preset -> the parameters without any gradient; all others have one.
+UNTRAINED = {
+    "scratch": (presets.scratch(), set()),
+    "logits": (presets.logits(), set()),
+    "minilm": (presets.minilm(**HEADS), ABOVE_SELF),
+    "implicit": (presets.implicit(**HEADS), set()),
+    "miniend_d": (presets.miniend_d(**HEADS), set()),
+    "miniend_d without logits": (presets.miniend_d(with_logits=False, **HEADS), ABOVE_CROSS),
+    "miniend_e": (presets.miniend_e(**HEADS), set()),
+    "miniend_e without logits": (presets.miniend_e(with_logits=False, **HEADS), ABOVE_SELF),
+    "union": (presets.union(**HEADS), set()),
+    "encoder": (
+        presets.encoder(**HEADS),
         in_layer("encoder/layers_1", {"attention/out/kernel"} | MLP)
         | {"encoder/encoder_norm/scale", "decoder/relpos_bias/rel_embedding"}
         | DECODER_LAYERS
@@ -54,14 +54,14 @@ UNTAUGHT = {
     ),
 }
 
-# Everything that any of them has, at the last layers.
-UNION = Path(encoder_self=SELF, decoder_self=SELF, cross=CROSS, logits_weight=1.0, lm_weight=1.0)
-BELOW = Path(decoder_self=dataclasses.replace(SELF, student_layer=0), cross=dataclasses.replace(CROSS, student_layer=0))
+# Every term that any of them has, and relations of a layer below the last.
+UNION = Objective(terms=(*presets.union(**HEADS).terms, CrossEntropy()))
+BELOW = presets.miniend_d(with_logits=False, student_layer=0, **HEADS)
 
 
 @pytest.fixture(scope="module")
 def gradients(student, teacher, make_params, teacher_params):
-    """path -> gradient of its loss by the student's parameters, one subtree a layer, by name."""
+    """Objective -> gradient of its loss by the student's parameters, one subtree a layer, by name."""
     deep = dataclasses.replace(student, num_encoder_layers=2, num_decoder_layers=2)
     rng = np.random.default_rng(3)
     source, target = (rng.integers(1, deep.vocab_size, (2, length)).astype(np.int32) for length in (5, 4))
@@ -72,50 +72,45 @@ def gradients(student, teacher, make_params, teacher_params):
         "decoder_loss_weights": np.ones((2, 4), np.float32),
     }
 
-    def gradient_of_terms(path):
-        """Gradient of the path's terms, each times a rate that is given later: one program for many paths."""
+    def gradient_of_terms(objective):
+        """Gradient of the terms, each times a rate that is given later: one program for many objectives."""
+        function = LossFunction(student=deep, teacher=teacher, objective=objective)
 
         def loss(params, rates):
-            taught = forward(teacher, teacher_params, batch, path, "teacher")
-            sums, weights = (
-                term_sums(path, forward(deep, params, batch, path, "student"), taught, batch),
-                term_weights(path, batch),
-            )
-            return sum(rates[term] * sums[term] / weights[term] for term in sums)
+            weights = objective.weights(batch)
+            sums = function(params, teacher_params, batch, weights)[1]
+            return sum(rate * sums[name] / weights[name] for name, rate in rates.items())
 
         return jax.jit(jax.grad(loss))
 
-    of_union, of_below = gradient_of_terms(UNION), gradient_of_terms(BELOW)
+    programs = {UNION: gradient_of_terms(UNION), BELOW: gradient_of_terms(BELOW)}
 
-    def gradient(path):
-        terms = of_below if path is BELOW else of_union
-        everything = coefficients(BELOW if path is BELOW else UNION)
-        assert coefficients(path).keys() <= everything.keys()
-        flat = unstack_layers(terms(make_params(deep, 0), dict.fromkeys(everything, 0.0) | coefficients(path)))
+    def gradient(objective):
+        of = BELOW if objective is BELOW else UNION
+        assert set(objective.term_names) <= set(of.term_names)
+        rates = dict.fromkeys(of.term_names, 0.0) | objective.coefficients()
+        flat = unstack_layers(programs[of](make_params(deep, 0), rates))
         leaves = jax.tree_util.tree_leaves_with_path(flat)
         return {"/".join(entry.key for entry in path): np.asarray(leaf) for path, leaf in leaves}
 
     return gradient
 
 
-def assert_taught_all_but(untaught, gradient):
-    assert untaught <= gradient.keys()
-    assert {leaf for leaf, values in gradient.items() if not values.any()} == untaught
+def assert_trains_all_but(untrained, gradient):
+    assert untrained <= gradient.keys()
+    assert {leaf for leaf, values in gradient.items() if not values.any()} == untrained
     assert all(np.isfinite(values).all() for values in gradient.values())
 
 
-@pytest.mark.parametrize("name", UNTAUGHT)
-def test_path_teaches_exactly_these_parameters(gradients, name):
-    path, untaught = UNTAUGHT[name]
-    assert_taught_all_but(untaught, gradients(path))
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_preset_trains_exactly_these_parameters(gradients, name):
+    objective, untrained = UNTRAINED[name]
+    assert_trains_all_but(untrained, gradients(objective))
+    # The logits are computed exactly where the head is trained.
+    assert objective.reads("student").head == (not HEAD & untrained)
 
 
-def test_relations_of_a_lower_layer_teach_nothing_above_it(gradients):
+def test_relations_of_a_lower_layer_train_nothing_above_it(gradients):
     above = in_layer("decoder/layers_0", {"encoder_decoder_attention/out/kernel"} | MLP)
     above |= in_layer(LAST, SELF_ATTENTION | CROSS_ATTENTION | MLP) | HEAD
-    assert_taught_all_but(above, gradients(BELOW))
-
-
-def test_students_logits_are_computed_exactly_where_a_path_teaches_the_head():
-    for name, (path, untaught) in UNTAUGHT.items():
-        assert path.needs_logits("student") == (not HEAD & untaught), name
+    assert_trains_all_but(above, gradients(BELOW))

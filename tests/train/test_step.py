@@ -9,14 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from endistill_jax.core.batch import batch_segments
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.t5 import T5
-from endistill_jax.objectives import InterpolatedTargets, Path, cross_entropy, logits_kl, relation_kl
+from endistill_jax.objectives import CrossEntropy, InterpolatedTargets, Objective, relations
 from endistill_jax.sharding import param_shardings
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import init_state, state_shardings
-from endistill_jax.train.step import make_train_step, split_micro_batches
+from endistill_jax.train.step import LossFunction, make_train_step, split_micro_batches, window_means
 
 ADAM = make_optimizer(OptimizerConfig(learning_rate=0.01, schedule="constant"), 100)
 TERMS = {
@@ -32,15 +30,15 @@ TERMS = {
 
 
 @pytest.fixture(scope="module")
-def make_step(student, teacher, path, mesh):
+def make_step(student, teacher, objective, mesh):
     """Steps by optimizer and settings, each compiled once for the whole file."""
 
     @functools.cache
-    def make(optimizer, micro_batches=1, student=student, teacher=teacher, path=path, seed=None):
+    def make(optimizer, micro_batches=1, student=student, teacher=teacher, objective=objective, seed=None):
         return make_train_step(
             student=student,
             teacher=teacher,
-            path=path,
+            objective=objective,
             optimizer=optimizer,
             mesh=mesh,
             micro_batches=micro_batches,
@@ -105,69 +103,42 @@ def test_microbatches_are_strided_and_keep_every_row_once(batch):
 
 
 def test_interpolated_targets_move_from_near_the_students_own_to_the_teachers(
-    make_step, path, gradient_descent, new_state, teacher_params, batch
+    make_step, objective, gradient_descent, new_state, teacher_params, batch
 ):
-    path = dataclasses.replace(path, lm_weight=0.0, z_loss=0.0)
+    of_teacher = tuple(term for term in objective.terms if term.needs_teacher)
 
-    def loss_at(step, **settings):
+    def loss_at(step, targets=None):
+        moving = Objective(terms=of_teacher, interpolated_targets=targets)
         state = new_state(gradient_descent).replace(step=jnp.asarray(step, jnp.int32))
-        run = make_step(gradient_descent, path=dataclasses.replace(path, **settings))
-        return float(run(state, teacher_params, batch)[1]["loss"][0])
+        return float(make_step(gradient_descent, objective=moving)(state, teacher_params, batch)[1]["loss"][0])
 
-    moving = {"interpolated_targets": InterpolatedTargets(steps=10)}
-    losses = [loss_at(step, **moving) for step in (0, 4, 9)]
-    taught = loss_at(0)
+    losses = [loss_at(step, InterpolatedTargets(steps=10)) for step in (0, 4, 9)]
+    of_the_teacher = loss_at(0)
     # Near the student's own, a divergence grows with the square of the share, here a tenth.
-    assert 0 < losses[0] < 0.03 * taught
-    assert 0.05 * taught < losses[1] < 0.95 * taught
-    np.testing.assert_allclose(losses[2], taught, rtol=1e-4)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def dense_losses(path, student, teacher, params, teacher_params, batch):
-    """Every term as (sum, weight), and the loss, from the models' outputs and the losses' dense forms."""
-    layers = dict.fromkeys(path.sites, 0)
-    learned = T5(student).apply({"params": params}, batch, tap_layers=layers)
-    taught = T5(teacher).apply({"params": teacher_params}, batch, tap_layers=layers)
-    encoder, decoder = batch_segments(batch)
-    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    vectors = {"q": "query", "k": "key", "v": "value"}
-    terms = {
-        "logits": logits_kl(taught.logits, learned.logits, weights, path.temperature),
-        "lm": cross_entropy(learned.logits, targets, weights, path.z_loss),
-    }
-    rates = {"logits": path.logits_weight, "lm": path.lm_weight}
-    for site, settings in path.sites.items():
-        for relation in settings.relations:
-            # Of cross, qk is target x source and vv source x source.
-            keys = decoder if site == "decoder_self" else encoder
-            queries = decoder if site == "cross" and relation[0] == "q" else keys
-            terms[f"{site}/{relation}"] = relation_kl(
-                tuple(getattr(taught.taps[site], vectors[letter]) for letter in relation),
-                tuple(getattr(learned.taps[site], vectors[letter]) for letter in relation),
-                relation_heads=settings.relation_heads,
-                query_segments=queries,
-                key_segments=keys,
-                causal=site == "decoder_self",
-            )
-            rates[f"{site}/{relation}"] = settings.weight / len(settings.relations)
-    loss = sum(rates[name] * total / weight for name, (total, weight) in terms.items())
-    terms["cross_entropy"] = cross_entropy(learned.logits, targets, weights)
-    terms["teacher_cross_entropy"] = cross_entropy(taught.logits, targets, weights)
-    return terms | {"loss": (loss, 1.0)}
+    assert 0 < losses[0] < 0.03 * of_the_teacher
+    assert 0.05 * of_the_teacher < losses[1] < 0.95 * of_the_teacher
+    np.testing.assert_allclose(losses[2], of_the_teacher, rtol=1e-4)
 
 
 def test_metrics_are_sums_and_weights_of_the_dense_losses_and_norms_of_the_update(
-    gradient, batch, student, teacher, path, make_params, teacher_params
+    gradient, batch, student, teacher, objective, make_params, teacher_params
 ):
     update, metrics = gradient(batch)
-    params = make_params(student, 0)
-    norm = optax.global_norm(update)
-    expected = dense_losses(path, student, teacher, params, teacher_params, batch) | {
-        "gradient_norm": (norm, 1.0),
-        "update_norm": (norm, 1.0),
-        "parameter_norm": (optax.global_norm(jax.tree.map(np.subtract, params, update)), 1.0),
+    params, weights = make_params(student, 0), objective.weights(batch)
+    dense = jax.jit(LossFunction(student=student, teacher=teacher, objective=objective).__call__)
+    loss, sums = dense(params, teacher_params, batch, weights)
+    head = {"logits_dense": update["decoder"]["logits_dense"]}
+    decoder = {name: part for name, part in update["decoder"].items() if name not in head}
+    norms = {
+        "gradient_norm": update,
+        "gradient_norm/encoder": update["encoder"],
+        "gradient_norm/decoder": decoder,
+        "gradient_norm/embedding": (update["token_embedder"], head),
+        "update_norm": update,
+        "parameter_norm": jax.tree.map(np.subtract, params, update),
     }
+    expected = {name: (total, weights.get(name, np.sum(batch["decoder_loss_weights"]))) for name, total in sums.items()}
+    expected |= {"loss": (loss, 1.0)} | {name: (optax.global_norm(tree), 1.0) for name, tree in norms.items()}
     assert metrics.keys() == expected.keys() and set(expected) > TERMS
     for name, pair in expected.items():
         np.testing.assert_allclose(metrics[name], pair, rtol=1e-4, err_msg=name)
@@ -186,28 +157,6 @@ def test_batch_of_padding_alone_changes_nothing_and_has_no_weight(gradient, batc
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(update))
     assert all(metrics[name] == (0.0, 0.0) for name in TERMS)
     assert metrics["loss"] == (0.0, 1.0)
-
-
-def test_identical_teacher_and_student_give_no_loss_and_no_gradient(
-    make_step, gradient_descent, new_state, make_params, student, teacher, path, batch
-):
-    taught = Path(
-        encoder_self=path.encoder_self,
-        decoder_self=path.decoder_self,
-        cross=path.cross,
-        logits_weight=path.logits_weight,
-        temperature=path.temperature,
-    )
-    step = make_step(gradient_descent, student=teacher, path=taught)
-    norms = []
-    for seed in (1, 2):
-        state, metrics = step(new_state(gradient_descent, teacher, seed), make_params(teacher, 1), batch)
-        norms.append(float(metrics["gradient_norm"][0]))
-        if seed == 1:
-            assert all(abs(metrics[name][0]) < 1e-4 * metrics[name][1] for name in TERMS - {"lm"})
-            assert abs(metrics["loss"][0]) < 1e-5
-    # Rounding of float32 probabilities alone, beside the same step from another student.
-    assert norms[0] < 1e-5 * norms[1]
 
 
 # --- what a step does to the state ---
@@ -240,7 +189,7 @@ def test_loss_falls_on_a_repeated_batch(ten_steps):
 
 def test_teacher_is_neither_in_the_state_nor_changed(ten_steps, student, teacher, teacher_params, make_params):
     state, metrics = ten_steps
-    widths = {teacher.d_model, teacher.inner_dim, teacher.mlp_dim}
+    widths = {teacher.inner_dim, teacher.mlp_dim}
     assert not widths & {student.d_model, student.inner_dim, student.mlp_dim, student.vocab_size}
     assert not any(widths & set(leaf.shape) for leaf in jax.tree.leaves(state))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher_params), make_params(teacher, 1))
@@ -320,10 +269,10 @@ def test_dropout_without_a_key_is_refused(make_step, gradient_descent, student):
         make_step(gradient_descent, student=dataclasses.replace(student, dropout_rate=0.3))
 
 
-# --- mistakes, and paths that need less ---
+# --- mistakes, and objectives that need less ---
 
 
-def test_path_that_compares_needs_a_teacher(make_step):
+def test_objective_that_compares_needs_a_teacher(make_step):
     with pytest.raises(UserError, match="no teacher is given"):
         make_step(ADAM, teacher=None)
 
@@ -334,23 +283,41 @@ def test_microbatches_that_do_not_divide_the_batch_are_refused(make_step, new_st
 
 
 @pytest.mark.parametrize(
-    ("parts", "metrics"),
+    ("terms", "metrics"),
     [
-        ({"lm_weight": 1.0}, {"lm", "cross_entropy"}),
-        ({"decoder_self": ("vv",)}, {"decoder_self/vv"}),
-        ({"cross": ("qk",), "lm_weight": 1.0}, {"cross/qk", "lm", "cross_entropy"}),
+        ((CrossEntropy(),), {"lm", "cross_entropy"}),
+        (relations("decoder_self", ("vv",), relation_heads=4), {"decoder_self/vv"}),
+        ((*relations("cross", ("qk",), relation_heads=4), CrossEntropy()), {"cross/qk", "lm", "cross_entropy"}),
     ],
-    ids=lambda value: " ".join(sorted(value)),
+    ids=["scratch", "relations", "both"],
 )
-def test_step_tells_the_terms_of_its_path_and_cross_entropy_where_there_are_logits(
-    make_step, new_state, student, teacher, teacher_params, batch, path, parts, metrics
+def test_step_reports_the_terms_of_its_objective_and_cross_entropy_where_there_are_logits(
+    make_step, new_state, teacher, teacher_params, batch, terms, metrics
 ):
-    sites = {
-        name: dataclasses.replace(path.cross, relations=value) if isinstance(value, tuple) else value
-        for name, value in parts.items()
-    }
-    chosen = Path(**sites)
-    step = make_step(ADAM, path=chosen, teacher=teacher if chosen.needs_teacher else None)
-    _, told = step.eval_shape(new_state(ADAM), teacher_params if chosen.needs_teacher else None, batch)
-    assert set(told) == metrics | {"loss", "gradient_norm", "update_norm", "parameter_norm"}
-    assert all(isinstance(pair, tuple) and [x.shape for x in pair] == [(), ()] for pair in told.values())
+    chosen = Objective(terms=terms)
+    step = make_step(ADAM, objective=chosen, teacher=teacher if chosen.needs_teacher else None)
+    _, reported = step.eval_shape(new_state(ADAM), teacher_params if chosen.needs_teacher else None, batch)
+    norms = {"gradient_norm", "update_norm", "parameter_norm"}
+    norms |= {f"gradient_norm/{stack}" for stack in ("encoder", "decoder", "embedding")}
+    assert set(reported) == metrics | norms | {"loss"}
+    assert all(isinstance(pair, tuple) and [x.shape for x in pair] == [(), ()] for pair in reported.values())
+
+
+# --- means over some steps ---
+
+
+def test_window_divides_summed_sums_by_summed_weights():
+    window = [{"loss": (jnp.float32(6), jnp.float32(2))}, {"loss": (jnp.float32(1), jnp.float32(1))}]
+    assert window_means(window) == {"loss": 7 / 3}
+
+
+def test_weights_are_summed_exactly_even_when_they_are_beyond_float32():
+    # 2**24 + 1 is no float32: summed in float32, the mean would miss the second step.
+    window = [{"loss": (jnp.float32(2**24), jnp.float32(2**24))}, {"loss": (jnp.float32(0), jnp.float32(1))}]
+    assert window_means(window)["loss"] == 2**24 / (2**24 + 1)
+
+
+def test_metric_without_any_weight_is_not_a_number_and_does_not_stop_the_run():
+    window = [{"loss": (jnp.float32(0), jnp.float32(0)), "norm": (jnp.float32(3), jnp.float32(1))}]
+    means = window_means(window)
+    assert np.isnan(means["loss"]) and means["norm"] == 3.0

@@ -1,4 +1,4 @@
-"""The grouped relation loss is the dense one, in memory that does not grow with heads or examples."""
+"""The blocked relation loss is the dense one, in memory that does not grow with heads or examples."""
 
 import functools
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.errors import UserError
 from endistill_jax.core.groups import choose_groups
-from endistill_jax.objectives.implementation import Computation
+from endistill_jax.core.sites import RowMasks
+from endistill_jax.objectives import LossImplementation
 from endistill_jax.objectives.relations import relation_kl
-from endistill_jax.objectives.relations_blocked import relation_kl_grouped
+from endistill_jax.objectives.relations_blocked import relation_kl_blocked
 
 BATCH, HEADS = 4, 6
 TEACHER_DIM, STUDENT_DIM = 48, 24
@@ -19,8 +19,8 @@ LENGTHS = {"self": (13, 13), "cross": (13, 21)}  # multiples of nothing
 
 MASKS = ("full", "causal", "padded", "packed", "packed causal", "cross", "packed cross", "queries that see nothing")
 
-# Bytes of a group -> what it splits: 4 * 13 * 13 = 676 bytes of scores a head (4 * 13 * 21 = 1092 of `cross`).
-GROUP_BYTES = {"rows": 300, "heads": 2600, "examples": 10_000, "nothing": 1 << 20}
+# Bytes of a block -> what it splits: 4 * 13 * 13 = 676 bytes of scores a head (4 * 13 * 21 = 1092 of `cross`).
+BLOCK_BYTES = {"rows": 300, "heads": 2600, "examples": 10_000, "nothing": 1 << 20}
 
 
 def _segments(mask, length, side):
@@ -51,22 +51,17 @@ def _inputs(mask, dtype=np.float32):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "group_bytes"))
-def _value_and_gradients(teacher, student, query_segments, key_segments, causal, group_bytes=None):
-    """(sum, weight), gradients of three times the sum by (teacher, student); dense without `group_bytes`."""
-    masks = {"query_segments": query_segments, "key_segments": key_segments, "causal": causal}
+@functools.partial(jax.jit, static_argnames=("causal", "block_bytes"))
+def _value_and_gradients(teacher, student, query_segments, key_segments, causal, block_bytes=None):
+    """Three times the sum, and its gradients by (teacher, student); dense without `block_bytes`."""
+    masks = RowMasks(query_segments, key_segments, causal)
 
     def loss(teacher, student):
-        if group_bytes is None:
-            total, weight = relation_kl(teacher, student, relation_heads=HEADS, **masks)
-        else:
-            computation = Computation(group_bytes=group_bytes)
-            total, weight = relation_kl_grouped(
-                teacher, student, relation_heads=HEADS, computation=computation, **masks
-            )
-        return 3 * total, weight
+        if block_bytes is None:
+            return 3 * relation_kl(teacher, student, HEADS, masks)
+        return 3 * relation_kl_blocked(teacher, student, HEADS, masks, LossImplementation(relation_bytes=block_bytes))
 
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(teacher, student)
+    return jax.value_and_grad(loss, argnums=(0, 1))(teacher, student)
 
 
 def _relative_error(actual, expected):
@@ -75,13 +70,13 @@ def _relative_error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("group_bytes", GROUP_BYTES.values(), ids=GROUP_BYTES)
+@pytest.mark.parametrize("block_bytes", BLOCK_BYTES.values(), ids=BLOCK_BYTES)
 @pytest.mark.parametrize("mask", MASKS)
-def test_value_weight_and_gradient_equal_the_dense_form(mask, group_bytes):
+def test_value_and_gradient_equal_the_dense_form(mask, block_bytes):
     teacher, student, masks = _inputs(mask)
-    (expected, expected_weight), (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
-    (total, weight), (by_teacher, gradients) = _value_and_gradients(teacher, student, **masks, group_bytes=group_bytes)
-    assert float(expected) > 1 and float(weight) == float(expected_weight)
+    expected, (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
+    total, (by_teacher, gradients) = _value_and_gradients(teacher, student, **masks, block_bytes=block_bytes)
+    assert float(expected) > 1
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert _relative_error(gradient, expected_gradient) < 1e-6
@@ -93,7 +88,7 @@ def test_value_weight_and_gradient_equal_the_dense_form(mask, group_bytes):
 
 def test_group_sizes_of_the_tests_split_what_they_say():
     def groups(name, lengths):
-        found = choose_groups(BATCH, HEADS, *lengths, GROUP_BYTES[name])
+        found = choose_groups(BATCH, HEADS, *lengths, BLOCK_BYTES[name])
         return found.examples, found.heads, found.queries
 
     assert groups("rows", (13, 13)) == (1, 2, 8) and groups("rows", (13, 21)) == (1, 2, 8)
@@ -111,35 +106,33 @@ def test_groups_are_within_their_size_and_divide_what_they_split(batch, heads, l
     assert batch % groups.examples == 0 and heads % groups.heads == 0
 
 
-@pytest.mark.parametrize("group_bytes", GROUP_BYTES.values(), ids=GROUP_BYTES)
-def test_value_alone_equals_the_value_beside_the_gradient(group_bytes):
+@pytest.mark.parametrize("block_bytes", BLOCK_BYTES.values(), ids=BLOCK_BYTES)
+def test_value_alone_equals_the_value_beside_the_gradient(block_bytes):
     teacher, student, masks = _inputs("packed causal")
-    (expected, _), _ = _value_and_gradients(teacher, student, **masks, group_bytes=group_bytes)
-    alone, _ = relation_kl_grouped(
-        teacher, student, relation_heads=HEADS, computation=Computation(group_bytes=group_bytes), **masks
-    )
+    expected, _ = _value_and_gradients(teacher, student, **masks, block_bytes=block_bytes)
+    implementation = LossImplementation(relation_bytes=block_bytes)
+    alone = relation_kl_blocked(teacher, student, HEADS, RowMasks(**masks), implementation)
     np.testing.assert_allclose(3 * alone, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("padding", [np.inf, np.nan])
-@pytest.mark.parametrize("group_bytes", GROUP_BYTES.values(), ids=GROUP_BYTES)
-def test_padding_values_change_neither_value_nor_gradient(group_bytes, padding):
+@pytest.mark.parametrize("block_bytes", BLOCK_BYTES.values(), ids=BLOCK_BYTES)
+def test_padding_values_change_neither_value_nor_gradient(block_bytes, padding):
     teacher, student, masks = _inputs("packed cross")
-    expected = _value_and_gradients(teacher, student, **masks, group_bytes=group_bytes)
+    expected = _value_and_gradients(teacher, student, **masks, block_bytes=block_bytes)
     sides = (masks["query_segments"], masks["key_segments"])
     spoilt = [
         tuple(jnp.where(ids[..., None] == 0, padding, x) for x, ids in zip(pair, sides, strict=True))
         for pair in (teacher, student)
     ]
-    actual = _value_and_gradients(*spoilt, **masks, group_bytes=group_bytes)
+    actual = _value_and_gradients(*spoilt, **masks, block_bytes=block_bytes)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("group_bytes", [GROUP_BYTES["rows"], GROUP_BYTES["heads"]])
-def test_loss_and_gradient_are_zero_for_identical_models(group_bytes):
+@pytest.mark.parametrize("block_bytes", [BLOCK_BYTES["rows"], BLOCK_BYTES["heads"]])
+def test_loss_and_gradient_are_zero_for_identical_models(block_bytes):
     teacher, _, masks = _inputs("packed")
-    (total, weight), (_, gradients) = _value_and_gradients(teacher, teacher, **masks, group_bytes=group_bytes)
-    assert float(weight) > 0
+    total, (_, gradients) = _value_and_gradients(teacher, teacher, **masks, block_bytes=block_bytes)
     np.testing.assert_allclose(total, 0.0, atol=1e-5)
     for gradient in gradients:
         np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
@@ -148,8 +141,8 @@ def test_loss_and_gradient_are_zero_for_identical_models(group_bytes):
 def test_scores_too_large_for_a_plain_exponential_equal_the_dense_form():
     teacher, student, masks = _inputs("causal")
     teacher, student = ([30 * x for x in pair] for pair in (teacher, student))
-    (expected, _), (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
-    (total, _), (_, gradients) = _value_and_gradients(teacher, student, **masks, group_bytes=GROUP_BYTES["heads"])
+    expected, (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
+    total, (_, gradients) = _value_and_gradients(teacher, student, **masks, block_bytes=BLOCK_BYTES["heads"])
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert _relative_error(gradient, expected_gradient) < 1e-5
@@ -161,8 +154,8 @@ def test_half_precision_is_the_float32_oracle_but_for_the_rounding_of_the_gradie
     after them, and after the factor of the chain rule, each time by at most 2^-9 of each number."""
     teacher, student, masks = _inputs(mask, jnp.bfloat16)
     oracle_inputs = [tuple(x.astype(jnp.float32) for x in pair) for pair in (teacher, student)]
-    (expected, _), (_, expected_gradients) = _value_and_gradients(*oracle_inputs, **masks)
-    (total, _), (_, gradients) = _value_and_gradients(teacher, student, **masks, group_bytes=GROUP_BYTES["heads"])
+    expected, (_, expected_gradients) = _value_and_gradients(*oracle_inputs, **masks)
+    total, (_, gradients) = _value_and_gradients(teacher, student, **masks, block_bytes=BLOCK_BYTES["heads"])
     assert total.dtype == jnp.float32
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -173,26 +166,21 @@ def test_half_precision_is_the_float32_oracle_but_for_the_rounding_of_the_gradie
 def test_types_of_teacher_and_student_may_differ():
     teacher, student, masks = _inputs("cross")
     teacher = tuple(x.astype(jnp.bfloat16) for x in teacher)
-    (expected, _), (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
-    (total, _), (_, gradients) = _value_and_gradients(teacher, student, **masks, group_bytes=GROUP_BYTES["heads"])
+    expected, (_, expected_gradients) = _value_and_gradients(teacher, student, **masks)
+    total, (_, gradients) = _value_and_gradients(teacher, student, **masks, block_bytes=BLOCK_BYTES["heads"])
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert _relative_error(gradients[0], expected_gradients[0]) < 1e-6 and gradients[0].dtype == jnp.float32
 
 
-def test_relation_heads_that_do_not_divide_both_are_an_error_naming_the_choices():
-    teacher, student, masks = _inputs("full")
-    with pytest.raises(UserError, match="is 16,.* 48 .* 24 .*choose one of 1, 2, 3, 4, 6, 8, 12, 24$"):
-        relation_kl_grouped(teacher, student, relation_heads=16, **masks)
-
-
-def _compiled(length, *, batch=2, heads=12, gradient=True, loss=relation_kl_grouped):
-    """The loss of one relation compiled for this platform, at the default group size."""
+def _compiled(length, *, batch=2, heads=12, gradient=True, loss=relation_kl_blocked):
+    """The loss of one relation compiled for this platform, at the default block size."""
     vectors = tuple(jax.ShapeDtypeStruct((batch, length, 96), jnp.float32) for _ in range(2))
     segments = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def value(student, teacher, query_segments, key_segments):
-        masks = {"query_segments": query_segments, "key_segments": key_segments, "causal": True}
-        return loss(teacher, student, relation_heads=heads, **masks)[0]
+        masks = RowMasks(query_segments, key_segments, causal=True)
+        form = () if loss is relation_kl else (LossImplementation(),)
+        return loss(teacher, student, heads, masks, *form)
 
     function = jax.value_and_grad(value) if gradient else value
     return jax.jit(function).lower(vectors, vectors, segments, segments).compile()

@@ -1,0 +1,69 @@
+"""The shapes that the annotations of core/ and objectives/ promise, checked while every term is traced."""
+
+import subprocess
+import sys
+
+import pytest
+
+CHECKED = """
+from jaxtyping import install_import_hook
+
+modules = ["core.batch", "core.groups", "core.outputs", "core.sites", "objectives"]
+install_import_hook([f"endistill_jax.{name}" for name in modules], "beartype.beartype")
+
+import jax
+from tiny_models import STUDENT, TEACHER, packed_batch
+
+from endistill_jax.models.family import abstract_params
+from endistill_jax.objectives import (
+    AttentionKL, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenDistance, InterpolatedTargets, LossImplementation,
+    Objective, ReverseKL, SkewedKL, relations,
+)
+from endistill_jax.objectives.implementation import DENSE
+from endistill_jax.objectives.relations import relation_scores
+from endistill_jax.train.state import init_objective, trainable
+from endistill_jax.train.step import LossFunction
+
+objective = Objective(
+    terms=(
+        *(term for site in ("encoder_self", "cross") for term in relations(site, ("qk", "vv"), relation_heads=4)),
+        AttentionKL(site="decoder_self", num_heads=8), HiddenDistance(), HiddenDistance(of="decoder", distance="l2"),
+        ForwardKL(temperature=2.0), ReverseKL(), GeneralizedJSD(), SkewedKL(), CrossEntropy(z_loss=0.1),
+    ),
+    interpolated_targets=InterpolatedTargets(steps=3, adaptive_rate=0.1),
+)
+for implementation in (DENSE, LossImplementation()):
+    function = LossFunction(student=STUDENT, teacher=TEACHER, objective=objective, implementation=implementation)
+
+    def gradient(params, teacher_params, batch, key, step):
+        carried = jax.tree.map(lambda x: x, init_objective(objective, key, STUDENT, TEACHER))
+        import flax.linen as nn
+
+        trained, weights = trainable(params, nn.meta.unbox(carried)), objective.weights(batch)
+        run = jax.value_and_grad(function, has_aux=True)
+        (loss, _), found = run(trained, teacher_params, batch, weights, step=step, share=carried["share"])
+        return objective.interpolated_targets.update(step, carried["share"], loss), found
+
+    models, step = (abstract_params(STUDENT), abstract_params(TEACHER)), jax.ShapeDtypeStruct((), "int32")
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in packed_batch().items()}
+    jax.eval_shape(gradient, *models, batch, jax.eval_shape(lambda: jax.random.key(0)), step)
+
+try:
+    relation_scores((jax.numpy.ones((2, 3, 8)), jax.numpy.ones((2, 4, 6))), (jax.numpy.ones((2, 3), int),) * 2, 2)
+except Exception as error:
+    print("checked", type(error).__name__)
+"""
+
+
+def test_every_term_keeps_its_shapes_and_a_wrong_one_is_noticed(request):
+    pytest.importorskip("beartype")
+    root = request.config.rootpath
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root / 'tests')!r})\n{CHECKED}"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("checked TypeCheckError")
