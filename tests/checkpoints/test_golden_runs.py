@@ -17,7 +17,15 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.data.pipeline import make_iterator
 from endistill_jax.jobs import Data, Experiment, Run, Teacher, distill
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import presets
+from endistill_jax.objectives import (
+    ForwardKL,
+    HiddenDistance,
+    InterpolatedTargets,
+    Objective,
+    Ramp,
+    presets,
+    relations,
+)
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -95,14 +103,19 @@ def assert_metrics_are(got: list[dict], wanted: list[dict]) -> None:
         assert ours.get("tokens") == theirs.get("tokens")
 
 
-def test_a_run_of_format_1_resumes_to_the_recorded_end(format_1):
-    wanted = format_1.expected["distilled"]
-    assert open_model("teacher").fingerprint == format_1.expected["teacher"]["fingerprint"]
+def assert_resumes(golden: Golden, experiment: Experiment) -> None:
+    """The checkpoint of step 4 is what was saved, and comes to the recorded end."""
+    wanted = golden.expected["distilled"]
+    assert open_model("teacher").fingerprint == golden.expected["teacher"]["fingerprint"]
     assert open_model("distilled/checkpoints/4").fingerprint == wanted["fingerprints"]["4"]
-    result = distill(model_dir="distilled", experiment=distilled_1(format_1))
+    result = distill(model_dir="distilled", experiment=experiment)
     assert_metrics_are(read_metrics("distilled/metrics.jsonl"), wanted["metrics"])
     assert result.tokens == wanted["tokens"] and finished_steps("distilled/checkpoints") == [4, 8]
     assert result.report.scalars() == pytest.approx(wanted["held_out"], rel=1e-4)
+
+
+def test_a_run_of_format_1_resumes_to_the_recorded_end(format_1):
+    assert_resumes(format_1, distilled_1(format_1))
 
 
 def test_a_position_in_the_data_of_format_1_gives_the_recorded_batches(format_1):
@@ -123,3 +136,35 @@ def test_a_finished_run_of_format_1_is_recognized_and_another_is_refused(format_
     other = dataclasses.replace(experiment, objective=presets.scratch(z_loss=1e-3))
     with pytest.raises(UserError, match=r"objective\.terms\.lm\.z_loss is 0\.0001 there and 0\.001 here"):
         finished(open_training("pretrained", other))
+
+
+@pytest.fixture(scope="module")
+def unpacked_2(tmp_path_factory) -> Golden:
+    return unpack("format_2", tmp_path_factory.mktemp("format_2"))
+
+
+@pytest.fixture
+def format_2(unpacked_2, monkeypatch) -> Golden:
+    """Manifests of schema 2, a term with parameters of its own, interpolated targets with a state."""
+    monkeypatch.chdir(unpacked_2.folder)
+    return unpacked_2
+
+
+def distilled_2(golden: Golden) -> Experiment:
+    terms = (
+        *relations("cross", ("qk", "vv"), relation_heads=2),
+        HiddenDistance(coefficient=Ramp(start=0.5, steps=6)),
+        ForwardKL(),
+    )
+    return Experiment(
+        student=dataclasses.replace(STUDENT, d_model=4, head_dim=2, mlp_dim=8, tied_head=True),
+        teacher=Teacher(source="teacher", dtype="float32"),
+        objective=Objective(terms=terms, interpolated_targets=InterpolatedTargets(steps=7, adaptive_rate=0.1)),
+        data=golden.data,
+        optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2),
+        run=Run(steps=8, log_every=1, checkpoint_every=4, keep_last=2, tensorboard=False),
+    )
+
+
+def test_a_run_of_format_2_resumes_to_the_recorded_end(format_2):
+    assert_resumes(format_2, distilled_2(format_2))

@@ -90,15 +90,15 @@ jobs.run.job = @jobs.interpolate
 """
 
 
-def small_model(*, width: int, vocab_size: int = 384) -> T5Config:
+def small_model(*, width: int, layers: int = 2, vocab_size: int = 384) -> T5Config:
     return T5Config(
         vocab_size=vocab_size,
         d_model=width,
         num_heads=2,
         head_dim=width // 2,
         mlp_dim=2 * width,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
         scan_layers=False,
     )
 
@@ -194,7 +194,7 @@ def settings(data) -> dict:
 
 @pytest.fixture(scope="session")
 def student(make_model) -> T5Config:
-    return make_model(width=16)
+    return make_model(width=16, layers=1)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_a_run_on_a_bucket_teaches_and_is_exported(bucket, corpus, make_model, p
     task = text_files_task("bucket_tests_v1", str(corpus), str(BUNDLED), held_out=0.1)
     large = dataclasses.replace(
         pretraining,
-        student=make_model(width=16, vocab_size=8192),
+        student=make_model(width=16, layers=1, vocab_size=8192),
         data=dataclasses.replace(pretraining.data, task=task, eval_batches=1),
         run=dataclasses.replace(pretraining.run, steps=1),
     )
@@ -87,7 +87,7 @@ def test_a_run_on_a_bucket_teaches_and_is_exported(bucket, corpus, make_model, p
     assert found.fingerprint == open_model(f"{first}/checkpoints/1").fingerprint
     small = dataclasses.replace(
         large,
-        student=make_model(width=8, vocab_size=8192),
+        student=make_model(width=8, layers=1, vocab_size=8192),
         teacher=Teacher(source=first),
         objective=presets.union(relation_heads=4),
     )

@@ -44,7 +44,7 @@ def test_a_run_keeps_its_vocabulary_and_its_export_has_the_tokenizer(corpus, mak
     task = text_files_task("export_tests_v1", str(corpus), str(BUNDLED), held_out=0.1)
     experiment = dataclasses.replace(
         pretraining,
-        student=make_model(width=16, vocab_size=8192),
+        student=make_model(width=16, layers=1, vocab_size=8192),
         data=dataclasses.replace(pretraining.data, task=task, eval_batches=1),
         run=dataclasses.replace(pretraining.run, steps=1),
     )

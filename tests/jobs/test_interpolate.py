@@ -38,9 +38,7 @@ INTERPOLATION = Interpolation(
 @pytest.fixture(scope="module")
 def direct(experiment) -> Experiment:
     """The distillation that the stages are made from."""
-    student = dataclasses.replace(experiment.student, num_encoder_layers=1, num_decoder_layers=1)
-    teacher = dataclasses.replace(experiment.teacher, dtype="float32")
-    return dataclasses.replace(experiment, student=student, teacher=teacher)
+    return dataclasses.replace(experiment, teacher=dataclasses.replace(experiment.teacher, dtype="float32"))
 
 
 @pytest.fixture(scope="module")

@@ -337,7 +337,7 @@ def test_a_host_whose_others_do_not_come_ends_with_one_line(monkeypatch):
     alone = [
         sys.executable,
         "-c",
-        "from endistill_jax.multihost import initialize as distributed; distributed.initialize()",
+        "from endistill_jax.multihost.initialize import initialize; initialize()",
     ]
     processes = start([alone, [sys.executable, "-c", ""]])
     (code, _, errors), _ = ended(processes)

@@ -95,7 +95,7 @@ def test_what_changed_since_the_checkpoint_is_named(
         refused(distill, match, model_dir=str(distilled), experiment=changed(experiment, **settings))
 
     deeper = dataclasses.replace(student, num_decoder_layers=3)
-    refuses(r"model\.num_decoder_layers is 2 there and 3 here", student=deeper)
+    refuses(r"model\.num_decoder_layers is 1 there and 3 here", student=deeper)
     refuses(
         r"objective\.terms\.cross/qk\.relation_heads is 4 there and 8 here", objective=presets.union(relation_heads=8)
     )
@@ -133,7 +133,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(refused
 
 
 def student_of(width, student):
-    return dataclasses.replace(student, d_model=width, head_dim=16, mlp_dim=64)
+    return dataclasses.replace(student, num_encoder_layers=2, num_decoder_layers=2, d_model=width, head_dim=16, mlp_dim=64)
 
 
 def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(
