@@ -1,4 +1,4 @@
-"""A training before it starts: an experiment in a folder, its other models opened, and everything checked that can be."""
+"""A training before it starts: an experiment in a folder, its other models opened, everything checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -277,8 +277,8 @@ def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedMod
     """
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
-            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
-            f"make it at least that"
+            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} "
+            "ids; make it at least that"
         )
     if teacher is not None:
         check_same_vocabulary(vocabulary, teacher, "the teacher")
