@@ -98,17 +98,23 @@ def _from_schema_1(manifest: Manifest) -> Manifest:
         chosen = run["evaluation"]["keep_best"]
         run["evaluation"] = run["evaluation"] | {"keep_best": _METRICS_OF_SCHEMA_1.get(chosen, chosen)}
     if "best" in progress:
-        progress["best"] = progress["best"] | {"metrics": _renamed(progress["best"]["metrics"])}
+        progress["best"] = progress["best"] | {"metrics": renamed_metrics(progress["best"]["metrics"])}
     for name, value in (("run", run), ("progress", progress)):
         if value:
             upgraded[name] = value
     if manifest.get("held_out"):
-        upgraded["held_out"] = _renamed(manifest["held_out"])
+        upgraded["held_out"] = renamed_metrics(manifest["held_out"])
     return upgraded
 
 
-def _renamed(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {_METRICS_OF_SCHEMA_1.get(name, name): value for name, value in metrics.items()}
+def renamed_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of schema 1, with or without `held_out/` before their names, by their present names."""
+
+    def present(name: str) -> str:
+        before, slash, own = name.rpartition("/")
+        return before + slash + _METRICS_OF_SCHEMA_1.get(own, own)
+
+    return {present(name): value for name, value in metrics.items()}
 
 
 def _objective_of_path(path: Mapping[str, Any]) -> Any:

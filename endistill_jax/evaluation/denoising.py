@@ -83,9 +83,9 @@ def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[i
         eos_id: id of the end of a sequence.
 
     Returns:
-        A pure function (params, batch) -> float32 scalars: for `tokens` and `non_sentinel` tokens the weight, `.../loss`
-        and `.../correct`, and `non_sentinel/unigram_nats` and so on for the references in the batch. Sums are over the
-        global batch, wherever its parts are, and `params` may be sharded in any way.
+        A pure function (params, batch) -> float32 scalars: for `tokens` and `non_sentinel` tokens the weight,
+        `.../loss` and `.../correct`, and `non_sentinel/unigram_nats` and so on for the references in the batch. Sums
+        are over the global batch, wherever its parts are, and `params` may be sharded in any way.
     """
     excluded = np.unique([*sentinel_ids, eos_id])
 
@@ -130,8 +130,8 @@ def evaluate_denoising(
 
     The numbers depend on the examples and their order alone: not on the batch size, nor on rows without weight, which
     may fill up the last batch (or any). With several processes all give the same whole batches, and `place` keeps each
-    one's rows: else another's input would depend on the number of processes. Neighbours should be unrelated texts, or the
-    other input is too good: shuffle once, with a fixed seed.
+    one's rows: else another's input would depend on the number of processes. Neighbors should be unrelated texts, or
+    the other input is too good: shuffle once, with a fixed seed.
 
     Args:
         step: from `make_denoising_step`.
