@@ -132,7 +132,7 @@ def test_a_position_in_the_data_of_format_1_gives_the_recorded_batches(format_1)
 def test_a_finished_run_of_format_1_is_recognized_and_another_is_refused(format_1):
     wanted, experiment = format_1.expected["pretrained"], pretrained_1(format_1)
     found = finished(open_training("pretrained", experiment))
-    assert found.tokens == wanted["tokens"] and found.best.metrics == wanted["held_out"]
+    assert found.tokens == wanted["tokens"] and found.best.metrics == renamed_metrics(wanted["held_out"])
     assert open_model("pretrained").fingerprint == wanted["fingerprints"]["4"]
     other = dataclasses.replace(experiment, objective=presets.scratch(z_loss=1e-3))
     with pytest.raises(UserError, match=r"objective\.terms\.lm\.z_loss is 0\.0001 there and 0\.001 here"):
