@@ -107,7 +107,7 @@ class StudyRun:
         how = self.tasks[task]
         how = dataclasses.replace(how, run=dataclasses.replace(how.run, seed=self.seed))
         (training,) = plan_runs(self._folder_of(task), model, how, f"{self.arm}, seed {self.seed}, {task}")
-        return training
+        return dataclasses.replace(training, may_continue=False)
 
     def finetunings(self) -> Iterator[tuple[str, Training]]:
         """The fine-tunings of the run's product, which must be there, by the names of their tasks."""
@@ -153,7 +153,7 @@ def plan_study(
                 chain = plan_chain(folder, of_arm, teacher, arm.interpolation, label)
             return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
         own = None if of_arm.teacher is None else teacher
-        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label)
+        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label, may_continue=False)
         return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
 
     return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]

@@ -157,8 +157,8 @@ class Teacher:
         source: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         dtype: float32 or bfloat16: of its parameters and computations.
         config: its shape, for planning without a checkpoint; a checkpoint of another is refused.
-        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis tensor,
-            so that none is gathered: faster where they fit.
+        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis
+            tensor, so that none is gathered: faster where they fit.
     """
 
     source: str
@@ -182,8 +182,8 @@ class Experiment:
         run: how long, on which mesh, what is kept.
         teacher: None where no term of the objective reads one and the student does not start from one.
         init: what of the teacher the student starts from.
-        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken, the
-            optimizer and the data start anew.
+        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken,
+            the optimizer and the data start anew.
     """
 
     student: ModelConfig

@@ -1,4 +1,4 @@
-"""A training before it starts: an experiment in a folder, its other models opened, and everything checked that can be."""
+"""A training before it starts: an experiment in a folder, its other models opened, and all checked that can be."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -38,6 +38,8 @@ class Training:
         initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
+        may_continue: whether a run that came to its end may be given more steps: not where it is compared with others,
+            or has taught one.
     """
 
     model_dir: str
@@ -46,6 +48,7 @@ class Training:
     initial: TrainedModel | None = None
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
+    may_continue: bool = True
 
     @property
     def student(self) -> ModelConfig:
@@ -215,7 +218,7 @@ class Training:
 
     def is_continued(self, manifest: Manifest) -> bool:
         """Whether the run of a manifest came to its end, and this one is longer."""
-        return is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
+        return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
 
 
 def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:
@@ -277,8 +280,8 @@ def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedMod
     """
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
-            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
-            f"make it at least that"
+            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} "
+            "ids; make it at least that"
         )
     if teacher is not None:
         check_same_vocabulary(vocabulary, teacher, "the teacher")

@@ -323,7 +323,11 @@ def test_a_product_that_is_not_whole_does_not_begin_the_stage_anew(refused, prun
 @pytest.mark.parametrize(
     ("stage", "own", "match"),
     [
-        (-1, {"objective": presets.union(relation_heads=4, student_layer=1)}, "stage 2: .*student_layer is 1"),
+        (
+            -1,
+            {"objective": presets.union(relation_heads=4, student_layer=1)},
+            "stage 2: layer 1 of encoder_self",
+        ),
         (1, {"optimizer": OptimizerConfig(warmup_steps=9)}, "stage 1: .*warmup_steps is 9, but the run has 4"),
         (2, {"init": StudentInit(kind="layers")}, "stage 2: StudentInit.kind is 'layers'"),
     ],

@@ -133,7 +133,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(refused
 
 
 def student_of(width, student):
-    return dataclasses.replace(student, num_encoder_layers=2, num_decoder_layers=2, d_model=width, head_dim=16, mlp_dim=64)
+    return dataclasses.replace(
+        student, num_encoder_layers=2, num_decoder_layers=2, d_model=width, head_dim=16, mlp_dim=64
+    )
 
 
 def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(
