@@ -98,7 +98,7 @@ def _renamed(value: Any) -> Any:
 
 
 def _objective_of_path(path: Mapping[str, Any]) -> Any:
-    """The objective that a path of schema 1 was: three sites, of one layer and with a weight each, logits and LM loss."""
+    """The objective that a path of schema 1 was: three sites with a layer and a weight each, logits and LM loss."""
     from endistill_jax.core.sites import SITES
     from endistill_jax.objectives import CrossEntropy, ForwardKL, InterpolatedTargets, Objective, relations
 
