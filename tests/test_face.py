@@ -1,6 +1,5 @@
 """The public face: `import endistill_jax as ed`."""
 
-import pathlib
 import subprocess
 import sys
 
@@ -30,11 +29,6 @@ def test_the_import_loads_nothing_heavy_and_lists_all_that_is_public():
     assert ended.returncode == 0, ended.stderr
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ed.lode
-
-
-def test_the_package_says_that_it_is_typed():
-    # The wheel has every file of the package's folder; see test_packaging.py.
-    assert (pathlib.Path(ed.__file__).parent / "py.typed").is_file()
 
 
 def test_taps_have_a_row_for_every_token(teacher):

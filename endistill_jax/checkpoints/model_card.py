@@ -9,10 +9,10 @@ from endistill_jax.reports.table import format_count
 
 _HELD_OUT = {
     "loss": "loss, nats a token",
-    "piece_loss": "loss on pieces, nats a token",
-    "wrong_input_cost": "cost of a wrong input, nats a token",
+    "token_loss": "loss on non-sentinel tokens, nats a token",
+    "shuffled_input_gap": "shuffled-input gap, nats a token",
     "accuracy": "token accuracy",
-    "piece_accuracy": "token accuracy on pieces",
+    "token_accuracy": "accuracy on non-sentinel tokens",
 }
 
 

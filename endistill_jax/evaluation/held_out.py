@@ -36,7 +36,7 @@ class HeldOut:
         batches: unpacked NumPy batches of the held-out split, whole ones on every host, so that no figure depends on
             how many hosts there are.
         ngrams: unigram and bigram references.
-        sentinel_ids: ids that do not count as pieces.
+        sentinel_ids: ids that the loss on non-sentinel tokens leaves out.
     """
 
     mesh: Mesh

@@ -341,6 +341,31 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
     return kind(**settings)
 
 
+def check_batches(config: ModelConfig, eos_id: int) -> None:
+    """Makes sure that SeqIO's batches say to a model what they mean.
+
+    There padding is 0 whatever the model's `pad_id`: it is masked, and its id is never looked at. But every target
+    begins with 0 and ends with the vocabulary's end, which the model must mean by these too.
+
+    Args:
+        config: the model's settings.
+        eos_id: the vocabulary's end.
+
+    Raises:
+        UserError: naming the setting and both ids.
+    """
+    if config.depth("decoder") and config.decoder_start_id != 0:
+        raise UserError(
+            f"the model's decoder_start_id is {config.decoder_start_id}, and SeqIO begins every target with 0; "
+            "only models that start with 0 are trained and evaluated on its batches"
+        )
+    if config.depth("decoder") and config.eos_id != eos_id:
+        raise UserError(
+            f"the model's eos_id is {config.eos_id}, and the task's vocabulary ends a text with {eos_id}; "
+            "set eos_id in the model's settings, or give the model its own vocabulary"
+        )
+
+
 def family_named(name: str) -> Family:
     """The family in a folder of this package.
 

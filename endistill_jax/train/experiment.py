@@ -95,7 +95,7 @@ class Run:
         eval_at_start: evaluate before the first step too.
         checkpoint_every: steps between two checkpoints; the last step is always saved.
         keep_last: number of latest checkpoints kept.
-        keep_best: name of a held-out metric, such as "piece_loss", whose best checkpoint is kept too.
+        keep_best: name of a held-out metric, such as "token_loss", whose best checkpoint is kept too.
         best_mode: "min" or "max": which end of `keep_best` is best.
         patience: the run ends when so many evaluations in a row were no better than the best one before, by
             `keep_best`; None never ends it early.

@@ -1,4 +1,4 @@
-"""A training before it starts: an experiment in a folder, its other models opened, and all checked that can be."""
+"""A training before it starts: an experiment in a folder, its other models opened, everything checked."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.core.errors import UserError
@@ -96,9 +97,9 @@ def pretrained_1(golden: Golden) -> Experiment:
 
 
 def assert_metrics_are(got: list[dict], wanted: list[dict]) -> None:
-    """Every recorded metric, by its name of then; new ones may stand beside them."""
+    """Every recorded metric, by its present name; new ones may stand beside them."""
     assert [record["step"] for record in got] == [record["step"] for record in wanted]
-    for ours, theirs in zip(got, wanted, strict=True):
+    for ours, theirs in zip(map(renamed_metrics, got), map(renamed_metrics, wanted), strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         assert ours.get("tokens") == theirs.get("tokens")
 
@@ -111,7 +112,7 @@ def assert_resumes(golden: Golden, experiment: Experiment) -> None:
     result = distill(model_dir="distilled", experiment=experiment)
     assert_metrics_are(read_metrics("distilled/metrics.jsonl"), wanted["metrics"])
     assert result.tokens == wanted["tokens"] and finished_steps("distilled/checkpoints") == [4, 8]
-    assert result.report.scalars() == pytest.approx(wanted["held_out"], rel=1e-4)
+    assert result.report.scalars() == pytest.approx(renamed_metrics(wanted["held_out"]), rel=1e-4)
 
 
 def test_a_run_of_format_1_resumes_to_the_recorded_end(format_1):
@@ -131,7 +132,7 @@ def test_a_position_in_the_data_of_format_1_gives_the_recorded_batches(format_1)
 def test_a_finished_run_of_format_1_is_recognized_and_another_is_refused(format_1):
     wanted, experiment = format_1.expected["pretrained"], pretrained_1(format_1)
     found = finished(open_training("pretrained", experiment))
-    assert found.tokens == wanted["tokens"] and found.best.metrics == wanted["held_out"]
+    assert found.tokens == wanted["tokens"] and found.best.metrics == renamed_metrics(wanted["held_out"])
     assert open_model("pretrained").fingerprint == wanted["fingerprints"]["4"]
     other = dataclasses.replace(experiment, objective=presets.scratch(z_loss=1e-3))
     with pytest.raises(UserError, match=r"objective\.terms\.lm\.z_loss is 0\.0001 there and 0\.001 here"):

@@ -28,7 +28,7 @@ def test_the_model_card_has_teacher_objective_data_steps_and_metrics(exported, d
     assert f"distilled, task-agnostically, from `{teacher}`" in card
     assert "cross/qk 0.5, cross/vv 0.5, decoder_self/kk " in card and "logits 1.0" in card
     assert "| steps | 4 of 4 |" in card and "`jobs_tests_v1`" in card
-    assert f"| loss on pieces, nats a token | {results[1]['piece_loss']:.4g} |" in card
+    assert f"| loss on pieces, nats a token | {results[1]['token_loss']:.4g} |" in card
     assert open_model(teacher).fingerprint in card
 
 

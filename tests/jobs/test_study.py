@@ -241,7 +241,7 @@ def test_every_arm_has_every_term_of_the_probe_and_the_metrics_of_the_task(studi
         for evaluation in run["evaluations"]:
             probed = {name.removeprefix("probe/") for name in evaluation if name.startswith("probe/")}
             assert probed == set(union.term_names)
-            assert {"piece_loss", "wrong_input_cost"} <= evaluation.keys()
+            assert {"token_loss", "shuffled_input_gap"} <= evaluation.keys()
         assert set(run["downstream"]) == {"color"} and set(run["downstream"]["color"]["metrics"]) == {"accuracy"}
     assert raw["arms"]["scratch"]["terms"] == ["lm"] and "cross/qk" in raw["arms"]["distilled"]["terms"]
 
@@ -251,8 +251,8 @@ def test_the_file_holds_what_the_study_returned_and_the_table_what_the_file_hold
     folder, raw, _ = studied
     saved = json.loads((folder / "study.json").read_text())
     assert saved["runs"] == raw["runs"] and saved["seeds"] == [0, 1]
-    distilled, scratch = (final(saved, arm, "piece_loss") for arm in ("distilled", "scratch"))
-    assert distilled == {seed: run_of(raw, "distilled", seed)["evaluations"][-1]["piece_loss"] for seed in (0, 1)}
+    distilled, scratch = (final(saved, arm, "token_loss") for arm in ("distilled", "scratch"))
+    assert distilled == {seed: run_of(raw, "distilled", seed)["evaluations"][-1]["token_loss"] for seed in (0, 1)}
     (first, second), mean = distilled.values(), sum(distilled.values()) / 2
     row = next(line for line in (folder / "study.md").read_text().splitlines() if line.startswith("| distilled |"))
     assert row.split(" | ")[1] == f"{mean:.3f} ± {abs(first - second) / 2**0.5:.3f}"
@@ -322,7 +322,7 @@ def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, ar
     refuses(r"Finetuning\.seeds = \(3,\)", on(seeds=(3,)))
     best = dataclasses.replace(task.run, keep_best="accuracy", best_mode="max")
     refuses(r"task color has Run\.keep_best = 'accuracy'", on(run=best))
-    patient = changed(arguments, "run", keep_best="piece_loss", patience=2)
+    patient = changed(arguments, "run", keep_best="token_loss", patience=2)
     refuses("arm scratch: its run has a patience", patient)
     refuses("study.experiment has no teacher", changed(arguments, teacher=None))
 
@@ -345,7 +345,7 @@ def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, a
         stages = {2: StageSettings(run=dataclasses.replace(common.run, **settings))}
         return Arm(objective=union, interpolation=Interpolation(assistants=(make_model(width=24),), stages=stages))
 
-    arms = {"scratch": Arm(objective=SCRATCH), "chained": chained(keep_best="piece_loss", patience=2)}
+    arms = {"scratch": Arm(objective=SCRATCH), "chained": chained(keep_best="token_loss", patience=2)}
     match = "^arm chained: stage 2: its run has a patience"
     refused(study, match, model_dir=str(tmp_path / "study"), **arguments | {"arms": arms})
     teacher = open_teacher(common.teacher, common.student.scan_layers)
@@ -371,7 +371,7 @@ def test_an_arm_over_an_assistant_is_a_chain_whose_student_begins_as_the_others(
     settings = arguments | {"arms": arms, "baseline": "direct", "seeds": (0,), "tasks": {}}
     raw = study(model_dir=str(tmp_path / "study"), **settings)
     direct, chained = (run_of(raw, arm, 0) for arm in arms)
-    assert chained["evaluations"][0]["piece_loss"] == direct["evaluations"][0]["piece_loss"]
+    assert chained["evaluations"][0]["token_loss"] == direct["evaluations"][0]["token_loss"]
     assert [each["step"] for stage in chained["stages"] for each in stage["evaluations"]] == [0, 2, 0, 2, 4]
     assert chained["evaluations"] == chained["stages"][1]["evaluations"] and direct["stages"] == []
     assert chained["tokens"] == chained["stages"][0]["tokens"] + direct["tokens"]

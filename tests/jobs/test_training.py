@@ -27,7 +27,7 @@ def test_a_distillation_leaves_checkpoints_metrics_and_a_table(distilled, teache
     lines = read_metrics(distilled / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     terms = {"encoder_self/qq", "decoder_self/vv", "cross/qk", "logits", "loss", "teacher_cross_entropy"}
-    assert terms <= lines[0].keys() and "held_out/piece_loss" in lines[-1]
+    assert terms <= lines[0].keys() and "held_out/token_loss" in lines[-1]
     rows = json.loads((distilled / "results.json").read_text())
     assert [row["model"] for row in rows] == [f"teacher ({teacher})", "student", "unigram", "bigram"]
     assert (distilled / "results.md").read_text().count("\n") == 8
@@ -109,7 +109,7 @@ def test_what_changed_since_the_checkpoint_is_named(
     # How the run is judged decides which step is the best.
     refuses(r"evaluation\.eval_examples is 8 there and 12 here", part="data", eval_batches=3)
     refuses(r'evaluation\.eval_split is "validation" there and "train" here', part="data", eval_split="train")
-    refuses(r'evaluation\.keep_best is null there and "piece_loss" here', part="run", keep_best="piece_loss")
+    refuses(r'evaluation\.keep_best is null there and "token_loss" here', part="run", keep_best="token_loss")
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_created(refused, tmp_path, experiment, student):
@@ -123,7 +123,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(refused
     refuses("targets of 4 tokens are too short.*need", part="data", targets_length=4)
     late = InterpolatedTargets(steps=experiment.run.steps + 1)
     refuses("InterpolatedTargets.steps is .* at most that", objective=presets.logits(interpolated_targets=late))
-    refuses("keep_best is 'piece_los', which is no .* piece_loss, ", part="run", keep_best="piece_los")
+    refuses("keep_best is 'token_los', which is no .* token_loss, ", part="run", keep_best="token_los")
     refuses("batch_size is 4; it must be a multiple of 3", part="run", micro_batches=3)
     refuses("no task or mixture named 'jobs_tests_v7'; there is .*jobs_tests_v1", part="data", task="jobs_tests_v7")
     refuses("there is none; give one", teacher=None)
@@ -133,9 +133,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_created(refused
 
 
 def student_of(width, student):
-    return dataclasses.replace(
-        student, num_encoder_layers=2, num_decoder_layers=2, d_model=width, head_dim=16, mlp_dim=64
-    )
+    depths = dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2)
+    return dataclasses.replace(student, d_model=width, head_dim=16, mlp_dim=64, **depths)
 
 
 def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(
@@ -164,7 +163,7 @@ def test_both_students_of_the_demo_start_alike_and_see_the_same_tokens(tmp_path,
     by_model = {row["model"]: row for row in rows}
     distilled, scratch = by_model["student, distilled"], by_model["student, scratch"]
     assert distilled["train_tokens"] == scratch["train_tokens"] > 0
-    assert len(distilled["piece_loss"]) == len(scratch["piece_loss"]) == 2
+    assert len(distilled["token_loss"]) == len(scratch["token_loss"]) == 2
     first = {arm: read_metrics(tmp_path / f"{arm}_seed_1" / "metrics.jsonl")[0] for arm in ("distilled", "scratch")}
     # The loss of the first step is that of the initial parameters on the first batch.
     assert first["distilled"]["cross_entropy"] == pytest.approx(first["scratch"]["cross_entropy"], rel=1e-6)
@@ -178,7 +177,7 @@ def test_a_run_can_teach_and_be_exported(tmp_path, distilled, experiment, studen
     assert config.architecture() == student.architecture()
     taught = changed(experiment, teacher=Teacher(source=str(distilled)), objective=presets.logits())
     result = distill(model_dir=str(tmp_path / "run"), experiment=taught)
-    assert np.isfinite(result.report.piece_loss)
+    assert np.isfinite(result.report.token_loss)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path, pretraining):
