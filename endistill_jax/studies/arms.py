@@ -92,6 +92,8 @@ class StudyRun:
                 with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
                     _check_comparable(training, mesh)
             (self.chain or self.training).check()
+            if self.chain is None:
+                self.training.check_saved()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
                 with naming(f"task {task}"):

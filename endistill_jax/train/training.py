@@ -216,6 +216,16 @@ class Training:
         current = {name: value for name, value in current.items() if name not in ignored}
         check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
 
+    def check_saved(self) -> None:
+        """Compares this training with the last checkpoint in its folder, if there is one; reads no parameters.
+
+        Raises:
+            UserError: naming every difference but those of what other models contain.
+        """
+        step, manifest = last_manifest(self.model_dir)
+        if manifest:
+            self.check_resumes(step, manifest, contents=False)
+
     def is_continued(self, manifest: Manifest) -> bool:
         """Whether the run of a manifest came to its end, and this one is longer."""
         return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
