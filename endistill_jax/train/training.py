@@ -38,6 +38,8 @@ class Training:
         initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
+        may_continue: whether a run that came to its end may be given more steps: not where it is compared with others,
+            or has taught one.
     """
 
     model_dir: str
@@ -46,6 +48,7 @@ class Training:
     initial: TrainedModel | None = None
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
+    may_continue: bool = True
 
     @property
     def student(self) -> ModelConfig:
@@ -213,9 +216,19 @@ class Training:
         current = {name: value for name, value in current.items() if name not in ignored}
         check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
 
+    def check_saved(self) -> None:
+        """Compares this training with the last checkpoint in its folder, if there is one; reads no parameters.
+
+        Raises:
+            UserError: naming every difference but those of what other models contain.
+        """
+        step, manifest = last_manifest(self.model_dir)
+        if manifest:
+            self.check_resumes(step, manifest, contents=False)
+
     def is_continued(self, manifest: Manifest) -> bool:
         """Whether the run of a manifest came to its end, and this one is longer."""
-        return is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
+        return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
 
 
 def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:

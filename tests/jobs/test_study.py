@@ -270,6 +270,8 @@ def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
 
     slower = changed(arguments, "optimizer", learning_rate=2e-3)
     refuses(r"optimizer\.learning_rate is 0\.001 there and 0\.002 here", slower)
+    longer = changed(arguments, "run", steps=6)
+    refuses("arm scratch: .* steps is 4 there and 6 here", longer)
     match = r"study\.json was .* probe\.objective\.terms\.logits is .* there and absent here"
     refuses(match, arguments | {"probe": presets.minilm(relation_heads=4)})
     data = arguments["experiment"].data
