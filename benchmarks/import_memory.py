@@ -1,6 +1,6 @@
 """Peak memory of bringing in a large checkpoint, against what the issue of memory allows: the target and two tensors.
 
-    python benchmarks/import_memory.py --model=gin/models/t5_v1_1_xl.gin --stored=float32 --folder=/tmp/xl
+    python benchmarks/import_memory.py --model=t5_v1_1_xl --stored=float32 --folder=/tmp/xl
 
 writes a Hugging Face folder of random weights of the model's shapes (11 GB for XL in float32; kept, and used again, if
 --folder is given), then, each in a process of its own:
@@ -68,28 +68,20 @@ class RandomLeaf:
         return np.random.default_rng(self.seed).standard_normal(self.shape, dtype=np.float32)
 
 
-def generate(folder: str, model_file: str, stored: str) -> None:
+def generate(folder: str, size: str, stored: str) -> None:
     """Writes the checkpoint, unless it is there."""
     import jax
 
     from endistill_jax.checkpoints import huggingface
     from endistill_jax.models.family import abstract_params
+    from endistill_jax.models.t5 import sizes
 
     if (pathlib.Path(folder) / "config.json").exists():
         return
-    config = read_model(model_file)
+    config = sizes.build(size)
     leaves, tree = jax.tree.flatten(abstract_params(config))
     params = jax.tree.unflatten(tree, [RandomLeaf(leaf.shape, seed) for seed, leaf in enumerate(leaves)])
     huggingface.save(folder, params, config, dtype=stored)
-
-
-def read_model(file: str):
-    """The `T5Config` of a file in gin/models."""
-    import gin
-    from endistill_jax.models.t5.config import T5Config
-
-    gin.parse_config_file(file)
-    return gin.get_configurable(T5Config)()
 
 
 def measure(step: str, folder: str, out: str, dtype: str) -> dict:
@@ -135,7 +127,7 @@ def tell(rows: list[dict], sizes: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gin/models/t5_v1_1_xl.gin", help="shapes of the checkpoint")
+    parser.add_argument("--model", default="t5_v1_1_xl", help="size of the checkpoint")
     parser.add_argument("--stored", default="float32", help="type of its tensors")
     parser.add_argument("--dtype", default="bfloat16", help="type of the parameters that it becomes")
     parser.add_argument("--devices", type=int, default=4, help="forced host devices of `load`")
@@ -153,15 +145,16 @@ def main() -> None:
         tell(rows, sizes_of(given.model, given.stored, given.dtype))
 
 
-def sizes_of(model_file: str, stored: str, dtype: str) -> dict[str, int]:
+def sizes_of(size: str, stored: str, dtype: str) -> dict[str, int]:
     """Bytes of the largest stored tensor, of the checkpoint and of the parameters that it becomes."""
     import math
 
     import jax.numpy as jnp
 
     from endistill_jax.checkpoints.interchange import parameters
+    from endistill_jax.models.t5 import sizes
 
-    numbers = [math.prod(parameter.shape) for parameter in parameters(read_model(model_file))]
+    numbers = [math.prod(parameter.shape) for parameter in parameters(sizes.build(size))]
     stored_bytes, bytes_each = (jnp.dtype(name).itemsize for name in (stored, dtype))
     return {
         "largest tensor": max(numbers) * stored_bytes,

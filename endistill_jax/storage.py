@@ -84,7 +84,7 @@ def check_writable_place(path: str | os.PathLike[str]) -> None:
     if is_remote(path) and not _is_installed("google.cloud.storage"):
         raise UserError(
             f"checkpoints in {path} need google-cloud-storage, which is not installed; "
-            "install the extra `gcs`: pip install '.[gcs]'"
+            "install the extra `gcs`: pip install 'endistill-jax[gcs]'"
         )
 
 

@@ -4,7 +4,9 @@ import importlib
 import importlib.util
 import os
 import pathlib
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -42,6 +44,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+HIDE_MODULES = """
+import importlib.machinery, sys
+
+HIDDEN = {hidden}
+
+class Present(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Present
+"""
+
+
+@pytest.fixture(scope="session")
+def without_modules() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program with arguments in a process where the packages named by `absent` are not installed."""
+
+    def run(program: str, *arguments: str, absent: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        source = HIDE_MODULES.format(hidden=set(absent)) + program
+        command = [sys.executable, "-c", source, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+    return run
 
 
 class Bucket(NamedTuple):

@@ -21,8 +21,8 @@ CORE = sorted(
 OUTSIDE = {"jax", "flax", "optax", "numpy", "jaxtyping"}
 # No files, no processes, no network: what remains of the standard library is for describing and computing.
 STANDARD = {
-    "abc", "collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re",
-    "types", "typing", "importlib", "pkgutil",  # the last two find model families
+    "abc", "collections", "contextlib", "dataclasses", "difflib", "enum", "functools", "inspect", "itertools", "math",
+    "re", "types", "typing", "importlib", "json", "pkgutil",  # which find model families, and write values in messages
 }  # fmt: skip
 
 

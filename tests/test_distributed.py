@@ -1,5 +1,7 @@
 """How a process learns of the others: from three variables, from a cluster, or not at all."""
 
+import pathlib
+
 import pytest
 
 from endistill_jax.core.errors import HostMissing, UserError
@@ -111,3 +113,10 @@ def test_jobs_for_one_process_refuse_several(monkeypatch):
     monkeypatch.setattr(distributed, "process_count", lambda: 4)
     with pytest.raises(UserError, match=f"export is a job for one process, and there are 4; set {NUM_PROCESSES}=1"):
         distributed.require_one_process("export")
+
+
+def test_what_jax_keeps_to_itself_is_used_in_one_place():
+    package = pathlib.Path(distributed.__file__).parents[1]
+    users = [file for file in package.rglob("*.py") if "jax._src" in file.read_text() or "jax.lib" in file.read_text()]
+    assert users == [pathlib.Path(distributed.__file__)]
+    assert (distributed.client(), distributed.process_count(), distributed.process_index()) == (None, 1, 0)

@@ -11,6 +11,8 @@ import zipfile
 
 import pytest
 
+from endistill_jax import extras
+
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PARTS = ("endistill_jax", "gin", "tasks", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
@@ -53,6 +55,7 @@ def test_the_wheel_has_every_gin_file_task_and_asset(site):
     assets = {".model", ".safetensors", ".json"}
     assert relative_files(package / "assets", assets) == relative_files(ROOT / "endistill_jax" / "assets", assets)
     assert relative_files(package, {".model"})
+    assert (package / "py.typed").is_file()
     assert list(site.glob("endistill_jax-*.dist-info/licenses/LICENSE"))
 
 
@@ -71,7 +74,7 @@ def test_dependencies_are_bounded_and_extras_there():
     for requirement in PROJECT["dependencies"]:
         assert ">=" in requirement
         assert "<" in requirement or requirement.startswith("packaging"), requirement
-    assert {"tpu", "gpu", "test"} <= set(PROJECT["optional-dependencies"])
+    assert {"tpu", "gpu", "test", extras.METRICS, extras.STUDIES} <= set(PROJECT["optional-dependencies"])
 
 
 def test_links_of_the_checkout_lead_to_the_folders_beside_the_package():

@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
 
 _BLOCK = 1 << 22  # elements looked at together
 
@@ -70,7 +69,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     rules. For bytes: the number of extra ids.
 
     Args:
-        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`.
+        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`, or the
+            `Tokenizer` of the same content, which has the same fingerprint.
 
     Returns:
         64 hexadecimal digits.
@@ -79,7 +79,8 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
         UserError: for a kind of vocabulary whose content is not known here.
     """
     # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
-    kind = next((c.__name__ for c in type(vocabulary).__mro__ if c.__name__ in _CONTENTS), None)
+    names = (_SEQIO_NAMES.get(kind.__name__, kind.__name__) for kind in type(vocabulary).__mro__)
+    kind = next((name for name in names if name in _CONTENTS), None)
     if kind is None:
         known = ", ".join(_CONTENTS)
         raise UserError(f"vocabulary is a {type(vocabulary).__name__}, whose content cannot be compared; use {known}")
@@ -92,9 +93,9 @@ def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> 
         here = (*path, str(key))
         if isinstance(value, Mapping):
             yield from _interchange_leaves(value, here)
-        elif len(here) > 2 and here[0] in STACKS and here[1] == "layers":
+        elif "layers" in here:  # the first axis is theirs
             for index in range(value.shape[0]):
-                yield "/".join((here[0], f"layers_{index}", *here[2:])), value[index]
+                yield "/".join(f"layers_{index}" if part == "layers" else part for part in here), value[index]
         else:
             yield "/".join(here), value
 
@@ -119,6 +120,10 @@ _CONTENTS = {
     "ByteVocabulary": _sizes_say_all,
     "PassThroughVocabulary": _sizes_say_all,
 }
+
+
+# `checkpoints.tokenizer` has the same content without SeqIO.
+_SEQIO_NAMES = {"SentencePieceTokenizer": "SentencePieceVocabulary", "ByteTokenizer": "ByteVocabulary"}
 
 
 def _sha256(parts: Any) -> str:

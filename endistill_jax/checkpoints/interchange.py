@@ -16,30 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
-from endistill_jax.models.family import abstract_params
-from endistill_jax.models.t5.config import T5Config
-
-Params = dict[str, Any]
-
-
-class Parameter(NamedTuple):
-    """One tensor of a model: of one layer, if it belongs to a layer.
-
-    Attributes:
-        path: where it lies in our nested dictionaries, such as `("encoder", "layers", "mlp", "wo", "kernel")`.
-        layer: its layer, None outside the stacks.
-        shape: its shape without the axis of layers; kernels are [in, out].
-    """
-
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """T5X's name, such as `encoder/layers_0/mlp/wo/kernel`."""
-        return "/".join(f"layers_{self.layer}" if part == "layers" else part for part in self.path)
+from endistill_jax.models.family import ModelConfig, Parameter, Params, abstract_params
 
 
 class VocabularyFile(NamedTuple):
@@ -67,7 +44,7 @@ class Source(Protocol):
     """
 
     where: str
-    config: T5Config
+    config: ModelConfig
     vocabulary: VocabularyFile | None
     pieces: str | None
     step: int
@@ -87,12 +64,12 @@ class Source(Protocol):
 
 
 @functools.lru_cache(maxsize=32)
-def parameters(config: T5Config) -> tuple[Parameter, ...]:
+def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every tensor of a model, from the model's own initialisation; the layers of one parameter follow each other."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         path = tuple(key.key for key in keys)
-        if path[0] in STACKS and path[1] == "layers":
+        if "layers" in path:
             found += [Parameter(path, layer, tuple(leaf.shape[1:])) for layer in range(leaf.shape[0])]
         else:
             found.append(Parameter(path, None, tuple(leaf.shape)))
@@ -130,7 +107,7 @@ def assemble(source: Source, dtype: Any, shardings: Any = None) -> tuple[Params,
     return params, combine_digests(digests)
 
 
-def tensors_of(params: Mapping[str, Any], config: T5Config) -> Callable[[Parameter], np.ndarray]:
+def tensors_of(params: Mapping[str, Any], config: ModelConfig) -> Callable[[Parameter], np.ndarray]:
     """Checks that parameters are a configuration's, and gives a function that fetches them one tensor at a time.
 
     Raises:

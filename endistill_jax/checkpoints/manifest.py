@@ -21,7 +21,15 @@ SCHEMA = 2
 Manifest = dict[str, Any]
 
 _ABSENT = "absent"
-_METRICS_OF_SCHEMA_1: dict[str, str] = {}
+_METRICS_OF_SCHEMA_1 = {
+    "piece_loss": "token_loss",
+    "piece_accuracy": "token_accuracy",
+    "unigram_piece_loss": "unigram_loss",
+    "bigram_piece_loss": "bigram_loss",
+    "wrong_input_piece_loss": "shuffled_input_loss",
+    "wrong_input_cost": "shuffled_input_gap",
+    "pieces": "non_sentinel_tokens",
+}
 
 
 def plain(value: Any) -> Any:
@@ -83,22 +91,34 @@ def upgraded(manifest: Manifest) -> Manifest:
 
 def _from_schema_1(manifest: Manifest) -> Manifest:
     upgraded = manifest | {"schema": SCHEMA}
-    run = dict(manifest.get("run", {}))
+    run, progress = dict(manifest.get("run", {})), dict(manifest.get("progress", {}))
     if "path" in run:
         run["objective"] = plain(_objective_of_path(run.pop("path")).described())
-        upgraded["run"] = run
-    return _renamed(upgraded)
+    if run.get("evaluation", {}).get("keep_best"):
+        chosen = run["evaluation"]["keep_best"]
+        run["evaluation"] = run["evaluation"] | {"keep_best": _METRICS_OF_SCHEMA_1.get(chosen, chosen)}
+    if "best" in progress:
+        progress["best"] = progress["best"] | {"metrics": renamed_metrics(progress["best"]["metrics"])}
+    for name, value in (("run", run), ("progress", progress)):
+        if value:
+            upgraded[name] = value
+    if manifest.get("held_out"):
+        upgraded["held_out"] = renamed_metrics(manifest["held_out"])
+    return upgraded
 
 
-def _renamed(value: Any) -> Any:
-    """Metrics of schema 1 under their present names, wherever they are named."""
-    if isinstance(value, Mapping):
-        return {_METRICS_OF_SCHEMA_1.get(key, key): _renamed(each) for key, each in value.items()}
-    return _METRICS_OF_SCHEMA_1.get(value, value) if isinstance(value, str) else value
+def renamed_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of schema 1, with or without `held_out/` before their names, by their present names."""
+
+    def present(name: str) -> str:
+        before, slash, own = name.rpartition("/")
+        return before + slash + _METRICS_OF_SCHEMA_1.get(own, own)
+
+    return {present(name): value for name, value in metrics.items()}
 
 
 def _objective_of_path(path: Mapping[str, Any]) -> Any:
-    """The objective that a path of schema 1 was: three sites, each of one layer and with a weight, logits and LM loss."""
+    """The objective that a path of schema 1 was: three sites, each with a weight and one layer, logits and LM loss."""
     from endistill_jax.core.sites import SITES
     from endistill_jax.objectives import CrossEntropy, ForwardKL, InterpolatedTargets, Objective, relations
 

@@ -4,20 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from endistill_jax import __version__
-from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.reports.table import format_count
 
 _HELD_OUT = {
     "loss": "loss, nats a token",
-    "piece_loss": "loss on pieces, nats a token",
-    "wrong_input_cost": "cost of a wrong input, nats a token",
+    "token_loss": "loss on non-sentinel tokens, nats a token",
+    "shuffled_input_gap": "shuffled-input gap, nats a token",
     "accuracy": "token accuracy",
-    "piece_accuracy": "token accuracy on pieces",
+    "token_accuracy": "accuracy on non-sentinel tokens",
 }
 
 
-def model_card(name: str, config: T5Config, manifest: Mapping[str, Any], step: int) -> str:
+def model_card(name: str, config: ModelConfig, manifest: Mapping[str, Any], step: int) -> str:
     """Markdown with the header that the Hugging Face hub reads.
 
     Args:
@@ -32,7 +31,7 @@ def model_card(name: str, config: T5Config, manifest: Mapping[str, Any], step: i
         "---\nlibrary_name: transformers\ntags:\n" + "".join(f"- {tag}\n" for tag in tags) + "---",
         f"# {name}",
         _what_it_is(config, teacher),
-        _usage(),
+        _usage(config),
     ]
     if "objective" in manifest.get("run", {}):
         parts.append(_training(manifest, step))
@@ -45,24 +44,20 @@ def model_card(name: str, config: T5Config, manifest: Mapping[str, Any], step: i
     return "\n\n".join(parts) + "\n"
 
 
-def _what_it_is(config: T5Config, teacher: Mapping[str, Any] | None) -> str:
+def _what_it_is(config: ModelConfig, teacher: Mapping[str, Any] | None) -> str:
     size = format_count(count_params(abstract_params(config)))
-    head = "the embedding as its head" if config.tied_head else "a head of its own"
-    layers = f"{config.num_encoder_layers} encoder and {config.num_decoder_layers} decoder layers"
-    text = (
-        f"A T5 encoder-decoder of {size} parameters: {layers}, width {config.d_model}, "
-        f"{config.num_heads} heads of {config.head_dim}, feed-forward width {config.mlp_dim} "
-        f"({' x '.join(config.mlp_activations)}), {head}."
-    )
+    what = "encoder-decoder" if config.depth("decoder") else "encoder"
+    text = f"A {config.family.name.upper()} {what} of {size} parameters: {config.family.describe(config)}."
     if teacher is None:
         return text
     return f"{text} It was distilled, task-agnostically, from `{teacher['source']}` and is meant to be fine-tuned."
 
 
-def _usage() -> str:
+def _usage(config: ModelConfig) -> str:
+    loader = "AutoModelForSeq2SeqLM" if config.depth("decoder") else config.family.huggingface.usage(config)
     return (
-        "```python\nfrom transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
-        'model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")\n'
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )
 

@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
-from endistill_jax.checkpoints.interchange import Params, Source, VocabularyFile, assemble
+from endistill_jax.checkpoints.interchange import Source, VocabularyFile, assemble
 from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.opening import open_source
 from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary
 from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step, restore_params
+from endistill_jax.checkpoints.tokenizer import load_tokenizer
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import abstract_params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Params, abstract_params, config_from_plain
 from endistill_jax.sharding import param_shardings
 from endistill_jax.storage import stored_path
 
@@ -47,7 +47,7 @@ class TrainedModel:
     """
 
     source: str
-    config: T5Config
+    config: ModelConfig
     vocabulary_file: VocabularyFile | None
     step: int
     manifest: Manifest
@@ -127,7 +127,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     if run is not None:
         directory, step = run
         manifest = read_manifest_of_step(str(directory), step)
-        config = dataclasses.replace(T5Config(**manifest["run"]["model"]), **execution)
+        config = dataclasses.replace(config_from_plain(manifest["run"]["model"]), **execution)
         return TrainedModel(
             source=source,
             config=config,
@@ -154,7 +154,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     )
 
 
-def lazy_model(source: str, config: T5Config) -> TrainedModel:
+def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
     """A model that will have been trained in a model directory by the time its parameters are first read.
 
     Args:
@@ -175,18 +175,16 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
     Raises:
         UserError: if the model was trained with another one, or has fewer ids.
     """
-    from endistill_jax.data.vocabulary import load_vocabulary
-
     found = model.vocabulary_file
     if file is not None:
         found = VocabularyFile(file, extra_ids)
-        if model.has_other_vocabulary(load_vocabulary(file, extra_ids=extra_ids)):
+        if model.has_other_vocabulary(load_tokenizer(file, extra_ids=extra_ids)):
             raise UserError(
                 f"{model.source} was trained with another vocabulary than {file} with {extra_ids} extra ids; "
                 "give its own, or leave vocabulary_file out"
             )
     if found is not None:
-        check_vocabulary(found, model.config.vocab_size)
+        check_vocabulary(found, model.config)
     return found
 
 
@@ -212,9 +210,7 @@ def find_run(source: str) -> tuple[epath.Path, int] | None:
 
 def fingerprint_of(file: VocabularyFile | None) -> str | None:
     """The fingerprint of a vocabulary file with its sentinels."""
-    from endistill_jax.data.vocabulary import load_vocabulary
-
-    return None if file is None else fingerprint_vocabulary(load_vocabulary(file.path, extra_ids=file.extra_ids))
+    return None if file is None else fingerprint_vocabulary(load_tokenizer(file.path, extra_ids=file.extra_ids))
 
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
@@ -224,12 +220,12 @@ def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
     write_tokenizer(folder, file)
 
 
-def _read_source(opened: Source, config: T5Config, shardings: Any) -> tuple[Params, str]:
+def _read_source(opened: Source, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
     with opened:
         return assemble(opened, config.dtype, shardings)
 
 
-def _read_run(directory: str, step: int, manifest: Manifest, config: T5Config, shardings: Any) -> tuple[Params, str]:
+def _read_run(directory: str, step: int, manifest: Manifest, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
     """Restores a run's parameters; those of an import, whose fingerprint is known, come in their final type at once."""
     fingerprint = manifest.get("import", {}).get("fingerprint")
     abstract = None

@@ -36,16 +36,16 @@ def own_sentinels(pieces: Sequence[str]) -> int:
 
 
 def pieces_of_vocabulary(vocabulary: Any) -> list[str] | None:
-    """The pieces of a `seqio.SentencePieceVocabulary` in the order of their ids, its extra ids among them.
+    """The pieces of a SentencePiece vocabulary, SeqIO's or ours, in the order of their ids, its extra ids among them.
 
     None for other kinds, such as bytes. A file on a bucket is read.
     """
-    # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
-    if all(kind.__name__ != "SentencePieceVocabulary" for kind in type(vocabulary).__mro__):
+    content = getattr(vocabulary, "sp_model", None)
+    if content is None:
         return None
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.sp_model)
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
     return [piece.piece for piece in model.pieces]
 
 

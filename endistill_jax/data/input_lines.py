@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from typing import BinaryIO, NamedTuple
 from etils import epath
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.text_files import json_text
 
 JSON_ENDINGS = (".jsonl", ".json")
 
@@ -85,3 +85,22 @@ class InputFile:
 
     def _unpacked(self, file: BinaryIO) -> BinaryIO:
         return gzip.GzipFile(fileobj=file) if self._path.name.endswith(".gz") else file
+
+
+def json_text(line: bytes, field: str, where: str) -> str:
+    """The text in one line of JSONL; an empty line has none.
+
+    Raises:
+        UserError: not a JSON object, or without a string in `field`; names `where`.
+    """
+    if not line.strip():
+        return ""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object")
+    if not isinstance(record.get(field), str):
+        raise UserError(f"{where} has no string in field {field!r}; its fields are {', '.join(map(repr, record))}")
+    return record[field]

@@ -9,9 +9,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import tensorflow as tf
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.text_pipeline import tf
 
 _HEADER = "settings.json"
 _CHECKPOINT = "iterator"

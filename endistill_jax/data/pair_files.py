@@ -3,11 +3,10 @@
 import functools
 from collections.abc import Mapping, Sequence
 
-import seqio
-import tensorflow as tf
-
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.text_files import json_text, matching_files, read_lines
+from endistill_jax.data.input_lines import json_text
+from endistill_jax.data.text_files import matching_files, read_lines
+from endistill_jax.data.text_pipeline import seqio, tf
 
 
 class PairFilesSource(seqio.FileDataSource):

@@ -3,13 +3,11 @@
 import functools
 from collections.abc import Mapping
 
-import seqio
-import tensorflow as tf
-
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.iterator import BatchIterator, ShardedIterator
 from endistill_jax.data.prepared import check_prepared
 from endistill_jax.data.registry import resolve_task
+from endistill_jax.data.text_pipeline import seqio, tf
 from endistill_jax.multihost.initialize import process_count
 
 

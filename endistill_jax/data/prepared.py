@@ -1,8 +1,7 @@
 """The data that TensorFlow Datasets has prepared: where they are, and whether they are there."""
 
-import seqio
-
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.text_pipeline import seqio
 from endistill_jax.storage import is_remote, stored_path
 
 

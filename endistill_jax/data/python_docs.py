@@ -13,13 +13,10 @@ import pathlib
 import platform
 from collections.abc import Iterator, Sequence
 
-import seqio
-import tensorflow as tf
-import tensorflow_datasets as tfds
-
 from endistill_jax.core.errors import UserError
 from endistill_jax.data import cache, docstrings
 from endistill_jax.data.near_copies import without_near_copies
+from endistill_jax.data.text_pipeline import seqio, tf, tfds
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -2,16 +2,16 @@
 
 import difflib
 import importlib
+import pkgutil
 
-import seqio
-import tensorflow as tf
-
+from endistill_jax import tasks
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.text_pipeline import seqio, tf
 
-# Modules that register the tasks of this project; imported when a name is first looked up.
-TASK_MODULES = tuple(
-    f"endistill_jax.tasks.{name}" for name in ("pretraining", "glue", "summarization", "python_docs", "mixtures")
-)
+
+def task_modules() -> list[str]:
+    """Every module of `endistill_jax.tasks`; importing one registers its tasks, so a new file needs no entry."""
+    return [f"{tasks.__name__}.{module.name}" for module in pkgutil.iter_modules(tasks.__path__)]
 
 
 def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
@@ -25,7 +25,7 @@ def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.M
     hide_gpus()
     if not isinstance(task, str):
         return task
-    for module in TASK_MODULES:
+    for module in task_modules():
         importlib.import_module(module)
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if task not in known:

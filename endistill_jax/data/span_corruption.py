@@ -10,10 +10,8 @@ sentinel. The first sentinel has the highest id of the vocabulary, the next ones
 
 from collections.abc import Mapping
 
-import seqio
-import tensorflow as tf
-
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.text_pipeline import seqio, tf
 from endistill_jax.data.vocabulary import sentinel_ids
 
 MINIMUM_TOKENS = 2  # one token to keep and one to take out

@@ -1,14 +1,12 @@
 """SeqIO source of the user's own text and JSONL files, plain or gzip, found by glob."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import seqio
-import tensorflow as tf
-
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.input_lines import json_text
+from endistill_jax.data.text_pipeline import seqio, tf
 
 _HELD_OUT_BUCKETS = 10_000
 
@@ -127,22 +125,3 @@ def _parse_line(path: tf.Tensor, number: tf.Tensor, line: tf.Tensor, *, field: s
 
     text = tf.numpy_function(parse, [path, number, line], tf.string, stateful=False)
     return tf.ensure_shape(text, [])
-
-
-def json_text(line: bytes, field: str, where: str) -> str:
-    """The text in one line of JSONL; an empty line has none.
-
-    Raises:
-      UserError: not a JSON object, or without a string in `field`; names `where`.
-    """
-    if not line.strip():
-        return ""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object")
-    if not isinstance(record.get(field), str):
-        raise UserError(f"{where} has no string in field {field!r}; its fields are {', '.join(map(repr, record))}")
-    return record[field]

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import seqio
-
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.registry import resolve_task
+from endistill_jax.data.text_pipeline import seqio
 
 
 def read_texts(

@@ -11,16 +11,37 @@ import pathlib
 import string
 import tempfile
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import sentencepiece
-import seqio
 
-from endistill_jax.checkpoints.pieces import own_sentinels, pieces_of_vocabulary
+from endistill_jax.checkpoints.tokenizer import (
+    BYTES,
+    EOS_ID,
+    EXTRA_IDS,
+    PAD_ID,
+    UNK_ID,
+    check_extra_ids,
+    read_model,
+    sentinel_ids,
+)
 from endistill_jax.core.errors import UserError
+from endistill_jax.storage import is_remote
 
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
-EXTRA_IDS = 100
-BYTES = "bytes"
+if TYPE_CHECKING:
+    import seqio
+
+__all__ = [
+    "BUNDLED",
+    "BYTES",
+    "EXTRA_IDS",
+    "bundled_vocabulary",
+    "load_vocabulary",
+    "padded_vocab_size",
+    "sentinel_ids",
+    "train_sentencepiece",
+]
+
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "assets" / "python_docs" / "teacher" / "spiece.model"
 
 
@@ -71,7 +92,7 @@ def train_sentencepiece(
     _write_atomically(pathlib.Path(path), model.getvalue())
 
 
-def load_vocabulary(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS) -> seqio.Vocabulary:
+def load_vocabulary(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS) -> "seqio.Vocabulary":
     """The vocabulary that `spec` names: `bytes`, or the path of a SentencePiece model.
 
     A local file is checked at once; one on a bucket (`gs://...`) is read when it is first needed.
@@ -84,27 +105,23 @@ def load_vocabulary(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS)
       UserError: no such file, not a SentencePiece model, special pieces that are not where T5 has them, or extra ids
         for a model with sentinels of its own.
     """
-    if not isinstance(extra_ids, int) or extra_ids < 0:
-        raise UserError(f"extra_ids is {extra_ids!r}; give the number of sentinels, such as 100, or 0")
+    check_extra_ids(extra_ids)
+    from endistill_jax.data.text_pipeline import seqio
+
     if os.fspath(spec) == BYTES:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
-    if "://" not in os.fspath(spec):
-        _check_model(pathlib.Path(spec), extra_ids)
-    return seqio.SentencePieceVocabulary(os.fspath(spec), extra_ids=extra_ids)
+    path = os.path.expanduser(spec)
+    if not is_remote(path):
+        read_model(path, extra_ids)
+    return seqio.SentencePieceVocabulary(path, extra_ids=extra_ids)
 
 
-def bundled_vocabulary() -> seqio.SentencePieceVocabulary:
+def bundled_vocabulary() -> "seqio.SentencePieceVocabulary":
     """The vocabulary of the offline corpus: 8,000 pieces trained on `python_docs/packages`, and 100 sentinels."""
     return load_vocabulary(BUNDLED)
 
 
-def sentinel_ids(vocabulary: seqio.Vocabulary) -> range:
-    """The ids of the sentinels, the last of a vocabulary: its extra ids, or, without any, what its model ends with."""
-    count = vocabulary.extra_ids or own_sentinels(pieces_of_vocabulary(vocabulary) or ())
-    return range(vocabulary.vocab_size - count, vocabulary.vocab_size)
-
-
-def padded_vocab_size(vocabulary: seqio.Vocabulary, multiple: int = 128) -> int:
+def padded_vocab_size(vocabulary: "seqio.Vocabulary", multiple: int = 128) -> int:
     """Number of ids, sentinels included, rounded up so that embedding and logits split evenly over devices."""
     size = vocabulary.vocab_size
     return -(-size // multiple) * multiple
@@ -122,23 +139,6 @@ class _CollapsedTexts:
             if collapsed := " ".join(text.split()):
                 self.number += 1
                 yield collapsed
-
-
-def _check_model(path: pathlib.Path, extra_ids: int) -> None:
-    if not path.is_file():
-        raise UserError(f"no vocabulary file at {path}; give a SentencePiece model or {BYTES!r}")
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        specials = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    except (RuntimeError, TypeError):
-        raise UserError(f"{path} is not a SentencePiece model") from None
-    if specials != (PAD_ID, EOS_ID, UNK_ID):
-        raise UserError(
-            f"{path} has padding, end and unknown at ids {specials}; T5's models have {(PAD_ID, EOS_ID, UNK_ID)}"
-        )
-    own = own_sentinels([processor.id_to_piece(index) for index in range(processor.get_piece_size())])
-    if own and extra_ids:
-        raise UserError(f"{path} ends with {own} sentinels of its own, as mT5's does; set extra_ids to 0")
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:

@@ -1,9 +1,10 @@
-"""Held-out denoising loss, told so that it cannot flatter: without sentinels, beside n-grams, with a wrong input.
+"""Held-out denoising loss, so that it cannot flatter: without sentinels, beside n-grams, with shuffled inputs.
 
-Sentinels and the end of a sequence are easy to predict and come often, so a loss over all target tokens looks good
-long before a model has learnt any language. Beside it stand, all in nats a token: the loss on *pieces* (targets that
-are neither sentinel nor end of sequence), the unigram's and bigram's loss on those same pieces, and what it costs to be
-given another example's input. A model whose wrong input costs nothing is a language model that does not read.
+Sentinels and the end of a sequence are easy to predict and frequent, so a loss over all target tokens looks good long
+before a model has learned any language. Beside it there are, all in nats a token: the loss on non-sentinel tokens
+(targets that are neither sentinel nor end of sequence), the unigram's and bigram's loss on those same tokens, and the
+*shuffled-input gap*: how much the loss grows when each example is given another example's input. A model without a gap
+is a language model that does not read.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import numpy as np
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramModel
+from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import CrossEntropy
 from endistill_jax.objectives.token_distribution import TokenDistribution
 
@@ -33,27 +35,27 @@ class DenoisingReport:
 
     Attributes:
         loss: over all target tokens (`decoder_loss_weights`), as in training.
-        piece_loss: over pieces, the targets that are neither sentinel nor end of sequence.
+        token_loss: over non-sentinel tokens, the targets that are neither sentinel nor end of sequence.
         accuracy: share of all target tokens that are the model's first choice.
-        piece_accuracy: the same over pieces.
-        wrong_input_piece_loss: over pieces, when each example is given the input of the next (the last, the first's).
-        wrong_input_cost: `wrong_input_piece_loss - piece_loss`; near zero means that the input is not read.
-        unigram_piece_loss: of the unigram reference on the same pieces; None without one.
-        bigram_piece_loss: of the bigram reference on the same pieces; None without one.
+        token_accuracy: the same over those.
+        shuffled_input_loss: over those, when each example is given the input of the next (the last, the first's).
+        shuffled_input_gap: `shuffled_input_loss - token_loss`; near zero means that the input is not read.
+        unigram_loss: of the unigram reference on the same tokens; None without one.
+        bigram_loss: of the bigram reference on the same tokens; None without one.
         tokens: number of target tokens.
-        pieces: number of pieces.
+        non_sentinel_tokens: their number.
     """
 
     loss: float
-    piece_loss: float
+    token_loss: float
     accuracy: float
-    piece_accuracy: float
-    wrong_input_piece_loss: float
-    wrong_input_cost: float
-    unigram_piece_loss: float | None
-    bigram_piece_loss: float | None
+    token_accuracy: float
+    shuffled_input_loss: float
+    shuffled_input_gap: float
+    unigram_loss: float | None
+    bigram_loss: float | None
     tokens: int
-    pieces: int
+    non_sentinel_tokens: int
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """The fields that are there, as floats by name, for metric writers."""
@@ -67,56 +69,53 @@ class DenoisingReport:
     def summary(self) -> str:
         """The losses in words."""
         return (
-            f"held-out loss {self.loss:.3f}, on pieces {self.piece_loss:.3f}, "
-            f"a wrong input costs {self.wrong_input_cost:.3f}"
+            f"held-out loss {self.loss:.3f}, on non-sentinel tokens {self.token_loss:.3f}, "
+            f"shuffled-input gap {self.shuffled_input_gap:.3f}"
         )
 
 
-def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int = 1) -> DenoisingStep:
+def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int) -> DenoisingStep:
     """Builds the jitted evaluation step; make it once for a model and keep it, or it compiles again.
 
     Args:
-        apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `t5_logits`.
+        apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `model_logits`.
         sentinel_ids: ids of the sentinels, such as `range(32000, 32100)`.
         eos_id: id of the end of a sequence.
 
     Returns:
-        A pure function (params, batch) -> float32 scalars: for `tokens` and `pieces` the weight, `.../loss` and
-        `.../correct`, and `pieces/unigram_nats` and so on for the references in the batch. Sums are over the global
-        batch, wherever its parts are, and `params` may be sharded in any way.
+        A pure function (params, batch) -> float32 scalars: for `tokens` and `non_sentinel` tokens the weight,
+        `.../loss` and `.../correct`, and `non_sentinel/unigram_nats` and so on for the references in the batch. Sums
+        are over the global batch, wherever its parts are, and `params` may be sharded in any way.
     """
-    not_pieces = np.unique([*sentinel_ids, eos_id])
+    excluded = np.unique([*sentinel_ids, eos_id])
 
     @jax.jit
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         references = {name: batch[name] for name in _REFERENCES if name in batch}
         logits = apply_logits(params, {name: batch[name] for name in batch if name not in references})
         vocab_size = logits.shape[-1]
-        if not_pieces[-1] >= vocab_size:
-            raise UserError(f"sentinel or end id {not_pieces[-1]} is outside the model's vocabulary of {vocab_size}")
+        if excluded[-1] >= vocab_size:
+            raise UserError(f"sentinel or end id {excluded[-1]} is outside the model's vocabulary of {vocab_size}")
         targets = batch["decoder_target_tokens"]  # [batch, target]
         weights = batch["decoder_loss_weights"].astype(jnp.float32)  # [batch, target]
-        is_piece = jnp.asarray(~np.isin(np.arange(vocab_size), not_pieces))[targets]  # [batch, target]
+        counts = jnp.asarray(~np.isin(np.arange(vocab_size), excluded))[targets]  # [batch, target]
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)  # [batch, target]
         flat = TokenDistribution(logits.astype(jnp.float32).reshape(targets.size, -1), targets.reshape(-1))
         nats = CrossEntropy().token_loss(flat, None, flat.targets).reshape(targets.shape)
         sums = {}
-        for name, kept in (("tokens", weights), ("pieces", weights * is_piece)):
+        for name, kept in (("tokens", weights), ("non_sentinel", weights * counts)):
             sums[f"{name}/loss"], sums[name] = jnp.sum(jnp.where(kept != 0, kept * nats, 0.0)), jnp.sum(kept)
             sums[f"{name}/correct"] = jnp.sum(kept * correct)
         for name, nats in references.items():
-            sums[f"pieces/{name}"] = jnp.sum(weights * is_piece * nats)
+            sums[f"non_sentinel/{name}"] = jnp.sum(weights * counts * nats)
         return sums
 
     return step
 
 
-def t5_logits(config: Any) -> ApplyLogits:
-    """(params, batch) -> float32 logits of the T5 with this `T5Config`, without dropout."""
-    from endistill_jax.models.t5.t5 import T5
-
-    model = T5(config)
-    return lambda params, batch: model.apply({"params": params}, batch, with_logits=True, deterministic=True).logits
+def model_logits(config: ModelConfig) -> ApplyLogits:
+    """(params, batch) -> float32 logits of the model with these settings, without dropout."""
+    return lambda params, batch: apply(config, params, batch).logits
 
 
 def evaluate_denoising(
@@ -127,12 +126,12 @@ def evaluate_denoising(
     ngrams: NgramModel | None = None,
     place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
 ) -> DenoisingReport:
-    """Runs over held-out examples once with their own and once with a wrong input.
+    """Runs over held-out examples once with their own input and once with another's.
 
     The numbers depend on the examples and their order alone: not on the batch size, nor on rows without weight, which
     may fill up the last batch (or any). With several processes all give the same whole batches, and `place` keeps each
-    one's rows: else a wrong input would depend on the number of processes. Neighbours should be unrelated texts, or the
-    wrong input is too good: shuffle once, with a fixed seed.
+    one's rows: else another's input would depend on the number of processes. Neighbors should be unrelated texts, or
+    the other input is too good: shuffle once, with a fixed seed.
 
     Args:
         step: from `make_denoising_step`.
@@ -148,29 +147,30 @@ def evaluate_denoising(
         UserError: a row holds two packed examples, or fewer than two examples have target tokens.
     """
     totals: Counter[str] = Counter()  # Python floats: float64 sums of the steps' float32 sums.
-    wrong_loss = 0.0
+    shuffled_sum = 0.0
     for batch, wrong in with_wrong_inputs(batches):
         references = {} if ngrams is None else reference_nats(ngrams, batch)
         totals.update({name: float(value) for name, value in step(params, place(batch | references)).items()})
-        wrong_loss += float(step(params, place(wrong | references))["pieces/loss"])
-    if not totals["pieces"]:
+        shuffled_sum += float(step(params, place(wrong | references))["non_sentinel/loss"])
+    if not totals["non_sentinel"]:
         raise UserError("the held-out batches have no target but sentinels and ends; is the span corruption right?")
 
-    def per_piece(name: str) -> float | None:
-        return totals[name] / totals["pieces"] if name in totals else None
+    def per_token(name: str) -> float | None:
+        return totals[name] / totals["non_sentinel"] if name in totals else None
 
-    piece_loss, wrong_piece_loss = totals["pieces/loss"] / totals["pieces"], wrong_loss / totals["pieces"]
+    token_loss = totals["non_sentinel/loss"] / totals["non_sentinel"]
+    shuffled_loss = shuffled_sum / totals["non_sentinel"]
     return DenoisingReport(
         loss=totals["tokens/loss"] / totals["tokens"],
-        piece_loss=piece_loss,
+        token_loss=token_loss,
         accuracy=totals["tokens/correct"] / totals["tokens"],
-        piece_accuracy=totals["pieces/correct"] / totals["pieces"],
-        wrong_input_piece_loss=wrong_piece_loss,
-        wrong_input_cost=wrong_piece_loss - piece_loss,
-        unigram_piece_loss=per_piece("pieces/unigram_nats"),
-        bigram_piece_loss=per_piece("pieces/bigram_nats"),
+        token_accuracy=totals["non_sentinel/correct"] / totals["non_sentinel"],
+        shuffled_input_loss=shuffled_loss,
+        shuffled_input_gap=shuffled_loss - token_loss,
+        unigram_loss=per_token("non_sentinel/unigram_nats"),
+        bigram_loss=per_token("non_sentinel/bigram_nats"),
         tokens=round(totals["tokens"]),
-        pieces=round(totals["pieces"]),
+        non_sentinel_tokens=round(totals["non_sentinel"]),
     )
 
 
@@ -213,7 +213,7 @@ def with_wrong_inputs(
         yield from ((padding, padding) for padding in waiting)
         held, waiting = (batch, real), []
     if held is None or examples < 2:
-        raise UserError(f"{examples} held-out examples with targets; a wrong input takes at least two")
+        raise UserError(f"{examples} held-out examples with targets; shuffled inputs take at least two")
     yield held[0], _shifted(*held, first)
     yield from ((padding, padding) for padding in waiting)
 

@@ -15,10 +15,10 @@ from endistill_jax.evaluation.denoising import (
     DenoisingReport,
     evaluate_denoising,
     make_denoising_step,
-    t5_logits,
+    model_logits,
 )
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
 from endistill_jax.train.experiment import Data
 
@@ -36,16 +36,16 @@ class HeldOut:
         batches: unpacked NumPy batches of the held-out split, whole ones on every host, so that no figure depends on
             how many hosts there are.
         ngrams: unigram and bigram references.
-        sentinel_ids: ids that do not count as pieces.
+        sentinel_ids: ids that the loss on non-sentinel tokens leaves out.
     """
 
     mesh: Mesh
     batches: list[dict[str, np.ndarray]]
     ngrams: NgramModel
     sentinel_ids: range
-    _steps: dict[tuple[T5Config, str], Callable] = dataclasses.field(default_factory=dict)
+    _steps: dict[tuple[ModelConfig, str], Callable] = dataclasses.field(default_factory=dict)
 
-    def evaluate(self, config: T5Config, params: Any, placement: str = "sharded") -> DenoisingReport:
+    def evaluate(self, config: ModelConfig, params: Any, placement: str = "sharded") -> DenoisingReport:
         """The figures of one model, its parameters on the host or on the mesh; compiled once for a configuration.
 
         Args:
@@ -55,7 +55,9 @@ class HeldOut:
         """
         if (config, placement) not in self._steps:
             logits = self._logits(config, placement)
-            self._steps[config, placement] = make_denoising_step(logits, sentinel_ids=self.sentinel_ids)
+            self._steps[config, placement] = make_denoising_step(
+                logits, sentinel_ids=self.sentinel_ids, eos_id=config.eos_id
+            )
         params = jax.device_put(params, param_shardings(config, self.mesh, placement))
         return evaluate_denoising(
             self._steps[config, placement],
@@ -69,10 +71,10 @@ class HeldOut:
         """The same evaluation on another mesh; nothing is read again."""
         return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
 
-    def _logits(self, config: T5Config, placement: str) -> ApplyLogits:
+    def _logits(self, config: ModelConfig, placement: str) -> ApplyLogits:
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             with activation_sharding(self.mesh, placement):
-                return t5_logits(config)(params, batch)
+                return model_logits(config)(params, batch)
 
         return apply
 

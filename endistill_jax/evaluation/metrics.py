@@ -7,12 +7,13 @@ on labels and numbers return nothing at all, rather than a figure that means not
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.extras import METRICS, require
 
 NO_LABEL = -1
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -34,27 +35,33 @@ def _of_known_targets(metric_fn: MetricFn) -> MetricFn:
 @_of_known_targets
 def accuracy(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
     """`accuracy`: share of the predictions that are the target."""
-    from sklearn.metrics import accuracy_score
-
-    return {"accuracy": 100 * float(accuracy_score(targets, predictions))}
+    return {"accuracy": 100 * float(np.mean(np.asarray(targets) == np.asarray(predictions)))}
 
 
 @_of_known_targets
 def f1(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
     """`f1`: F1 of label 1 of two (0 and 1); a prediction that is neither counts as the wrong one of the two."""
-    from sklearn.metrics import f1_score
-
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     wrong_if_neither = np.where(np.isin(predictions, (0, 1)), predictions, 1 - targets)
-    return {"f1": 100 * float(f1_score(targets, wrong_if_neither, zero_division=0))}
+    right = np.sum((targets == 1) & (wrong_if_neither == 1))
+    marked = np.sum(targets == 1) + np.sum(wrong_if_neither == 1)
+    return {"f1": 100 * float(2 * right / marked) if marked else 0.0}
 
 
 @_of_known_targets
 def matthews_corrcoef(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
     """`matthews_corrcoef`: Matthews correlation, for any number of labels; 0 if all predictions are the same."""
-    from sklearn import metrics
-
-    return {"matthews_corrcoef": 100 * float(metrics.matthews_corrcoef(targets, predictions))}
+    # Gorodkin (2004): the correlation of the one-hot codings of targets and predictions.
+    targets, predictions = np.asarray(targets), np.asarray(predictions)
+    labels = np.union1d(targets, predictions)
+    # How often each label is a target, and a prediction: [labels]
+    target_counts, prediction_counts = (
+        np.sum(values[:, None] == labels, axis=0, dtype=float) for values in (targets, predictions)
+    )
+    size = len(targets)
+    covariance = size * np.sum(targets == predictions) - target_counts @ prediction_counts
+    variances = (size**2 - target_counts @ target_counts) * (size**2 - prediction_counts @ prediction_counts)
+    return {"matthews_corrcoef": 100 * float(covariance / np.sqrt(variances)) if variances else 0.0}
 
 
 @_of_known_targets
@@ -80,6 +87,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     middle of `BootstrapAggregator`'s interval, the median over 1,000 resamplings of the examples of their mean; these
     are drawn from a fixed seed here, so that the same texts always give the same figure.
     """
+    check_packages([rouge])
     from rouge_score import rouge_scorer, scoring
 
     scorer = rouge_scorer.RougeScorer(ROUGE_TYPES)
@@ -89,6 +97,22 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     with _fixed_random_numbers():
         interval = aggregator.aggregate()
     return {name: 100 * float(score.mid.fmeasure) for name, score in interval.items()}
+
+
+def check_packages(metric_fns: Iterable[Callable[..., Any]]) -> None:
+    """Makes sure that what metrics are computed with is installed: before a model is trained, not when it is judged.
+
+    Args:
+        metric_fns: metrics of this module, partial applications of them, or others.
+
+    Raises:
+        UserError: naming what is not.
+    """
+    for metric_fn in metric_fns:
+        while isinstance(metric_fn, functools.partial):
+            metric_fn = metric_fn.func
+        if metric_fn is rouge:
+            require("rouge_score", "the metric ROUGE", METRICS)
 
 
 def rank_metrics(

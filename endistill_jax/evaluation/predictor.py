@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.batches import batches_by_length, padded, without_padding
 from endistill_jax.evaluation.rank import choices_of_each_input, make_score_step, target_shape
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.models.generation.generation import Decoding, make_decoder
-from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import host_rows, param_shardings, place_batch
 
 Indexed = list[tuple[int, Any]]
@@ -27,7 +27,7 @@ class Predictor:
 
     def __init__(
         self,
-        config: T5Config,
+        config: ModelConfig,
         decoding: Decoding,
         mesh: Mesh,
         *,
@@ -58,6 +58,7 @@ class Predictor:
             )
         self.shardings = param_shardings(config, mesh, placement)
         self._mesh, self._spread = mesh, spread
+        self._pad_id = config.pad_id
         self._batch_size, self._inputs_length = batch_size, inputs_length
         self._key = jax.random.key(seed)
         self._decode = make_decoder(config, decoding, mesh=mesh, placement=placement)
@@ -79,13 +80,16 @@ class Predictor:
         row_ids = range(len(texts)) if row_ids is None else row_ids
         tokens: list[Any] = [None] * len(texts)
         scores = np.zeros(len(texts), np.float32)
-        for batch in batches_by_length(texts, self._batch_size, self._inputs_length):
+        for batch in batches_by_length(texts, self._batch_size, self._inputs_length, self._pad_id):
             rows = np.zeros(self._batch_size, np.int32)
             rows[: len(batch.indices)] = [row_ids[index] for index in batch.indices]
             placed = self._place(tokens=batch.tokens, row_ids=rows)
             decoded = fetch(self._decode(params, placed["tokens"], self._key, placed["row_ids"]))
             for row, index in enumerate(batch.indices):
-                tokens[index], scores[index] = decoded.tokens[row], decoded.scores[row]
+                tokens[index], scores[index] = (
+                    _padded_with_zeros(decoded.tokens[row], self._pad_id),
+                    decoded.scores[row],
+                )
         return np.stack(tokens) if tokens else np.zeros((0, 1), np.int32), scores
 
     def predict(self, params: Any, dataset: Any) -> tuple[Indexed, np.ndarray]:
@@ -104,9 +108,9 @@ class Predictor:
         rows = max(self._batch_size // choices // self._spread, 1) * self._spread
         shape = (rows, choices, target_shape(targets))
         scores = np.zeros((len(inputs) // choices, choices), np.float32)
-        for batch in batches_by_length(inputs[::choices], rows, self._inputs_length):
+        for batch in batches_by_length(inputs[::choices], rows, self._inputs_length, self._pad_id):
             chosen = [targets[choices * index + choice] for index in batch.indices for choice in range(choices)]
-            flat = padded(chosen, (rows * choices, shape[2]))
+            flat = padded(chosen, (rows * choices, shape[2]), self._pad_id)
             placed = self._place(inputs=batch.tokens, targets=flat.reshape(shape))
             found = fetch(self._score(params, placed["inputs"], placed["targets"]))  # [rows, choices]
             scores[batch.indices] = found[: len(batch.indices)]
@@ -114,6 +118,12 @@ class Predictor:
 
     def _place(self, **arrays: np.ndarray) -> dict[str, jax.Array]:
         return place_batch(host_rows(arrays, self._mesh), self._mesh)
+
+
+def _padded_with_zeros(tokens: np.ndarray, pad_id: int) -> np.ndarray:
+    """A text padded as SeqIO pads: what follows its last token that is no padding of the model's becomes 0."""
+    real = np.flatnonzero(tokens != pad_id)
+    return np.where(np.arange(len(tokens)) > (real[-1] if real.size else -1), 0, tokens)
 
 
 def fetch(arrays: Any) -> Any:

@@ -10,35 +10,35 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.decoding import START_TOKEN
-from endistill_jax.models.t5.t5 import T5
+from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.sharding import activation_sharding
 
 ScoreStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def make_score_step(config: T5Config, mesh: Mesh, placement: str = "sharded") -> ScoreStep:
+def make_score_step(config: ModelConfig, mesh: Mesh, placement: str = "sharded") -> ScoreStep:
     """Builds the jitted function (params, inputs, targets) -> log-likelihoods; make it once for a model and keep it.
 
-    `inputs` are int32 [batch, source] and `targets` int32 [batch, choices, target], both padded with zeros; the result
-    is float32 [batch, choices]: the sum over the tokens of a target, its end included, of their log-probabilities given
-    the input and the target's tokens before, and 0 for a target of nothing but padding. Without dropout.
+    `inputs` are int32 [batch, source] and `targets` int32 [batch, choices, target], both padded with the model's
+    `pad_id`; the result is float32 [batch, choices]: the sum over the tokens of a target, its end included, of their
+    log-probabilities given the input and the target's tokens before, and 0 for a target of nothing but padding. Without
+    dropout.
     """
-    model = T5(config)
 
     @jax.jit
     def step(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         def of_one_choice(target: jax.Array) -> jax.Array:  # [batch, target] -> [batch]
-            previous = jnp.pad(target, ((0, 0), (1, 0)), constant_values=START_TOKEN)[:, :-1]
+            previous = jnp.pad(target, ((0, 0), (1, 0)), constant_values=config.decoder_start_id)[:, :-1]
             batch = {
                 "encoder_input_tokens": inputs,
                 "decoder_input_tokens": previous,
                 "decoder_target_tokens": target,
+                "encoder_segment_ids": jnp.asarray(inputs != config.pad_id, jnp.int32),
+                "decoder_segment_ids": jnp.asarray(target != config.pad_id, jnp.int32),
             }
-            logits = model.apply({"params": params}, batch).logits  # [batch, target, vocab_size]
+            logits = apply(config, params, batch).logits  # [batch, target, vocab_size]
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)  # [batch, target]
-            return -jnp.sum(jnp.where(target != 0, nats, 0.0), axis=-1)
+            return -jnp.sum(jnp.where(target != config.pad_id, nats, 0.0), axis=-1)
 
         with activation_sharding(mesh, placement):
             # Mapped over choices alone: what does not depend on them, the encoder and all it gives, is computed once.

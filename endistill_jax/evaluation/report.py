@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Protocol
 
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig
 
 
 class Report(Protocol):
@@ -19,7 +19,7 @@ class Report(Protocol):
 class Evaluation(Protocol):
     """Something that judges models."""
 
-    def evaluate(self, config: T5Config, params: Any) -> Report:
+    def evaluate(self, config: ModelConfig, params: Any) -> Report:
         """The figures of one model, its parameters on the host or on the mesh."""
 
 
@@ -52,7 +52,7 @@ class JointEvaluation:
 
     evaluations: tuple[Evaluation, ...]
 
-    def evaluate(self, config: T5Config, params: Any) -> JointReport:
+    def evaluate(self, config: ModelConfig, params: Any) -> JointReport:
         """The figures of one model, its parameters on the host or on the mesh."""
         return JointReport(reports=tuple(each.evaluate(config, params) for each in self.evaluations))
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.evaluation.metrics import check_packages
 from endistill_jax.evaluation.report import TaskResult
 
 SCORED_BY = ("generation", "rank", "both")
@@ -104,7 +105,7 @@ class TaskEvaluator:
         )
 
     def _make_evaluator(self, num_examples: int | None) -> Any:
-        import seqio
+        from endistill_jax.data.text_pipeline import seqio
 
         return seqio.Evaluator(
             self.task.name,
@@ -161,10 +162,10 @@ def check_tasks(task: Any, *, split: str, lengths: Mapping[str, int], scored_by:
     """The tasks of a SeqIO task or mixture that can be evaluated on a split; reads none of their examples.
 
     Raises:
-        UserError: nothing to evaluate, labels that `lengths` cut short, or none to rank.
+        UserError: nothing to evaluate, labels that `lengths` cut short, none to rank, or a metric whose package is not
+            installed.
     """
-    import seqio
-
+    from endistill_jax.data.text_pipeline import seqio
     from endistill_jax.tasks.text_to_text import task_labels
 
     if scored_by not in SCORED_BY:
@@ -178,6 +179,7 @@ def check_tasks(task: Any, *, split: str, lengths: Mapping[str, int], scored_by:
     if not found:
         raise UserError(f"{task.name} has no metrics to evaluate; choose a task with metric_fns, or add some")
     for each in found:
+        check_packages(each.metric_fns)
         vocabulary = each.output_features["targets"].vocabulary
         needed = max((len(vocabulary.encode(label)) + 1 for label in task_labels(each)), default=0)
         if needed > lengths["targets"]:

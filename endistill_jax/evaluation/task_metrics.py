@@ -12,8 +12,8 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.evaluation.report import TaskResult
 from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, check_tasks, make_evaluators
+from endistill_jax.models.family import ModelConfig
 from endistill_jax.models.generation.generation import Decoding
-from endistill_jax.models.t5.config import T5Config
 from endistill_jax.train.experiment import Data
 
 MEAN = "mean"
@@ -71,11 +71,11 @@ class TaskMetrics:
     decoding: Decoding
     evaluators: list[TaskEvaluator]
     seed: int = 0
-    _predictors: dict[tuple[T5Config, str], Predictor] = dataclasses.field(default_factory=dict)
+    _predictors: dict[tuple[ModelConfig, str], Predictor] = dataclasses.field(default_factory=dict)
 
     def evaluate(
         self,
-        config: T5Config,
+        config: ModelConfig,
         params: Any,
         placement: str = "sharded",
         at_result: Callable[[TaskResult], None] = lambda result: None,
@@ -99,7 +99,7 @@ class TaskMetrics:
             results.append(result)
         return TaskReport(results=tuple(results))
 
-    def predictor(self, config: T5Config, placement: str = "sharded") -> Predictor:
+    def predictor(self, config: ModelConfig, placement: str = "sharded") -> Predictor:
         """The compiled functions of a model of these settings."""
         config = dataclasses.replace(config, dropout_rate=0.0)  # which they do without
         if (config, placement) not in self._predictors:

@@ -17,6 +17,7 @@ from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
 from endistill_jax.checkpoints.folder import check_free, local_folder, replace_folder
 from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.manifest import SCHEMA
 from endistill_jax.checkpoints.model_card import model_card
 from endistill_jax.checkpoints.models import (
     CHECKPOINTS,
@@ -85,7 +86,7 @@ def export(
         print(f"would write {model} to {folder} for {format}, in {dtype}, {tokenizer}:\n  {trained.config}")
         return
     if format == "huggingface":
-        card = model_card(target.resolve().name, trained.config, trained.facts, trained.step)
+        card = model_card(target.resolve().name, trained.config, trained.manifest, trained.step)
         huggingface.save(
             folder,
             trained.params,
@@ -137,7 +138,7 @@ def import_checkpoint(
     target = local_folder(model_dir)
     check_free(target)
     opened = open_model(source, dtype)
-    if opened.facts:
+    if opened.manifest:
         raise UserError(f"{source} is a model directory of this system; use it as it is")
     vocabulary = choose_vocabulary(opened, vocabulary_file, extra_ids)
     on = make_mesh(*mesh)
@@ -153,11 +154,12 @@ def import_checkpoint(
         return
     params = opened.load_on(on)
     with replace_folder(target, overwrite=False) as partial, _one_line_for_failure(model_dir):
-        model = _model_facts(opened, dtype)
+        model = _model_settings(opened, dtype)
         (partial / "model.json").write_text(json_text(model, indent=2) + "\n", encoding="utf-8")
         if vocabulary is not None:
             keep_tokenizer(str(partial), vocabulary)
-        facts = {
+        manifest = {
+            "schema": SCHEMA,
             "run": {"model": model, "vocabulary": fingerprint_of(vocabulary)},
             # What was read and what is written differ if the type became narrower.
             "import": {
@@ -169,11 +171,11 @@ def import_checkpoint(
         # About one array after the other: a large model is not copied as a whole on its way to the disk.
         largest = math.ceil(max(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9)
         with Checkpointer(str(partial / CHECKPOINTS), keep_last=1, concurrent_gigabytes=largest) as checkpointer:
-            checkpointer.save(opened.step, {"params": params}, {}, facts, force=True)
+            checkpointer.save(opened.step, {"params": params}, {}, manifest, force=True)
     print(f"wrote {model_dir}")
 
 
-def _model_facts(opened: TrainedModel, dtype: str) -> dict[str, Any]:
+def _model_settings(opened: TrainedModel, dtype: str) -> dict[str, Any]:
     return opened.config.architecture() | {"dtype": dtype, "dropout_rate": opened.config.dropout_rate}
 
 

@@ -69,6 +69,7 @@ def demo(
     arms = {"distilled": trainings("distilled", experiment), "scratch": trainings("scratch", scratch)}
     for training in (training for each in arms.values() for training in each):
         training.check()
+        training.check_saved()
     if dry_run:
         print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in arms.items()))
         return None

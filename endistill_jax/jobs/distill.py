@@ -33,6 +33,7 @@ def distill(
     label = "distill" if experiment.objective.needs_teacher else "train"
     training = open_training(model_dir, experiment, label=label)
     training.check()
+    training.check_saved()
     if dry_run:
         print(describe(training))
         return None

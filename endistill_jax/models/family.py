@@ -8,6 +8,7 @@ alike: there every leaf has the layers on its first axis.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -92,6 +93,87 @@ class ForwardFlops(NamedTuple):
         return sum(self)
 
 
+class Parameter(NamedTuple):
+    """One tensor of a model: of one layer, if it belongs to a layer.
+
+    Attributes:
+        path: where it is in our nested dictionaries, such as `("encoder", "layers", "mlp", "wo", "kernel")`.
+        layer: its layer, None outside the stacks.
+        shape: its shape without the axis of layers; kernels are [in, out].
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The interchange name, such as `encoder/layers_0/mlp/wo/kernel`."""
+        return "/".join(f"layers_{self.layer}" if part == "layers" else part for part in self.path)
+
+
+class Tensor(NamedTuple):
+    """A tensor as a Hugging Face folder keeps it.
+
+    Attributes:
+        name: such as `encoder.block.0.layer.0.SelfAttention.q.weight`.
+        shape: there.
+        transposed: whether it is the other way round than ours, as torch keeps kernels.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+class HuggingFaceFormat(Protocol):
+    """How Hugging Face folders keep a family's models.
+
+    Attributes:
+        model_types: what config.json may say under `model_type`.
+        ignored: tensors that are passed over.
+    """
+
+    model_types: tuple[str, ...]
+    ignored: frozenset[str]
+
+    def config_from_json(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
+        """The settings that a config.json says.
+
+        Raises:
+            UserError: naming the file, `where`, and what is wrong in it.
+        """
+        ...
+
+    def config_to_json(self, config: Any, dtype: str) -> dict[str, Any]:
+        """The content of config.json.
+
+        Raises:
+            UserError: if transformers has no such model.
+        """
+        ...
+
+    def tensor_of(self, parameter: Parameter) -> Tensor:
+        """Where a parameter is kept."""
+        ...
+
+    def elsewhere(self, names: frozenset[str], raw: Mapping[str, Any], where: str) -> dict[str, str]:
+        """Tensors that are to be read from another name than their own: name -> the one among `names`.
+
+        Raises:
+            UserError: if one is nowhere.
+        """
+        ...
+
+    def copies(self, config: Any) -> dict[str, tuple[str, str]]:
+        """Further names that hold the same: name -> the tensor's own, and what to say if they differ."""
+        ...
+
+    def usage(self, config: Any) -> str:
+        """The class of transformers that loads such a model."""
+        ...
+
+
 class Family(Protocol):
     """A kind of model.
 
@@ -99,11 +181,15 @@ class Family(Protocol):
         name: of its folder; what a manifest calls it.
         config_type: the class of its settings.
         widths: logical axis -> the setting that a mesh splits along it; a mesh must divide these.
+        huggingface: names and settings in Hugging Face folders.
+        t5x: names and shapes in T5X's checkpoints; None if T5X has no such network.
     """
 
     name: str
     config_type: type
     widths: Mapping[str, str]
+    huggingface: HuggingFaceFormat
+    t5x: Any
 
     def boxed_init(self, config: Any, key: jax.Array) -> Any:
         """Fresh parameters in Flax's boxes, which carry the logical name of every axis; see `sharding.LOGICAL_RULES`.
@@ -150,6 +236,30 @@ class Family(Protocol):
             tokens: int [batch, beams].
             ancestors: int [batch, beams, positions], the beam that each beam's hypothesis was in at each position, up
                 to and with this one. None where there is one beam.
+        """
+        ...
+
+    def describe(self, config: Any) -> str:
+        """What the model is, in a phrase without its size: layers, widths, head."""
+        ...
+
+    def check_cut(self, teacher: Any, student: Any, *, equal_widths: bool) -> None:
+        """Finds what a student of this family cannot take from a teacher of it.
+
+        Args:
+            teacher: the teacher's settings.
+            student: the student's.
+            equal_widths: whether the student must be as wide as the teacher.
+
+        Raises:
+            UserError: naming the setting, both values, and what would be right.
+        """
+        ...
+
+    def cut(self, params: Any, *, teacher: Any, student: Any, layers: Mapping[Stack, Any]) -> Any:
+        """A student's parameters out of its teacher's: those of some layers, at some indices of every width, float32.
+
+        NumPy arrays if `params` are; checked before.
         """
         ...
 
@@ -231,6 +341,31 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
     return kind(**settings)
 
 
+def check_batches(config: ModelConfig, eos_id: int) -> None:
+    """Makes sure that SeqIO's batches say to a model what they mean.
+
+    There padding is 0 whatever the model's `pad_id`: it is masked, and its id is never looked at. But every target
+    begins with 0 and ends with the vocabulary's end, which the model must mean by these too.
+
+    Args:
+        config: the model's settings.
+        eos_id: the vocabulary's end.
+
+    Raises:
+        UserError: naming the setting and both ids.
+    """
+    if config.depth("decoder") and config.decoder_start_id != 0:
+        raise UserError(
+            f"the model's decoder_start_id is {config.decoder_start_id}, and SeqIO begins every target with 0; "
+            "only models that start with 0 are trained and evaluated on its batches"
+        )
+    if config.depth("decoder") and config.eos_id != eos_id:
+        raise UserError(
+            f"the model's eos_id is {config.eos_id}, and the task's vocabulary ends a text with {eos_id}; "
+            "set eos_id in the model's settings, or give the model its own vocabulary"
+        )
+
+
 def family_named(name: str) -> Family:
     """The family in a folder of this package.
 
@@ -250,5 +385,7 @@ def family_names() -> list[str]:
     return [name for name in folders if importlib.util.find_spec(f"{__package__}.{name}.family")]
 
 
+@functools.lru_cache  # a run asks for it a dozen times, and tracing a model takes a second
+@functools.cache  # tracing a model costs a second or more, and a run asks a dozen times
 def _abstract_boxed(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))

@@ -125,26 +125,30 @@ def _in_cluster(variables: Mapping[str, str]) -> bool:
     return "TPU_SKIP_MDS_QUERY" not in variables
 
 
-def client() -> Any:
-    """JAX's client of the coordination service, None in a process that joined no others."""
-    # It has no public name; Orbax takes it from the same place.
+def _state() -> Any:
+    """JAX's own record of how processes joined: `client`, `num_processes`, `process_id`.
+
+    The one place where this package uses what JAX keeps to itself, as Orbax does too: up to 0.12 JAX has no public name
+    for the key-value store of its coordination service, nor for these numbers before there are devices.
+    """
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def client() -> Any:
+    """JAX's client of the coordination service, None in a process that joined no others."""
+    return _state().client
 
 
 def process_count() -> int:
     """How many processes joined; unlike `jax.process_count`, known before there are devices."""
-    from jax._src import distributed
-
-    return distributed.global_state.num_processes
+    return _state().num_processes
 
 
 def process_index() -> int:
     """Which of them this is; unlike `jax.process_index`, known before there are devices."""
-    from jax._src import distributed
-
-    return distributed.global_state.process_id
+    return _state().process_id
 
 
 @contextlib.contextmanager

@@ -15,6 +15,12 @@ and is ours everywhere: `qq kk vv` for self-attention, `qk vv` for cross-attenti
     union         x               x               x        x
 """
 
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from endistill_jax.core.errors import UserError
 from endistill_jax.objectives.cross_entropy import CrossEntropy
 from endistill_jax.objectives.divergences import ForwardKL
 from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
@@ -125,6 +131,29 @@ def objective(*, terms: tuple[Term, ...], interpolated_targets: InterpolatedTarg
     return Objective(terms=flat, interpolated_targets=interpolated_targets)
 
 
+def build(preset: str | Callable[..., Objective], *, relation_heads: int = 16, **settings: Any) -> Objective:
+    """A preset, by its name or as one of the functions above; the relation heads are for those that have relations.
+
+    Raises:
+        UserError: if there is no preset of that name, with the one that was meant.
+        TypeError: if the preset has no such setting.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            near = difflib.get_close_matches(preset, PRESETS, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+            raise UserError(f"no objective {preset!r}; {advice}")
+        preset = PRESETS[preset]
+    if not callable(preset):
+        raise UserError(
+            f"a preset is a name or a function, such as presets.union without (), and not {type(preset).__name__}; "
+            "an objective that is made already is jobs.Experiment.objective itself"
+        )
+    if "relation_heads" in inspect.signature(preset).parameters:
+        settings["relation_heads"] = relation_heads
+    return preset(**settings)
+
+
 def _relations(
     sites: tuple[str, ...], relation_heads: int, teacher_layer: int, student_layer: int
 ) -> tuple[RelationKL, ...]:
@@ -139,3 +168,6 @@ def _relations(
             student_layer=student_layer,
         )
     )
+
+
+PRESETS = {each.__name__: each for each in (scratch, logits, minilm, implicit, miniend_d, miniend_e, union, encoder)}

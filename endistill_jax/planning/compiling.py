@@ -46,7 +46,7 @@ def check_compilers(topologies: Sequence[Topology]) -> None:
         if not topology.is_proxy and importlib.util.find_spec(LIBTPU) is None:
             raise UserError(
                 f"compiling for {topology.name} needs libtpu, which is not installed; "
-                "install the extra `plan`: pip install '.[plan]'"
+                "install the extra `plan`: pip install 'endistill-jax[plan]'"
             )
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 from endistill_jax.evaluation.denoising import DenoisingReport
-from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.reports.table import Column, print_table, write_table
 
 DENOISING_COLUMNS = (
@@ -15,16 +14,16 @@ DENOISING_COLUMNS = (
     Column(key="parameters", title="parameters", kind="count"),
     Column(key="train_tokens", title="tokens seen", kind="count"),
     Column(key="loss", title="loss", kind="loss"),
-    Column(key="piece_loss", title="loss on pieces", kind="loss"),
-    Column(key="wrong_input_cost", title="cost of a wrong input", kind="loss"),
+    Column(key="token_loss", title="loss on non-sentinel tokens", kind="loss"),
+    Column(key="shuffled_input_gap", title="shuffled-input gap", kind="loss"),
     Column(key="accuracy", title="accuracy", kind="share"),
-    Column(key="piece_accuracy", title="accuracy on pieces", kind="share"),
+    Column(key="token_accuracy", title="accuracy on non-sentinel tokens", kind="share"),
     Column(key="seconds", title="training", kind="seconds"),
 )
 
 
 def model_row(
-    name: str, config: T5Config, report: DenoisingReport, tokens: int | None, seconds: float | None
+    name: str, config: ModelConfig, report: DenoisingReport, tokens: int | None, seconds: float | None
 ) -> dict[str, Any]:
     """A trained model's row; tokens and seconds are None for a model that was trained elsewhere."""
     size = {"model": name, "parameters": count_params(abstract_params(config))}
@@ -32,9 +31,9 @@ def model_row(
 
 
 def reference_rows(report: DenoisingReport) -> list[dict[str, Any]]:
-    """What n-grams reach on the same pieces, without reading the input."""
-    rows = {"unigram": report.unigram_piece_loss, "bigram": report.bigram_piece_loss}
-    return [{"model": name, "piece_loss": loss} for name, loss in rows.items() if loss is not None]
+    """What n-grams reach on the same tokens, without reading the input."""
+    rows = {"unigram": report.unigram_loss, "bigram": report.bigram_loss}
+    return [{"model": name, "token_loss": loss} for name, loss in rows.items() if loss is not None]
 
 
 def merge_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:

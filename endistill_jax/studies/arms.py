@@ -16,6 +16,7 @@ from endistill_jax.interpolation.chain import Chain, plan_chain
 from endistill_jax.interpolation.settings import Interpolation
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.objectives import Objective
+from endistill_jax.studies.plots import check_packages
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.finetuning import Finetuning, check_runs, plan_runs
 from endistill_jax.train.flops import step_flops
@@ -91,6 +92,8 @@ class StudyRun:
                 with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
                     _check_comparable(training, mesh)
             (self.chain or self.training).check()
+            if self.chain is None:
+                self.training.check_saved()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
                 with naming(f"task {task}"):
@@ -106,7 +109,7 @@ class StudyRun:
         how = self.tasks[task]
         how = dataclasses.replace(how, run=dataclasses.replace(how.run, seed=self.seed))
         (training,) = plan_runs(self._folder_of(task), model, how, f"{self.arm}, seed {self.seed}, {task}")
-        return training
+        return dataclasses.replace(training, may_continue=False)
 
     def finetunings(self) -> Iterator[tuple[str, Training]]:
         """The fine-tunings of the run's product, which must be there, by the names of their tasks."""
@@ -140,8 +143,9 @@ def plan_study(
     """A run for every seed and arm, seed after seed, so that a study that is resumed has whole comparisons.
 
     Raises:
-        UserError: an arm's interpolation does not fit.
+        UserError: an arm's interpolation does not fit, or what plots are drawn with is not installed.
     """
+    check_packages()
 
     def planned(name: str, arm: Arm, seed: int) -> StudyRun:
         folder, label = f"{model_dir}/{name}/seed_{seed}", f"{name}, seed {seed}"
@@ -151,7 +155,7 @@ def plan_study(
                 chain = plan_chain(folder, of_arm, teacher, arm.interpolation, label)
             return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
         own = None if of_arm.teacher is None else teacher
-        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label)
+        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label, may_continue=False)
         return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
 
     return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]

@@ -4,6 +4,7 @@ import io
 import math
 from typing import Any
 
+from endistill_jax.extras import STUDIES, require
 from endistill_jax.reports.table import spread
 from endistill_jax.studies.figures import (
     PROBE,
@@ -24,8 +25,22 @@ _MARKERS = "osv^DXP*<>"
 _DOTS_PER_INCH = 110
 
 
+def check_packages() -> None:
+    """Makes sure that plots can be drawn: before anything is trained, not at the end.
+
+    Raises:
+        UserError: if Matplotlib is not installed.
+    """
+    require("matplotlib", "drawing the plots of a study", STUDIES)
+
+
 def study_plots(raw: Raw) -> dict[str, bytes]:
-    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such."""
+    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such.
+
+    Raises:
+        UserError: if Matplotlib is not installed.
+    """
+    check_packages()
     plots = {"held_out_loss.png": _held_out_loss(raw)}
     if task_metrics(raw):
         plots["downstream.png"] = _downstream(raw)
@@ -35,17 +50,17 @@ def study_plots(raw: Raw) -> dict[str, bytes]:
 
 
 def _held_out_loss(raw: Raw) -> Any:
-    """The loss on pieces over steps: a line for the mean of an arm's seeds, a band for their standard deviation."""
+    """The loss on non-sentinel tokens over steps: of an arm's seeds the mean, in a band of their standard deviation."""
     figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
     for arm in _arms(raw):
-        _draw_curve(axes, raw, arm, curve(raw, arm, "piece_loss"))
+        _draw_curve(axes, raw, arm, curve(raw, arm, "token_loss"))
     figures = raw["teacher_figures"]
-    for name, key in (("teacher", "piece_loss"), ("bigram", "bigram_piece_loss")):
+    for name, key in (("teacher", "token_loss"), ("bigram", "bigram_loss")):
         loss = value_of(figures, key) if key in figures else math.nan
         if math.isfinite(loss):
             axes.axhline(loss, color="0.5", linestyle=":", linewidth=1)
             axes.annotate(name, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
-    axes.set(xlabel="step", ylabel="held-out loss on pieces, nats a token")
+    axes.set(xlabel="step", ylabel="held-out loss on non-sentinel tokens, nats a token")
     _legend(figure, axes)
     return figure
 

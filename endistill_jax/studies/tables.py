@@ -21,9 +21,9 @@ from endistill_jax.studies.figures import (
 
 # Name of a held-out figure, its heading, how it is shown, and whether differences to the baseline stand beside it.
 _HELD_OUT = (
-    ("piece_loss", "loss on pieces", "loss", True),
-    ("wrong_input_cost", "cost of a wrong input", "loss", True),
-    ("piece_accuracy", "accuracy on pieces", "share", False),
+    ("token_loss", "loss on non-sentinel tokens", "loss", True),
+    ("shuffled_input_gap", "shuffled-input gap", "loss", True),
+    ("token_accuracy", "accuracy on non-sentinel tokens", "share", False),
 )
 ARM = Column(key="arm", title="arm")
 
@@ -87,8 +87,8 @@ def _held_out(raw: Raw) -> Table:
     figures = raw["teacher_figures"]
     rows.append({"arm": "teacher", "parameters": figures["parameters"]} | {x: figures.get(x) for x, *_ in _HELD_OUT})
     for ngram in ("unigram", "bigram"):
-        if f"{ngram}_piece_loss" in figures:
-            rows.append({"arm": ngram, "piece_loss": figures[f"{ngram}_piece_loss"]})
+        if f"{ngram}_token_loss" in figures:
+            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_token_loss"]})
     return Table("Held-out text after training, nats a token", tuple(columns), rows)
 
 

@@ -95,7 +95,7 @@ class Run:
         eval_at_start: evaluate before the first step too.
         checkpoint_every: steps between two checkpoints; the last step is always saved.
         keep_last: number of latest checkpoints kept.
-        keep_best: name of a held-out metric, such as "piece_loss", whose best checkpoint is kept too.
+        keep_best: name of a held-out metric, such as "token_loss", whose best checkpoint is kept too.
         best_mode: "min" or "max": which end of `keep_best` is best.
         patience: the run ends when so many evaluations in a row were no better than the best one before, by
             `keep_best`; None never ends it early.
@@ -157,8 +157,8 @@ class Teacher:
         source: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         dtype: float32 or bfloat16: of its parameters and computations.
         config: its shape, for planning without a checkpoint; a checkpoint of another is refused.
-        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis tensor,
-            so that none is gathered: faster where they fit.
+        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis
+            tensor, so that none is gathered: faster where they fit.
     """
 
     source: str
@@ -182,8 +182,8 @@ class Experiment:
         run: how long, on which mesh, what is kept.
         teacher: None where no term of the objective reads one and the student does not start from one.
         init: what of the teacher the student starts from.
-        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken, the
-            optimizer and the data start anew.
+        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken,
+            the optimizer and the data start anew.
     """
 
     student: ModelConfig

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.extras import require
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.storage import stored_path
 
@@ -48,8 +49,8 @@ class MetricWriter:
         directory: the run's folder; made when missing.
         resume_step: the step of the checkpoint that the run goes on from: later lines of an earlier attempt are
             removed. None starts the file anew.
-        tensorboard: whether to write TensorBoard scalars too, to `directory/tensorboard`, by CLU's writer, which needs
-            TensorFlow and TensorBoard. Steps repeated after a resume overlay the earlier ones there.
+        tensorboard: whether to write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow
+            for it, a local folder does not. Steps repeated after a resume overlay the earlier ones there.
 
     Raises:
         UserError: `metrics.jsonl` is there and is none, or TensorBoard is wanted and not installed.
@@ -58,13 +59,14 @@ class MetricWriter:
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
         folder = stored_path(directory)
         path = folder / FILE_NAME
-        make_writer = _tensorboard_writer() if tensorboard else None
+        if tensorboard:  # before any file is made
+            require("tensorboard", "writing TensorBoard scalars (tensorboard=True)")
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         write_atomically(path, "".join(json_text(record) + "\n" for record in kept))
         self._path = path
-        self._tensorboard = make_writer(str(folder / TENSORBOARD)) if make_writer else None
+        self._tensorboard = _TensorBoardScalars(str(folder / TENSORBOARD)) if tensorboard else None
 
     def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Appends one line and closes the file, so that a killed process loses nothing it had told.
@@ -85,12 +87,11 @@ class MetricWriter:
             file.write(json_text(record) + "\n")
         if self._tensorboard is not None:
             timed = {f"timing/{name}": value for name, value in timing.items()}
-            self._tensorboard.write_scalars(int(step), scalars | timed)
+            self._tensorboard.write(int(step), scalars | timed)
 
     def close(self) -> None:
         """Closes what TensorBoard reads; nothing can be written there afterwards."""
         if self._tensorboard is not None:
-            self._tensorboard.flush()
             self._tensorboard.close()
 
     def __enter__(self) -> "MetricWriter":
@@ -100,14 +101,25 @@ class MetricWriter:
         self.close()
 
 
-def _tensorboard_writer() -> Callable[[str], Any]:
-    try:
-        from clu import metric_writers
-    except ImportError as error:
-        raise UserError(
-            f"TensorBoard scalars: {error}; install the packages tensorboard and clu, or set tensorboard=False"
-        ) from error
-    return metric_writers.SummaryWriter
+class _TensorBoardScalars:
+    """Scalars as `tf.summary.scalar` writes them, one event a step; they reach the disk within two minutes."""
+
+    def __init__(self, folder: str):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(folder)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in scalars.items():
+            event.summary.value.extend(scalar_pb(name, value).value)
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Progress:

@@ -307,8 +307,8 @@ def start_line(training: Training, resumed: int | None, manifest: Manifest | Non
         return f"starts at step 0 in {training.model_dir}"
     if training.is_continued(manifest):
         return (
-            f"continues a finished run of {manifest['run']['steps']} steps to {training.run.steps}: parameters, optimizer "
-            "state and position in the data are kept; the learning-rate schedule is that of the new length"
+            f"continues a finished run of {manifest['run']['steps']} steps to {training.run.steps}: parameters, "
+            "optimizer state and position in the data are kept; the learning-rate schedule is that of the new length"
         )
     return f"resumed from step {resumed} of {training.model_dir}"
 

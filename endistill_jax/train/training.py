@@ -1,4 +1,4 @@
-"""A training before it starts: an experiment in a folder, its other models opened, and everything checked that can be."""
+"""A training before it starts: an experiment in a folder, its other models opened, everything checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.interchange import Params, VocabularyFile
+from endistill_jax.checkpoints.interchange import VocabularyFile
 from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
 from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
-from endistill_jax.models.family import ModelConfig, config_from_plain
+from endistill_jax.models.family import ModelConfig, Params, config_from_plain
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import check_rows, param_shardings
@@ -38,6 +38,8 @@ class Training:
         initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
+        may_continue: whether a run that came to its end may be given more steps: not where it is compared with others,
+            or has taught one.
     """
 
     model_dir: str
@@ -46,6 +48,7 @@ class Training:
     initial: TrainedModel | None = None
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
+    may_continue: bool = True
 
     @property
     def student(self) -> ModelConfig:
@@ -213,9 +216,19 @@ class Training:
         current = {name: value for name, value in current.items() if name not in ignored}
         check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
 
+    def check_saved(self) -> None:
+        """Compares this training with the last checkpoint in its folder, if there is one; reads no parameters.
+
+        Raises:
+            UserError: naming every difference but those of what other models contain.
+        """
+        step, manifest = last_manifest(self.model_dir)
+        if manifest:
+            self.check_resumes(step, manifest, contents=False)
+
     def is_continued(self, manifest: Manifest) -> bool:
         """Whether the run of a manifest came to its end, and this one is longer."""
-        return is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
+        return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
 
 
 def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:
@@ -277,8 +290,8 @@ def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedMod
     """
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
-            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} ids; "
-            f"make it at least that"
+            f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} "
+            "ids; make it at least that"
         )
     if teacher is not None:
         check_same_vocabulary(vocabulary, teacher, "the teacher")

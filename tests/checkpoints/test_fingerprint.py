@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.checkpoints.fingerprint import check_facts, fingerprint_params, fingerprint_vocabulary
+from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.layout import unstack_layers
 
@@ -75,21 +75,3 @@ def test_vocabulary_fingerprint_tells_kinds_apart_and_refuses_unknown_ones():
     assert byte != fingerprint_vocabulary(seqio.PassThroughVocabulary(size))
     with pytest.raises(UserError, match="UnigramVocabulary"):
         fingerprint_vocabulary(seqio.vocabularies.UnigramVocabulary(["a", "b"]))
-
-
-def test_facts_that_went_through_a_file_still_agree():
-    check_facts({"model": {"mlp": ["gelu", "linear"], "none": {}}}, {"model": {"mlp": ("gelu", "linear"), "none": {}}})
-
-
-def test_differing_facts_are_all_named_with_both_values_in_one_line():
-    saved = {"model": {"d_model": 64, "depth": 2}, "mixture": "c4", "teacher": "aa"}
-    current = {"model": {"d_model": 32, "depth": 2}, "mixture": "wikipedia", "path": "minend"}
-    with pytest.raises(UserError) as caught:
-        check_facts(saved, current, "run/checkpoints/10")
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in ("run/checkpoints/10", "model.d_model is 64 there and 32 here", '"c4"', '"wikipedia"'):
-        assert part in message
-    assert 'teacher is "aa" there and absent here' in message
-    assert 'path is absent there and "minend" here' in message
-    assert "depth" not in message

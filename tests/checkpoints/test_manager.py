@@ -18,10 +18,15 @@ from etils import epath
 from tensorflow import errors
 
 from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.checkpoints.reading import finished_steps, read_facts_of_step, restore_params
+from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step, restore_params
 from endistill_jax.core.errors import StorageFailure, UserError
 
-FACTS = {"model": {"d_model": 4, "mlp_activations": ("gelu", "linear")}, "teacher": "ab12", "mixture": "c4"}
+MANIFEST = {
+    "schema": 2,
+    "model": {"d_model": 4, "mlp_activations": ("gelu", "linear")},
+    "teacher": "ab12",
+    "mixture": "c4",
+}
 
 
 class State(NamedTuple):
@@ -50,20 +55,20 @@ def _assert_same(first, second):
 def _save_steps(directory, steps, **settings) -> None:
     with Checkpointer(str(directory), **settings) as checkpoints:
         for step in steps:
-            checkpoints.save(step, _state(step), {"shard": f"position {step}".encode()}, FACTS, {"loss": 1.0 / step})
+            checkpoints.save(step, _state(step), {"shard": f"position {step}".encode()}, MANIFEST, {"loss": 1.0 / step})
 
 
-def test_state_data_position_and_facts_come_back_exactly_in_a_directory_that_did_not_exist(tmp_path):
+def test_state_data_position_and_manifest_come_back_exactly_in_a_directory_that_did_not_exist(tmp_path):
     directory = tmp_path / "not" / "there" / "yet"
     with Checkpointer(str(directory)) as checkpoints:
         assert checkpoints.latest_step() is None and checkpoints.best_step() is None
-        assert checkpoints.save(7, _state(7, 0.1), {"shard": b"\x00\xffbinary", "other": b""}, FACTS)
+        assert checkpoints.save(7, _state(7, 0.1), {"shard": b"\x00\xffbinary", "other": b""}, MANIFEST)
     with Checkpointer(str(directory)) as checkpoints:
         assert checkpoints.latest_step() == 7
-        state, data_state, facts = checkpoints.restore(7, _abstract(), ["shard"], expected_facts=FACTS)
+        state, data_state, manifest = checkpoints.restore(7, _abstract(), ["shard"])
     _assert_same(state, _state(7, 0.1))
     assert isinstance(state, State) and data_state == {"shard": b"\x00\xffbinary"}
-    assert facts["model"] == {"d_model": 4, "mlp_activations": ["gelu", "linear"]}
+    assert manifest["model"] == {"d_model": 4, "mlp_activations": ["gelu", "linear"]}
 
 
 def test_saving_is_a_snapshot_that_a_donated_step_right_after_cannot_change(tmp_path):
@@ -83,15 +88,15 @@ def test_saving_is_a_snapshot_that_a_donated_step_right_after_cannot_change(tmp_
 
 def test_steps_between_are_skipped_unless_forced_and_a_step_twice_is_harmless(tmp_path):
     with Checkpointer(str(tmp_path), every=5) as checkpoints:
-        saved = [checkpoints.save(step, _state(step), {}, FACTS) for step in (1, 4, 5, 5, 6)]
+        saved = [checkpoints.save(step, _state(step), {}, MANIFEST) for step in (1, 4, 5, 5, 6)]
         assert saved == [False, False, True, False, False]
-        assert checkpoints.save(7, _state(7), {}, FACTS, force=True)
-        assert not checkpoints.save(7, _state(9), {}, FACTS, force=True)
+        assert checkpoints.save(7, _state(7), {}, MANIFEST, force=True)
+        assert not checkpoints.save(7, _state(9), {}, MANIFEST, force=True)
         state, _, _ = checkpoints.restore(7, _abstract())
         assert checkpoints.all_steps() == [5, 7]
     _assert_same(state, _state(7))
     with Checkpointer(str(tmp_path), every=5) as checkpoints:
-        assert not checkpoints.save(7, _state(9), {}, FACTS, force=True)
+        assert not checkpoints.save(7, _state(9), {}, MANIFEST, force=True)
 
 
 def test_the_latest_and_the_best_are_kept_and_not_a_number_is_never_best(tmp_path):
@@ -99,11 +104,11 @@ def test_the_latest_and_the_best_are_kept_and_not_a_number_is_never_best(tmp_pat
     settings = {"keep_last": 2, "keep_best": "loss"}
     with Checkpointer(str(tmp_path), **settings) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, _state(step), {}, FACTS, {"loss": losses[step], "other": 1.0})
+            checkpoints.save(step, _state(step), {}, MANIFEST, {"loss": losses[step], "other": 1.0})
     with Checkpointer(str(tmp_path), **settings) as checkpoints:  # metrics are read back from disk
         for step in (4, 5, 6):
-            checkpoints.save(step, _state(step), {}, FACTS, {"loss": losses[step]})
-        assert checkpoints.save(7, _state(7), {}, FACTS)  # without a rank
+            checkpoints.save(step, _state(step), {}, MANIFEST, {"loss": losses[step]})
+        assert checkpoints.save(7, _state(7), {}, MANIFEST)  # without a rank
         assert checkpoints.best_step() == 2
     assert finished_steps(str(tmp_path)) == [2, 6, 7]
 
@@ -111,14 +116,14 @@ def test_the_latest_and_the_best_are_kept_and_not_a_number_is_never_best(tmp_pat
 def test_best_can_be_the_largest(tmp_path):
     with Checkpointer(str(tmp_path), keep_last=1, keep_best="accuracy", best_mode="max") as checkpoints:
         for step, accuracy in ((1, 0.3), (2, 0.8), (3, float("nan")), (4, 0.5)):
-            checkpoints.save(step, _state(step), {}, FACTS, {"accuracy": accuracy})
+            checkpoints.save(step, _state(step), {}, MANIFEST, {"accuracy": accuracy})
         assert checkpoints.best_step() == 2
     assert finished_steps(str(tmp_path)) == [2, 4]
 
 
 def test_missing_metric_and_senseless_settings_are_refused(tmp_path):
     with Checkpointer(str(tmp_path), keep_best="loss") as checkpoints, pytest.raises(UserError, match="'loss'"):
-        checkpoints.save(1, _state(1), {}, FACTS, {"accuracy": 1.0})
+        checkpoints.save(1, _state(1), {}, MANIFEST, {"accuracy": 1.0})
     for settings, words in (({"every": 0}, "every"), ({"keep_last": 0}, "keep_last"), ({"best_mode": "up"}, "up")):
         with pytest.raises(UserError, match=words):
             Checkpointer(str(tmp_path / "new"), **settings)
@@ -128,14 +133,11 @@ def test_missing_metric_and_senseless_settings_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_differing_facts_are_refused_before_any_array_is_read(tmp_path):
+def test_a_manifest_is_read_before_any_array(tmp_path):
     _save_steps(tmp_path, [3])
     shutil.rmtree(tmp_path / "3" / "state" / "d")
-    other = {**FACTS, "mixture": "wikipedia", "teacher": "cd34"}
     with Checkpointer(str(tmp_path)) as checkpoints:
-        with pytest.raises(UserError, match=r'mixture is "c4" there and "wikipedia" here; teacher is "ab12"'):
-            checkpoints.restore(3, _abstract(), expected_facts=other)
-        assert checkpoints.facts(3)["teacher"] == "ab12"
+        assert checkpoints.manifest(3)["teacher"] == "ab12"
 
 
 def test_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
@@ -166,7 +168,7 @@ def test_leftovers_of_a_kill_are_not_taken_for_a_checkpoint(tmp_path, leftover):
     with Checkpointer(str(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() == 2
         _assert_same(checkpoints.restore(2, _abstract())[0], _state(2))
-        assert checkpoints.save(3, _state(3), {"shard": b"again"}, FACTS)
+        assert checkpoints.save(3, _state(3), {"shard": b"again"}, MANIFEST)
         assert checkpoints.restore(3, _abstract(), ["shard"])[1] == {"shard": b"again"}
 
 
@@ -184,7 +186,7 @@ def _damage_arrays(folder: pathlib.Path) -> None:
         lambda folder: (folder / "state" / "manifest.ocdbt").write_bytes(b"nonsense"),
         lambda folder: [path.unlink() for path in (folder / "data").iterdir()],
     ],
-    ids=["arrays", "array_metadata", "facts", "manifest", "data_state"],
+    ids=["arrays", "array_metadata", "manifest", "array_index", "data_state"],
 )
 def test_damaged_checkpoint_is_one_line_naming_it(tmp_path, damage):
     _save_steps(tmp_path, [1, 2])
@@ -212,7 +214,7 @@ def test_storage_that_cannot_be_asked_is_no_mistake_and_no_damage(tmp_path, monk
             with pytest.raises((errors.UnavailableError, OSError)):  # or a whole checkpoint would be set aside
                 Checkpointer(str(tmp_path))
             with pytest.raises(StorageFailure):
-                read_facts_of_step(str(tmp_path), 2)
+                read_manifest_of_step(str(tmp_path), 2)
     assert finished_steps(str(tmp_path)) == [1, 2]
 
 
@@ -229,7 +231,7 @@ def test_advice_for_a_damaged_checkpoint_works(tmp_path):
     shutil.rmtree(tmp_path / "2")
     with Checkpointer(str(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() == 1
-        assert checkpoints.save(2, _state(2), {}, FACTS)
+        assert checkpoints.save(2, _state(2), {}, MANIFEST)
 
 
 def test_state_of_another_structure_or_shape_is_refused(tmp_path):
@@ -241,12 +243,12 @@ def test_state_of_another_structure_or_shape_is_refused(tmp_path):
                 checkpoints.restore(1, wrong)
 
 
-def test_params_alone_come_back_as_numpy_with_facts(tmp_path):
+def test_params_alone_come_back_as_numpy_with_the_manifest(tmp_path):
     _save_steps(tmp_path, [1, 2])
-    params, facts = restore_params(str(tmp_path))
+    params, manifest = restore_params(str(tmp_path))
     _assert_same(params, jax.tree.map(np.asarray, _state(2).params))
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
-    assert facts["mixture"] == "c4"
+    assert manifest["mixture"] == "c4"
     placed, _ = restore_params(str(tmp_path), 1, abstract_params=_abstract().params)
     _assert_same(placed, _state(1).params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(placed))
@@ -264,10 +266,10 @@ def test_failure_in_the_background_surfaces_and_its_step_does_not_count(tmp_path
         raise OSError(28, "No space left on device")
 
     checkpoints = Checkpointer(str(tmp_path))
-    checkpoints.save(1, _state(1), {}, FACTS)
+    checkpoints.save(1, _state(1), {}, MANIFEST)
     checkpoints.wait()
     monkeypatch.setattr("endistill_jax.checkpoints.data_state._write", fail)
-    checkpoints.save(2, _state(2), {}, FACTS)
+    checkpoints.save(2, _state(2), {}, MANIFEST)
     with pytest.raises(Exception, match="No space left on device"):
         {"wait": checkpoints.wait, "close": checkpoints.close, "save": _saves(checkpoints)}[end]()
     monkeypatch.undo()
@@ -279,7 +281,7 @@ def test_failure_in_the_background_surfaces_and_its_step_does_not_count(tmp_path
 
 
 def _saves(checkpoints):
-    return lambda: checkpoints.save(3, _state(3), {}, FACTS)
+    return lambda: checkpoints.save(3, _state(3), {}, MANIFEST)
 
 
 _KILLED_MID_SAVE = """

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.checkpoints.student_init import StudentInit, cut_params, evenly_spaced, init_from_teacher
+from endistill_jax.checkpoints.student_init import StudentInit, cut_params, init_from_teacher
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.cutting import evenly_spaced
 from endistill_jax.models.family import abstract_params, init_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import T5
@@ -247,6 +248,7 @@ def test_rows_after_the_vocabulary_may_be_left_out(tied):
         (SLICE, {"relative_buckets": 4}, "relative_buckets is 4 and the teacher's 8; make them equal"),
         (LAYERS, {"relative_max_distance": 20}, "relative_max_distance is 20 and the teacher's 12; make them equal"),
         (LAYERS, {"tied_head": True}, "head is tied .* set the student's tied_head to False"),
+        (LAYERS, {"d_model": 10, "tied_head": True, "num_decoder_layers": 1}, "set the student's tied_head to False"),
         (LAYERS, {"num_decoder_layers": 4}, "has 4 decoder layers and the teacher 3; list StudentInit.decoder_layers"),
     ],
 )
@@ -255,6 +257,45 @@ def test_a_student_that_the_teacher_cannot_start_is_refused_in_one_line(init, ch
         init.check(TEACHER, dataclasses.replace(TEACHER, **changes))
     assert "\n" not in str(error.value)
     StudentInit().check(TEACHER, dataclasses.replace(TEACHER, **changes))  # fresh parameters ask nothing of a teacher
+
+
+UMT5 = dataclasses.replace(TEACHER, bias_per_layer=True)
+
+
+def test_umt5_s_layers_bring_their_position_biases():
+    params = random_params(UMT5)
+    init = StudentInit(kind="layers", encoder_layers=(3, 1), decoder_layers=(2,))
+    student, ours = start(init, params, UMT5, num_encoder_layers=2, num_decoder_layers=1)
+    for stack, listed in (("encoder", [3, 1]), ("decoder", [2])):
+        assert_equal(
+            params[stack]["layers"]["relpos_bias"]["rel_embedding"][listed],
+            ours[stack]["layers"]["relpos_bias"]["rel_embedding"],
+        )
+    narrow, ours = start(SLICE, params, UMT5, num_heads=2, num_encoder_layers=2)
+    table = params["encoder"]["layers"]["relpos_bias"]["rel_embedding"]
+    assert_equal(table[[0, 3]][:, [0, 2]], ours["encoder"]["layers"]["relpos_bias"]["rel_embedding"])
+    assert np.isfinite(logits(narrow, ours)).all()
+
+
+def test_a_bias_in_every_layer_starts_as_the_teacher_s_of_the_whole_stack():
+    params = random_params(TEACHER)
+    student, ours = start(LAYERS, params, TEACHER, bias_per_layer=True)
+    np.testing.assert_allclose(logits(student, ours), logits(TEACHER, params), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="teacher has a position bias in every layer .* bias_per_layer to True"):
+        LAYERS.check(UMT5, TEACHER)
+
+
+def test_an_encoder_alone_starts_from_a_whole_teacher_s_and_not_the_other_way_round():
+    params = random_params(TEACHER)
+    student, ours = start(LAYERS, params, TEACHER, num_decoder_layers=0, num_encoder_layers=2)
+    assert set(ours) == {"token_embedder", "encoder"}
+    assert_equal(params["token_embedder"], ours["token_embedder"])
+    assert_equal(
+        params["encoder"]["layers"]["mlp"]["wo"]["kernel"][[0, 3]], ours["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    )
+    assert LAYERS.facts(TEACHER, student)["decoder_layers"] == []
+    with pytest.raises(UserError, match="has 3 decoder layers and the teacher 0"):
+        LAYERS.check(dataclasses.replace(TEACHER, num_decoder_layers=0), TEACHER)
 
 
 @pytest.mark.parametrize(

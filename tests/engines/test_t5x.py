@@ -407,7 +407,7 @@ TINY = {
 
 
 def run_t5x(program, folder, *files, **macros):
-    """Runs a program of T5X; settings are macros, `T5Config.` ones bindings of the model's configuration."""
+    """Runs a program of T5X; settings are macros, those with two underscores parameters."""
     bindings = [f"--gin.{name.replace('__', '.')}={value!r}" for name, value in macros.items()]
     command = [sys.executable, "-m", f"t5x.{program}", *(f"--gin_file={name}" for name in files), *bindings]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
@@ -430,22 +430,20 @@ def distilled(tmp_path_factory):
         EVAL_PERIOD=2,
         BATCH_SIZE=4,
         TASK_FEATURE_LENGTHS={"inputs": 32, "targets": 32},
-        **{f"T5Config__{name}": value for name, value in TINY.items()},
+        **{f"sizes.build__{name}": value for name, value in TINY.items()},
     )
     return folder, log
 
 
-SIZE = "gin/models/mini_2x2_128.gin"
-
-
 def of_student(folder):
     return {
+        "STUDENT": "mini_2x2_128",
         "VOCAB_SIZE": 8192,
         "MIXTURE_OR_TASK_MODULE": "docs_with_a_metric",
         "MIXTURE_OR_TASK_NAME": "docs_with_a_metric",
         "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 16},
         "BATCH_SIZE": 4,
-        **{f"T5Config__{name}": value for name, value in TINY.items()},
+        **{f"sizes.build__{name}": value for name, value in TINY.items()},
     }
 
 
@@ -468,12 +466,12 @@ def test_t5x_infer_and_eval_run_on_what_t5x_train_distilled(distilled):
     folder, _ = distilled
     checkpoint = str(folder / "run" / "checkpoint_4")
     settings = of_student(folder) | {"CHECKPOINT_PATH": checkpoint}
-    run_t5x("infer", folder, SIZE, "gin/t5x/infer.gin", **settings, INFER_OUTPUT_DIR=str(folder / "infer"))
+    run_t5x("infer", folder, "gin/t5x/infer.gin", **settings, INFER_OUTPUT_DIR=str(folder / "infer"))
     [written] = (folder / "infer").glob("*.jsonl-00000-of-00001")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(lines) >= 6 and all(isinstance(line["prediction"], str) for line in lines)
 
-    log = run_t5x("eval", folder, SIZE, "gin/t5x/eval.gin", **settings, EVAL_OUTPUT_DIR=str(folder / "eval"))
+    log = run_t5x("eval", folder, "gin/t5x/eval.gin", **settings, EVAL_OUTPUT_DIR=str(folder / "eval"))
     [metrics] = (folder / "eval").glob("**/*-metrics.jsonl")
     found = json.loads(metrics.read_text().splitlines()[-1])
     assert found["examples"] == len(lines) and 0 <= found["equal"] <= 1, log[-2000:]
@@ -492,5 +490,5 @@ def test_t5x_train_fine_tunes_what_it_distilled(distilled):
         "EVAL_STEPS": 1,
         "EVAL_PERIOD": 2,
     }
-    run_t5x("train", folder, SIZE, "gin/t5x/finetune.gin", **settings)
+    run_t5x("train", folder, "gin/t5x/finetune.gin", **settings)
     assert (folder / "tuned" / "checkpoint_6").is_dir()

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, t5_logits, with_wrong_inputs
+from endistill_jax.evaluation.denoising import evaluate_denoising, make_denoising_step, model_logits, with_wrong_inputs
 from endistill_jax.evaluation.ngrams import NgramCounter
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
@@ -80,7 +80,7 @@ def log_probabilities(params, examples):
 
 
 def assert_same(report, other):
-    assert report.tokens == other.tokens and report.pieces == other.pieces
+    assert report.tokens == other.tokens and report.non_sentinel_tokens == other.non_sentinel_tokens
     np.testing.assert_allclose(list(report.scalars().values()), list(other.scalars().values()), rtol=2e-6, atol=1e-6)
 
 
@@ -95,17 +95,17 @@ def test_report_matches_a_float64_reference(params, examples, ngrams):
     wrong = np.take_along_axis(log_probabilities(params, rolled), targets[..., None], -1)[..., 0]
     expected = {
         "loss": -picked[tokens].mean(),
-        "piece_loss": -picked[pieces].mean(),
+        "token_loss": -picked[pieces].mean(),
         "accuracy": (own.argmax(-1) == targets)[tokens].mean(),
-        "piece_accuracy": (own.argmax(-1) == targets)[pieces].mean(),
-        "wrong_input_piece_loss": -wrong[pieces].mean(),
-        "wrong_input_cost": (picked - wrong)[pieces].mean(),
-        "unigram_piece_loss": ngrams.unigram_nats(targets)[pieces].mean(),
-        "bigram_piece_loss": ngrams.bigram_nats(previous, targets)[pieces].mean(),
+        "token_accuracy": (own.argmax(-1) == targets)[pieces].mean(),
+        "shuffled_input_loss": -wrong[pieces].mean(),
+        "shuffled_input_gap": (picked - wrong)[pieces].mean(),
+        "unigram_loss": ngrams.unigram_nats(targets)[pieces].mean(),
+        "bigram_loss": ngrams.bigram_nats(previous, targets)[pieces].mean(),
         "tokens": tokens.sum(),
-        "pieces": pieces.sum(),
+        "non_sentinel_tokens": pieces.sum(),
     }
-    assert expected["pieces"] < expected["tokens"] - len(targets)  # the examples have sentinels and ends
+    assert expected["non_sentinel_tokens"] < expected["tokens"] - len(targets)  # the examples have sentinels and ends
     assert dataclasses.asdict(report) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -125,14 +125,14 @@ def test_rows_and_batches_without_weight_change_nothing_wherever_they_are(params
         assert_same(evaluate_denoising(STEP, params, batches), reference)
 
 
-def test_wrong_input_costs_nothing_to_a_model_that_does_not_read(params, examples):
+def test_shuffled_input_gaps_nothing_to_a_model_that_does_not_read(params, examples):
     def deaf_logits(params, batch):
         return params["table"][batch["decoder_input_tokens"]] @ params["head"]
 
     step = make_denoising_step(deaf_logits, sentinel_ids=SENTINELS, eos_id=EOS)
     report = evaluate_denoising(step, params, batched(examples, 4))
-    assert report.wrong_input_cost == 0.0
-    assert evaluate_denoising(STEP, params, batched(examples, 4)).wrong_input_cost != 0.0
+    assert report.shuffled_input_gap == 0.0
+    assert evaluate_denoising(STEP, params, batched(examples, 4)).shuffled_input_gap != 0.0
 
 
 def test_wrong_input_moves_everything_of_the_encoder_side_and_nothing_else(examples):
@@ -152,7 +152,7 @@ def test_real_model_gives_finite_figures_with_padding_rows_of_nothing(examples):
     config = T5Config(
         vocab_size=VOCAB, d_model=8, num_heads=2, head_dim=4, mlp_dim=8, num_encoder_layers=1, num_decoder_layers=1
     )
-    step = make_denoising_step(t5_logits(config), sentinel_ids=SENTINELS, eos_id=EOS)
+    step = make_denoising_step(model_logits(config), sentinel_ids=SENTINELS, eos_id=EOS)
     weights = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     report = evaluate_denoising(step, weights, batched(examples, 8))
     padded_in_front = {name: np.insert(array, 0, 0, axis=0) for name, array in examples.items()}
@@ -182,7 +182,7 @@ def test_step_compiles_once_for_own_and_wrong_inputs(params, examples, ngrams):
 
 def test_scalars_leave_out_references_that_were_not_given(params, examples):
     scalars = evaluate_denoising(STEP, params, batched(examples, 7)).scalars("held_out/")
-    assert "held_out/piece_loss" in scalars and "held_out/bigram_piece_loss" not in scalars
+    assert "held_out/token_loss" in scalars and "held_out/bigram_loss" not in scalars
     assert all(type(value) is float for value in scalars.values())
 
 
@@ -200,6 +200,6 @@ def test_too_few_examples_for_a_wrong_input_are_refused(params, examples):
 
 
 def test_sentinels_outside_the_vocabulary_are_refused(params, examples):
-    step = make_denoising_step(reader_logits, sentinel_ids=range(30, 33))
+    step = make_denoising_step(reader_logits, sentinel_ids=range(30, 33), eos_id=EOS)
     with pytest.raises(UserError, match="32 is outside"):
         evaluate_denoising(step, params, batched(examples, 7))

@@ -6,19 +6,15 @@ import random
 
 import pytest
 
-from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.assistants import check_assistants, non_embedding_params, plan_assistants, ratios
 from endistill_jax.models.family import abstract_params, count_params
+from endistill_jax.models.t5 import sizes
 from endistill_jax.models.t5.config import T5Config
 
 SIZES = ("d_model", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers", "num_decoder_layers")
-XL, V1_0_3B, LARGE, BASE = (
-    model_config(f"gin/models/{name}.gin") for name in ("t5_v1_1_xl", "t5_v1_0_3b", "t5_v1_1_large", "t5_v1_1_base")
-)
-STUDENT, THIN, SHALLOW = (
-    model_config(f"gin/models/student_{name}.gin") for name in ("6x6_768", "12x12_384", "12x3_768")
-)
+XL, V1_0_3B, LARGE, BASE = sizes.t5_v1_1_xl(), sizes.t5_v1_0_3b(), sizes.t5_v1_1_large(), sizes.t5_v1_1_base()
+STUDENT, THIN, SHALLOW = sizes.student_6x6_768(), sizes.student_12x12_384(), sizes.student_12x3_768()
 
 
 def random_shape(numbers: random.Random) -> T5Config:

@@ -13,7 +13,8 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import BUNDLED
-from endistill_jax.jobs import distill, evaluate, export, import_checkpoint, pretrain
+from endistill_jax.jobs import Teacher, distill, evaluate, export, import_checkpoint
+from endistill_jax.objectives import presets
 from endistill_jax.tasks.pretraining import text_files_task
 from endistill_jax.train.metrics import read_metrics
 
@@ -38,50 +39,59 @@ def copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
             shutil.copy(file, target / file.relative_to(source))
 
 
-def test_a_run_on_a_bucket_is_that_of_a_local_folder(bucket, distilled, teacher, student, path, settings):
+def test_a_run_on_a_bucket_is_that_of_a_local_folder_and_resumes(bucket, distilled, experiment, capsys):
     folder = f"{bucket.url}/runs/student"
-    distill(model_dir=folder, teacher=teacher, student=student, path=path, **settings)
-    assert finished_steps(f"{folder}/checkpoints") == finished_steps(f"{distilled}/checkpoints") == [2, 4]
-    wanted, got = restore_params(f"{distilled}/checkpoints")[0], restore_params(f"{folder}/checkpoints")[0]
-    jax.tree.map(np.testing.assert_array_equal, wanted, got)
-    assert without_timing(f"{folder}/metrics.jsonl") == without_timing(distilled / "metrics.jsonl")
+    distill(model_dir=folder, experiment=experiment)
     names = {each.name for each in distilled.iterdir()}
     assert {each.name for each in (bucket.folder / "runs/student").iterdir()} == names
+    assert_is_the_run(folder, distilled)
 
-
-def test_a_run_on_a_bucket_goes_on_where_it_was(bucket, distilled, teacher, student, path, settings, capsys):
-    folder = f"{bucket.url}/run"
-    arguments = {"model_dir": folder, "teacher": teacher, "student": student, "path": path}
-    distill(**arguments, **settings)
-    last = bucket.folder / "run/checkpoints/4"  # as if it had been killed while it saved
+    last = bucket.folder / "runs/student/checkpoints/4"  # as if it had been killed while it saved
     (last / "commit_success.txt").unlink()
     (last / "_CHECKPOINT_METADATA").write_text("{}")
     assert finished_steps(f"{folder}/checkpoints") == [2]
-    distill(**arguments, **settings)
+    capsys.readouterr()
+    distill(model_dir=folder, experiment=experiment)
     assert "resumed from step 2" in capsys.readouterr().err
-    wanted, got = restore_params(f"{distilled}/checkpoints", 4)[0], restore_params(f"{folder}/checkpoints", 4)[0]
+    assert_is_the_run(folder, distilled)
+
+
+def assert_is_the_run(folder: str, local: pathlib.Path) -> None:
+    """The same checkpoints and metrics, bit for bit."""
+    assert finished_steps(f"{folder}/checkpoints") == finished_steps(f"{local}/checkpoints") == [2, 4]
+    wanted, got = restore_params(f"{local}/checkpoints", 4)[0], restore_params(f"{folder}/checkpoints", 4)[0]
     jax.tree.map(np.testing.assert_array_equal, wanted, got)
-    assert without_timing(f"{folder}/metrics.jsonl") == without_timing(distilled / "metrics.jsonl")
+    assert without_timing(f"{folder}/metrics.jsonl") == without_timing(local / "metrics.jsonl")
 
 
-def test_a_run_copied_to_a_bucket_is_read_and_goes_on_there(bucket, distilled, teacher, student, path, settings):
+def test_a_run_copied_to_a_bucket_is_read_and_recognized_there(bucket, distilled, experiment):
     folder = f"{bucket.url}/copied"
     copy_files(distilled, bucket.folder / "copied")
     assert open_model(folder).fingerprint == open_model(str(distilled)).fingerprint
-    distill(model_dir=folder, teacher=teacher, student=student, path=path, **settings)
+    distill(model_dir=folder, experiment=experiment)
     assert finished_steps(f"{folder}/checkpoints") == [2, 4]
 
 
-def test_a_run_on_a_bucket_teaches_is_evaluated_and_exported(bucket, corpus, make_model, settings, path, tmp_path):
+def test_a_run_on_a_bucket_teaches_and_is_exported(bucket, corpus, make_model, pretraining, tmp_path):
     task = text_files_task("bucket_tests_v1", str(corpus), str(BUNDLED), held_out=0.1)
-    settings = settings | {"data": dataclasses.replace(settings["data"], task=task, eval_batches=1)}
-    first = f"{bucket.url}/first"
-    pretrain(model_dir=first, model=make_model(width=16, vocab_size=8192), **settings)
+    large = dataclasses.replace(
+        pretraining,
+        student=make_model(width=16, layers=1, vocab_size=8192),
+        data=dataclasses.replace(pretraining.data, task=task, eval_batches=1),
+        run=dataclasses.replace(pretraining.run, steps=1),
+    )
+    first, second = f"{bucket.url}/first", f"{bucket.url}/second"
+    distill(model_dir=first, experiment=large)
     found = open_model(first)
-    assert (found.step, found.vocabulary_file.path) == (4, f"{first}/tokenizer/spiece.model")
-    assert found.fingerprint == open_model(f"{first}/checkpoints/4").fingerprint
-    second = f"{bucket.url}/second"
-    distill(model_dir=second, teacher=first, student=make_model(width=8, vocab_size=8192), path=path, **settings)
+    assert (found.step, found.vocabulary_file.path) == (1, f"{first}/tokenizer/spiece.model")
+    assert found.fingerprint == open_model(f"{first}/checkpoints/1").fingerprint
+    small = dataclasses.replace(
+        large,
+        student=make_model(width=8, layers=1, vocab_size=8192),
+        teacher=Teacher(source=first),
+        objective=presets.union(relation_heads=4),
+    )
+    distill(model_dir=second, experiment=small)
     export(model=second, folder=str(tmp_path / "exported"))
     assert open_model(str(tmp_path / "exported")).fingerprint == open_model(second).fingerprint
     assert (tmp_path / "exported/spiece.model").read_bytes() == BUNDLED.read_bytes()

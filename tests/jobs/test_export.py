@@ -1,5 +1,6 @@
 """What an exported folder tells of the run that made it, and what an export refuses."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,7 +10,7 @@ import pytest
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
 from endistill_jax.data.vocabulary import BUNDLED
-from endistill_jax.jobs import export, pretrain
+from endistill_jax.jobs import distill, export
 from endistill_jax.tasks.pretraining import text_files_task
 
 
@@ -20,15 +21,14 @@ def exported(tmp_path_factory, distilled) -> pathlib.Path:
     return folder
 
 
-def test_the_model_card_tells_teacher_path_data_steps_and_metrics(exported, distilled, teacher):
+def test_the_model_card_has_teacher_objective_data_steps_and_metrics(exported, distilled, teacher):
     card = (exported / "README.md").read_text()
     results = json.loads((distilled / "results.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\n") and "- distillation\n" in card
     assert f"distilled, task-agnostically, from `{teacher}`" in card
-    assert "cross: qk vv (weight 1.0, 4 relation heads, layer -1 to the teacher's -1)" in card
-    assert "logits (weight 1.0)" in card
+    assert "cross/qk 0.5, cross/vv 0.5, decoder_self/kk " in card and "logits 1.0" in card
     assert "| steps | 4 of 4 |" in card and "`jobs_tests_v1`" in card
-    assert f"| loss on pieces, nats a token | {results[1]['piece_loss']:.4g} |" in card
+    assert f"| loss on pieces, nats a token | {results[1]['token_loss']:.4g} |" in card
     assert open_model(teacher).fingerprint in card
 
 
@@ -40,11 +40,15 @@ def test_a_run_is_exported_for_t5x_at_its_step_and_read_back(distilled, tmp_path
     assert (back.fingerprint, back.step) == (open_model(str(distilled)).fingerprint, 4)
 
 
-def test_a_run_keeps_its_vocabulary_and_its_export_has_the_tokenizer(corpus, make_model, settings, tmp_path):
+def test_a_run_keeps_its_vocabulary_and_its_export_has_the_tokenizer(corpus, make_model, pretraining, tmp_path):
     task = text_files_task("export_tests_v1", str(corpus), str(BUNDLED), held_out=0.1)
-    data = settings["data"].__class__(task=task, inputs_length=48, targets_length=16, batch_size=4, eval_batches=1)
-    model = make_model(width=16, vocab_size=8192)
-    pretrain(model_dir=str(tmp_path / "run"), model=model, **settings | {"data": data})
+    experiment = dataclasses.replace(
+        pretraining,
+        student=make_model(width=16, layers=1, vocab_size=8192),
+        data=dataclasses.replace(pretraining.data, task=task, eval_batches=1),
+        run=dataclasses.replace(pretraining.run, steps=1),
+    )
+    distill(model_dir=str(tmp_path / "run"), experiment=experiment)
     export(model=str(tmp_path / "run"), folder=str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "spiece.model").read_bytes() == BUNDLED.read_bytes()
     assert open_model(str(tmp_path / "folder")).vocabulary == open_model(str(tmp_path / "run")).vocabulary

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import json
 import pathlib
 import re
@@ -17,9 +16,10 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
-from endistill_jax.jobs.finetune import plan_runs
 from endistill_jax.models.generation.generation import Decoding
+from endistill_jax.train import finetuning as finetuning_module
 from endistill_jax.train.best import Best
+from endistill_jax.train.finetuning import plan_runs
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 
@@ -54,20 +54,20 @@ def without_timing(folder) -> list[dict]:
 
 def test_best_is_the_largest_or_smallest_and_patience_counts_what_came_after():
     best = Best(metric="accuracy", mode="max", patience=2)
-    seen = [best.see(step, {"accuracy": value}) for step, value in enumerate((1.0, 3.0, float("nan"), 3.0), start=1)]
+    seen = [best.update(step, {"accuracy": value}) for step, value in enumerate((1.0, 3.0, float("nan"), 3.0), start=1)]
     assert seen == [True, True, False, False]
     assert (best.step, best.is_over) == (2, True)
     again = Best(metric="accuracy", mode="max", patience=2)
-    again.restore(json.loads(json.dumps(best.facts())))
-    assert again == best and again.see(5, {"accuracy": 4.0}) and not again.is_over
+    again.restore(json.loads(json.dumps(best.plain())))
+    assert again == best and again.update(5, {"accuracy": 4.0}) and not again.is_over
     lowest = Best(metric="loss", mode="min")
-    assert [lowest.see(step, {"loss": value}) for step, value in ((1, float("nan")), (2, 2.0), (3, 1.0))] == [
+    assert [lowest.update(step, {"loss": value}) for step, value in ((1, float("nan")), (2, 2.0), (3, 1.0))] == [
         False,
         True,
         True,
     ]
     last = Best()
-    assert not last.see(1, {"loss": 1.0}) and not last.see(2, {"loss": 2.0}) and last.step == 2
+    assert not last.update(1, {"loss": 1.0}) and not last.update(2, {"loss": 2.0}) and last.step == 2
 
 
 def test_a_sweep_has_a_folder_for_each_run_and_one_row_for_its_seeds(finetuned):
@@ -86,16 +86,15 @@ def test_training_begins_with_the_parameters_of_the_model(tmp_path, distilled, f
         run=dataclasses.replace(finetuning.run, steps=2),
     )
     finetune(model_dir=str(tmp_path), model=str(distilled), finetuning=still)
-    params, facts = restore_params(str(tmp_path / "checkpoints"))
+    params, manifest = restore_params(str(tmp_path / "checkpoints"))
     jax.tree.map(np.testing.assert_allclose, params, restore_params(str(distilled / "checkpoints"))[0])
-    assert facts["run"]["initial"] == open_model(str(distilled)).fingerprint
+    assert manifest["run"]["initial"] == open_model(str(distilled)).fingerprint
     assert open_model(str(tmp_path)).vocabulary == open_model(str(distilled)).vocabulary
 
 
 def test_a_finished_sweep_is_told_again_without_training(finetuned, distilled, finetuning, monkeypatch):
     folder, rows = finetuned
-    # By its module: the package has a function of the same name.
-    monkeypatch.setattr(importlib.import_module("endistill_jax.jobs.finetune"), "train", None)
+    monkeypatch.setattr(finetuning_module, "train", None)
     again = dataclasses.replace(finetuning, seeds=(0, 1))
     assert finetune(model_dir=str(folder), model=str(distilled), finetuning=again) == rows
     other = dataclasses.replace(again, dropout_rate=0.2)

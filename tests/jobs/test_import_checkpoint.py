@@ -1,5 +1,6 @@
 """Foreign checkpoints become model directories, and leave as they came."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,8 +13,8 @@ import safetensors.numpy
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.models import BUNDLED_FOLDER, open_model
-from endistill_jax.jobs import distill, export, import_checkpoint
-from endistill_jax.objectives import Path
+from endistill_jax.jobs import Teacher, distill, export, import_checkpoint
+from endistill_jax.objectives import presets
 
 BUNDLED = str(BUNDLED_FOLDER)
 
@@ -55,16 +56,17 @@ def test_what_is_imported_in_bfloat16_has_the_fingerprint_of_what_is_there(teach
     assert open_model(str(tmp_path / "narrow")).fingerprint != open_model(teacher).fingerprint
 
 
-def test_an_import_teaches_what_its_source_teaches(teacher, student, settings, tmp_path):
-    import_checkpoint(source=teacher, model_dir=str(tmp_path / "teacher"))
-    logits = Path(logits_weight=1.0)
-    reports = [
-        distill(
-            model_dir=str(tmp_path / f"run_{number}"), teacher=taught_by, student=student, path=logits, **settings
-        ).report
-        for number, taught_by in enumerate((teacher, str(tmp_path / "teacher")))
-    ]
-    assert reports[0] == reports[1]
+@pytest.fixture(scope="module")
+def imported_teacher(tmp_path_factory, teacher) -> str:
+    folder = tmp_path_factory.mktemp("imported_teacher") / "teacher"
+    import_checkpoint(source=teacher, model_dir=str(folder))
+    return str(folder)
+
+
+def test_an_import_teaches_what_its_source_teaches(distilled, experiment, imported_teacher, tmp_path):
+    by_import = dataclasses.replace(experiment, teacher=Teacher(source=imported_teacher))
+    distill(model_dir=str(tmp_path / "run"), experiment=by_import)
+    assert open_model(str(tmp_path / "run")).fingerprint == open_model(str(distilled)).fingerprint
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_configuration(teacher, tmp_path, capsys):
@@ -119,19 +121,9 @@ def test_a_step_of_a_run_is_a_model(distilled):
     assert open_model(str(distilled)).fingerprint == open_model(str(directory)).fingerprint == last.fingerprint
 
 
-def test_an_import_is_not_a_run_to_go_on_with(refused, teacher, student, settings, tmp_path):
-    folder = str(tmp_path / "teacher")
-    import_checkpoint(source=teacher, model_dir=folder)
-    logits = Path(logits_weight=1.0)
-    refused(
-        distill,
-        "was made with other settings",
-        model_dir=folder,
-        teacher=teacher,
-        student=student,
-        path=logits,
-        **settings,
-    )
+def test_an_import_is_not_a_run_to_resume(refused, experiment, imported_teacher):
+    logits = dataclasses.replace(experiment, objective=presets.logits())
+    refused(distill, "was made with other settings", model_dir=imported_teacher, experiment=logits)
 
 
 def test_a_hub_name_is_looked_up_on_the_hub(teacher, monkeypatch, tmp_path):

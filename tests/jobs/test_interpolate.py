@@ -20,30 +20,29 @@ from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation import chain, products
-from endistill_jax.jobs import Interpolation, Run, StageSettings, export, interpolate
+from endistill_jax.jobs import Experiment, Interpolation, Run, StageSettings, export, interpolate
 from endistill_jax.jobs import plan as plan_job
-from endistill_jax.models.family import init_params
+from endistill_jax.main import main
+from endistill_jax.objectives import presets
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 
 STEPS = 4
 INTERPOLATION = Interpolation(
     number=1,
-    stages={1: StageSettings(optimizer=OptimizerConfig(learning_rate=2e-3), student_init=StudentInit(kind="slice"))},
+    stages={1: StageSettings(optimizer=OptimizerConfig(learning_rate=2e-3), init=StudentInit(kind="slice"))},
 )
 
 
 @pytest.fixture(scope="module")
-def arguments(teacher, student, path, settings) -> dict:
-    student = dataclasses.replace(student, num_encoder_layers=1, num_decoder_layers=1)
-    return {
-        "teacher": teacher,
-        "student": student,
-        "path": path,
-        "teacher_dtype": "float32",
-        "interpolation": INTERPOLATION,
-        **settings,
-    }
+def direct(experiment) -> Experiment:
+    """The distillation that the stages are made from."""
+    return dataclasses.replace(experiment, teacher=dataclasses.replace(experiment.teacher, dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def arguments(direct) -> dict:
+    return {"experiment": direct, "interpolation": INTERPOLATION}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,7 @@ def test_a_chain_leaves_a_run_a_stage_and_one_table(whole, teacher):
 
 def test_each_stage_learns_from_the_product_of_the_one_before_by_its_own_settings(whole, teacher):
     first, second = (open_model(str(whole / f"stage_{number}")) for number in (1, 2))
-    runs = [model.facts["run"] for model in (first, second)]
+    runs = [model.manifest["run"] for model in (first, second)]
     assert runs[0]["teacher"] == open_model(teacher).fingerprint
     assert runs[1]["teacher"] == first.fingerprint
     assert [run["optimizer"]["learning_rate"] for run in runs] == [2e-3, 1e-3]
@@ -152,7 +151,7 @@ def test_of_a_finished_stage_only_its_parameters_are_kept(pruned, whole):
     assert "params" in stored and "opt_state" not in stored
     assert finished_steps(str(pruned / "stage_2" / "checkpoints")) == [2, 4], "the last stage is nobody's teacher"
     opened = open_model(str(stage))
-    assert opened.step == STEPS and opened.facts["progress"]["finished"]
+    assert opened.step == STEPS and opened.manifest["progress"]["finished"]
 
 
 def test_the_student_and_its_assistants_are_exported_from_their_stages(pruned, tmp_path):
@@ -197,20 +196,20 @@ def test_checkpoints_that_were_not_all_removed_are_removed_and_not_taken_for_the
 
 
 def write_other_params(product: pathlib.Path) -> None:
-    """Leaves a product that can be read, with other parameters than its facts tell of."""
+    """Leaves a product that can be read, with other parameters than its manifest says."""
     directory = product / "checkpoints"
-    params, facts = restore_params(str(directory))
+    params, manifest = restore_params(str(directory))
     shutil.rmtree(directory)
     with Checkpointer(str(directory)) as checkpointer:
-        checkpointer.save(STEPS, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {}, facts, force=True)
+        checkpointer.save(STEPS, {"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, {}, manifest, force=True)
 
 
-def cut_facts(product: pathlib.Path) -> None:
+def cut_manifest(product: pathlib.Path) -> None:
     file = product / "checkpoints" / str(STEPS) / "facts" / "metadata"
     file.write_text(file.read_text()[:-9])
 
 
-@pytest.mark.parametrize("spoil", [damage, write_other_params, cut_facts])
+@pytest.mark.parametrize("spoil", [damage, write_other_params, cut_manifest])
 def test_checkpoints_stay_while_the_product_beside_them_is_wrong(refused, pruned, whole, arguments, trained, spoil):
     stage = pruned / "stage_1"
     shutil.copytree(whole / "stage_1" / "checkpoints", stage / "checkpoints")
@@ -253,36 +252,40 @@ def test_changed_settings_of_a_stage_are_named(refused, pruned, arguments):
     refused(interpolate, "stage 2: .*steps is 4 there and 6 here", **common | {"interpolation": longer})
 
 
+def taught_by(arguments: dict, source: pathlib.Path | str) -> dict:
+    teacher = dataclasses.replace(arguments["experiment"].teacher, source=str(source))
+    return arguments | {"experiment": dataclasses.replace(arguments["experiment"], teacher=teacher)}
+
+
+@pytest.fixture(scope="module")
+def other_teacher(tmp_path_factory, make_model, make_teacher) -> str:
+    return make_teacher(tmp_path_factory.mktemp("teachers") / "other", make_model(width=32), seed=2)
+
+
 def test_another_teacher_of_a_finished_stage_is_refused_and_the_same_elsewhere_is_not(
-    refused, pruned, arguments, teacher, tmp_path, make_model, trained
+    refused, pruned, arguments, teacher, other_teacher, tmp_path, trained
 ):
-    other, same = tmp_path / "other", tmp_path / "same"
-    config = make_model(width=32)
-    huggingface.save(str(other), jax.device_get(init_params(config, jax.random.key(2))), config)
-    common = {"model_dir": str(pruned), **arguments}
-    refused(interpolate, "stage 1 was trained by another teacher than .*other", **common | {"teacher": str(other)})
-    shutil.copytree(teacher, same)
-    interpolate(**common | {"teacher": str(same)})
+    match = "stage 1 was trained by another teacher than .*other"
+    refused(interpolate, match, model_dir=str(pruned), **taught_by(arguments, other_teacher))
+    shutil.copytree(teacher, tmp_path / "same")
+    interpolate(model_dir=str(pruned), **taught_by(arguments, tmp_path / "same"))
     assert trained == []
 
 
-def test_another_teacher_of_a_stage_that_was_begun_is_refused_before_its_figures_are_written(
-    refused, copy, arguments, tmp_path, make_model, monkeypatch
+def test_another_teacher_of_a_stage_that_was_begun_is_refused_before_its_metrics_are_written(
+    refused, copy, arguments, other_teacher, monkeypatch
 ):
-    other = tmp_path / "other"
-    config = make_model(width=32)
-    huggingface.save(str(other), jax.device_get(init_params(config, jax.random.key(2))), config)
     shutil.rmtree(copy / "stage_2")
     remove_last_step(copy / "stage_1")
-    figures = (copy / "teacher.json").read_text()
-    common = {"model_dir": str(copy), **arguments, "teacher": str(other)}
-    told = "stage 1 was trained by another teacher than .*other; give that one"
-    refused(interpolate, told, **common)
-    refused(interpolate, told, **common, dry_run=True)
+    metrics = (copy / "teacher.json").read_text()
+    common = {"model_dir": str(copy), **taught_by(arguments, other_teacher)}
+    match = "stage 1 was trained by another teacher than .*other; give that one"
+    refused(interpolate, match, **common)
+    refused(interpolate, match, **common, dry_run=True)
     # As if the other one had taken the first one's place, and its name.
     monkeypatch.setattr(chain.Chain, "_check_teacher", lambda *_: None)
-    refused(interpolate, told, **common)
-    assert (copy / "teacher.json").read_text() == figures
+    refused(interpolate, match, **common)
+    assert (copy / "teacher.json").read_text() == metrics
 
 
 def test_a_product_that_cannot_be_read_is_named_with_what_to_do(refused, pruned, arguments):
@@ -303,28 +306,34 @@ def test_a_product_with_other_parameters_than_were_written_is_named(refused, pru
 
 def test_a_product_that_is_not_whole_does_not_begin_the_stage_anew(refused, pruned, arguments):
     common = {"model_dir": str(pruned), **arguments}
-    facts = pruned / "stage_1" / "product" / "checkpoints" / str(STEPS) / "facts" / "metadata"
-    text = facts.read_text()
-    facts.write_text(text[: len(text) // 2])
+    manifest = pruned / "stage_1" / "product" / "checkpoints" / str(STEPS) / "facts" / "metadata"
+    text = manifest.read_text()
+    manifest.write_text(text[: len(text) // 2])
     refused(interpolate, "stage 1: .*cannot be restored.* bring .*stage_1 back as it was, or remove it", **common)
-    facts.unlink()
+    manifest.unlink()
     refused(interpolate, "stage 1: .*product is not whole; bring .*stage_1 back as it was, or remove it", **common)
     shutil.rmtree(pruned / "stage_1")
     refused(interpolate, "stage 2 was begun .*but stage 1, its teacher, is not there as a whole", **common)
 
 
-def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_created(refused, tmp_path, arguments, path):
-    common = {"model_dir": str(tmp_path / "run"), **arguments}
-    site = dataclasses.replace(path.cross, student_layer=1)
-    last = {-1: StageSettings(path=dataclasses.replace(path, cross=site))}
-    wrong = dataclasses.replace(INTERPOLATION, stages=last)
-    refused(interpolate, "stage 2: path.cross.student_layer is 1", **common | {"interpolation": wrong})
-    warm = {1: StageSettings(optimizer=OptimizerConfig(warmup_steps=9))}
-    wrong = dataclasses.replace(INTERPOLATION, stages=warm)
-    refused(interpolate, "stage 1: .*warmup_steps is 9, but the run has 4", **common | {"interpolation": wrong})
-    narrow = StudentInit(kind="layers")
-    wrong = dataclasses.replace(INTERPOLATION, stages={2: StageSettings(student_init=narrow)})
-    refused(interpolate, "stage 2: StudentInit.kind is 'layers'", **common | {"interpolation": wrong})
+@pytest.mark.parametrize(
+    ("stage", "own", "match"),
+    [
+        (
+            -1,
+            {"objective": presets.union(relation_heads=4, student_layer=1)},
+            "stage 2: layer 1 of encoder_self",
+        ),
+        (1, {"optimizer": OptimizerConfig(warmup_steps=9)}, "stage 1: .*warmup_steps is 9, but the run has 4"),
+        (2, {"init": StudentInit(kind="layers")}, "stage 2: StudentInit.kind is 'layers'"),
+    ],
+)
+def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_created(
+    refused, tmp_path, direct, stage, own, match
+):
+    interpolation = dataclasses.replace(INTERPOLATION, stages={stage: StageSettings(**own)})
+    settings = {"experiment": direct, "interpolation": interpolation}
+    refused(interpolate, match, model_dir=str(tmp_path / "run"), **settings)
 
 
 @pytest.mark.parametrize("stages", [{1: Run(steps=3)}, (StageSettings(),), StageSettings()])
@@ -357,33 +366,21 @@ def test_a_plan_plans_every_stage_and_then_says_which_does_not_fit(monkeypatch, 
         interpolate(model_dir="<MODEL_DIR>", **arguments, plan=options)
     first, second = requests
     assert first.student.architecture() == second.teacher.architecture()
-    assert second.student == arguments["student"] and first.optimizer.learning_rate == 2e-3
+    assert second.student == arguments["experiment"].student and first.optimizer.learning_rate == 2e-3
     told = (tmp_path / "stages.md").read_text()
     assert "stage 2  1+1 x 16" in told and "attempt 1" in told and "attempt 2" in told
     assert "attempt 2" in (tmp_path / "stage_2" / "plan.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def command(chain_gin):
-    """The words that start the chain in a given model directory."""
-    return lambda folder: [
-        sys.executable,
-        "-m",
-        "endistill_jax.main",
-        f"--gin_file={chain_gin}",
-        f"--gin.MODEL_DIR={folder}",
-    ]
+def words(chain_gin):
+    """Function (folder) -> the words after `python -m endistill_jax.main` that run the chain in it."""
+    return lambda folder: [f"--gin_file={chain_gin}", f"--gin.MODEL_DIR={folder}"]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, command) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(command(folder), check=True, capture_output=True)
-    return folder
-
-
-def kill_at(command: list[str], metrics: pathlib.Path, lines: int) -> None:
+def kill_at(words: list[str], metrics: pathlib.Path, lines: int) -> None:
     """Starts the chain, and kills it once a stage has so many lines of metrics."""
+    command = [sys.executable, "-m", "endistill_jax.main", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
         time.sleep(0.002)
@@ -392,14 +389,17 @@ def kill_at(command: list[str], metrics: pathlib.Path, lines: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_chain_that_is_killed_in_both_stages_ends_bit_identical_to_one_that_was_not(tmp_path, command, uninterrupted):
-    folder = tmp_path / "run"
-    kill_at(command(folder), folder / "stage_1" / "metrics.jsonl", 5)
+def test_a_chain_that_is_killed_in_both_stages_ends_bit_identical_to_one_that_was_not(tmp_path, words, capsys):
+    folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    assert main(words(uninterrupted)) == 0
+    kill_at(words(folder), folder / "stage_1" / "metrics.jsonl", 5)
     assert not (folder / "stage_2").exists()
-    kill_at(command(folder), folder / "stage_2" / "metrics.jsonl", 5)
+    kill_at(words(folder), folder / "stage_2" / "metrics.jsonl", 5)
     first = (folder / "stage_1" / "metrics.jsonl").read_bytes()
-    ended = subprocess.run(command(folder), check=True, capture_output=True, text=True)
-    assert "stage 1" in ended.stdout and "finished" in ended.stdout
+    capsys.readouterr()
+    assert main(words(folder)) == 0
+    (status,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 1 "))
+    assert status.endswith("finished")
     assert (folder / "stage_1" / "metrics.jsonl").read_bytes() == first
     for product in ("stage_1/product", "stage_2"):
         jax.tree.map(np.testing.assert_array_equal, params_of(folder / product), params_of(uninterrupted / product))

@@ -11,33 +11,28 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
+from endistill_jax.main import main
 from endistill_jax.train.metrics import read_metrics
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def command(distill_gin):
-    """The words that start the run in a given model directory."""
-    main = [sys.executable, "-m", "endistill_jax.main", f"--gin_file={distill_gin}", f"--gin.jobs.Run.steps={STEPS}"]
-    return lambda model_dir: [*main, f"--gin.MODEL_DIR={model_dir}"]
+def words(distill_gin):
+    """Function (folder) -> the words after `python -m endistill_jax.main` that run the distillation in it."""
+    return lambda folder: [f"--gin_file={distill_gin}", f"--gin.jobs.Run.steps={STEPS}", f"--gin.MODEL_DIR={folder}"]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, command) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(command(folder), check=True, capture_output=True)
-    return folder
-
-
-def interrupt(command: list[str], model_dir: pathlib.Path, number: int, lines: int) -> int:
-    """Starts the run, sends the signal once `lines` lines of metrics are there; returns the exit code."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def interrupt(words: list[str], model_dir: pathlib.Path, number: int, lines: int) -> tuple[int, str]:
+    """Starts the run, sends the signal once `lines` lines of metrics are there; its exit code and standard error."""
+    command = [sys.executable, "-m", "endistill_jax.main", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     file = model_dir / "metrics.jsonl"
     while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
         time.sleep(0.002)
     process.send_signal(number)
-    return process.wait(timeout=120)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
 
 
 def without_timing(folder: pathlib.Path) -> list[dict]:
@@ -46,20 +41,23 @@ def without_timing(folder: pathlib.Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "lines", "code"), [(signal.SIGKILL, 4, -9), (signal.SIGKILL, 9, -9), (signal.SIGTERM, 6, 143)]
-)
-def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(
-    tmp_path, command, uninterrupted, number, lines, code
-):
-    folder = tmp_path / "run"
-    assert interrupt(command(folder), folder, number, lines) == code
-    seen = len(without_timing(folder))
-    assert lines <= seen < len(without_timing(uninterrupted)), "it was interrupted before its end"
-    saved = finished_steps(str(folder / "checkpoints"))
-    assert saved or number == signal.SIGKILL, "a run that is asked to stop saves first"
-    again = subprocess.run(command(folder), check=True, capture_output=True, text=True)
-    assert (f"resumed from step {saved[-1]} of" if saved else "step 5/") in again.stderr
-    wanted, got = (restore_params(str(each / "checkpoints"))[0] for each in (uninterrupted, folder))
-    jax.tree.map(np.testing.assert_array_equal, wanted, got)
-    assert without_timing(folder) == without_timing(uninterrupted)
+def test_a_run_that_is_interrupted_again_and_again_ends_bit_identical_to_one_that_was_not(tmp_path, words, capfd):
+    """Killed before and after the first checkpoint, and asked to stop; then it comes to its end."""
+    folder, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    assert main(words(uninterrupted)) == 0
+    wanted = without_timing(uninterrupted)
+    resumed_from = None
+    for number, lines, code in ((signal.SIGKILL, 1, -9), (signal.SIGTERM, 6, 143), (signal.SIGKILL, 10, -9)):
+        ended, errors = interrupt(words(folder), folder, number, lines)
+        assert ended == code and without_timing(folder)[-1]["step"] < STEPS, "it was interrupted before its end"
+        assert (f"resumed from step {resumed_from} of" if resumed_from else "starts at step 0 in") in errors
+        steps = finished_steps(str(folder / "checkpoints"))
+        if number == signal.SIGTERM:
+            assert steps[-1] == without_timing(folder)[-1]["step"], "a run that is asked to stop saves first"
+        resumed_from = steps[-1] if steps else None
+    capfd.readouterr()
+    assert main(words(folder)) == 0
+    assert f"resumed from step {resumed_from} of" in capfd.readouterr().err
+    params = [restore_params(str(each / "checkpoints"))[0] for each in (uninterrupted, folder)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert without_timing(folder) == wanted

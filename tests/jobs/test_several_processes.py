@@ -334,7 +334,11 @@ def test_a_failure_in_the_middle_ends_hosts_that_wait_in_a_collective(failing):
 
 def test_a_host_whose_others_do_not_come_ends_with_one_line(monkeypatch):
     monkeypatch.setenv(CONNECT_SECONDS, "3")
-    alone = [sys.executable, "-c", "from endistill_jax import distributed; distributed.initialize()"]
+    alone = [
+        sys.executable,
+        "-c",
+        "from endistill_jax.multihost.initialize import initialize; initialize()",
+    ]
     processes = start([alone, [sys.executable, "-c", ""]])
     (code, _, errors), _ = ended(processes)
     assert code == 1, "not a mistake, with which launchers would not try again"

@@ -5,28 +5,28 @@ import dataclasses
 import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation.stages import equal_compute_steps, plan_stages, stages_table
-from endistill_jax.jobs import Data, Interpolation, Run, StageSettings
-from endistill_jax.models.family import Lengths
-from endistill_jax.objectives import Path, Site
+from endistill_jax.jobs import Data, Experiment, Interpolation, Run, StageSettings, Teacher
+from endistill_jax.models.t5 import sizes
+from endistill_jax.objectives import ForwardKL, Objective, presets, relations
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 
 MODELS = ("t5_v1_1_xl", "t5_v1_1_large", "t5_v1_1_base", "student_6x6_768")
-XL, LARGE, BASE, STUDENT = (model_config(f"gin/models/{name}.gin") for name in MODELS)
-PATH = Path(encoder_self=Site(relations=("qq",), relation_heads=32), logits_weight=1.0)
-COMMON = {
-    "path": PATH,
-    "data": Data(task="none", batch_size=8, inputs_length=64, targets_length=16),
-    "optimizer": OptimizerConfig(),
-    "run": Run(steps=1000, seed=3),
-}
+XL, LARGE, BASE, STUDENT = (sizes.build(name) for name in MODELS)
+EXPERIMENT = Experiment(
+    student=STUDENT,
+    teacher=Teacher(source="xl", dtype="float32"),
+    objective=Objective(terms=(*relations("encoder_self", ("qq",), relation_heads=32), ForwardKL())),
+    data=Data(task="none", batch_size=8, inputs_length=64, targets_length=16),
+    optimizer=OptimizerConfig(),
+    run=Run(steps=1000, seed=3),
+)
 
 
-def plan(**interpolation):
-    return plan_stages(XL, STUDENT, Interpolation(**interpolation), **COMMON)
+def plan(experiment=EXPERIMENT, teacher=XL, **interpolation):
+    return plan_stages(experiment, teacher, Interpolation(**interpolation))
 
 
 def test_each_stage_teaches_the_next():
@@ -35,33 +35,35 @@ def test_each_stage_teaches_the_next():
     assert stages[0].teacher == XL and stages[-1].student == STUDENT
     for before, after in zip(stages, stages[1:], strict=False):
         assert after.teacher.architecture() == before.student.architecture()
-    assert all(stage.ratio <= 2.5 and stage.run.steps == 1000 for stage in stages)
+    assert all(stage.ratio <= 2.5 and stage.experiment.run.steps == 1000 for stage in stages)
 
 
 def test_assistants_teach_as_the_first_teacher_is_run():
     bfloat16 = dataclasses.replace(XL, dtype="bfloat16", scan_layers=False)
     student = dataclasses.replace(STUDENT, dropout_rate=0.1, remat="dots")
-    first, second, *_ = plan_stages(bfloat16, student, Interpolation(), **COMMON)
+    first, second, *_ = plan(dataclasses.replace(EXPERIMENT, student=student), bfloat16)
     assert (first.student.dtype, first.student.dropout_rate, first.student.remat) == ("float32", 0.1, "dots")
     assert (second.teacher.dtype, second.teacher.dropout_rate, second.teacher.scan_layers) == ("bfloat16", 0, False)
 
 
 def test_a_stage_has_its_own_settings_and_the_rest_in_common():
     own = StageSettings(
-        path=Path(logits_weight=1.0),
+        objective=presets.logits(),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         run=Run(steps=50, seed=9, mesh=(1, -1, 1)),
-        student_init=StudentInit(kind="slice"),
+        init=StudentInit(kind="slice"),
     )
-    first, second, last = plan(number=2, stages={1: own, -1: StageSettings(student_init=StudentInit(kind="slice"))})
-    assert (first.path, first.optimizer, first.student_init) == (own.path, own.optimizer, own.student_init)
+    stages = plan(number=2, stages={1: own, -1: StageSettings(init=StudentInit(kind="slice"))})
+    first, second, last = (stage.experiment for stage in stages)
+    assert (first.objective, first.optimizer, first.init) == (own.objective, own.optimizer, own.init)
     assert first.run == dataclasses.replace(own.run, seed=3), "the seed is the chain's"
-    assert (second.path, second.run, second.student_init.kind) == (PATH, COMMON["run"], "random")
-    assert (last.path, last.student_init.kind) == (PATH, "slice")
+    assert (second.objective, second.run, second.init.kind) == (EXPERIMENT.objective, EXPERIMENT.run, "random")
+    assert (last.objective, last.init.kind) == (EXPERIMENT.objective, "slice")
+    assert all(each.data == EXPERIMENT.data for each in (first, second, last))
 
 
 def test_steps_are_given_by_stage():
-    assert [stage.run.steps for stage in plan(number=2, steps=(10, 20, 30))] == [10, 20, 30]
+    assert [stage.experiment.run.steps for stage in plan(number=2, steps=(10, 20, 30))] == [10, 20, 30]
 
 
 def test_assistants_of_ones_own_take_the_place_of_planned_ones():
@@ -71,14 +73,14 @@ def test_assistants_of_ones_own_take_the_place_of_planned_ones():
 @pytest.mark.parametrize("shares", [None, (1, 2, 5)])
 def test_equal_compute_costs_what_the_direct_run_does(shares):
     stages = plan(number=2, equal_compute=True, shares=shares)
-    a_step = step_flops(STUDENT, XL, PATH, Lengths(8, 64, 16)).total
+    a_step = step_flops(STUDENT, XL, EXPERIMENT.objective, EXPERIMENT.data.lengths).total
     assert abs(sum(stage.flops for stage in stages) - 1000 * a_step) <= stages[-1].step_flops / 2
     # The steps are as the shares, but for what rounding leaves, which goes to the last stage.
     wanted = shares or (1, 1, 1)
     exact = 1000 * a_step / sum(share * stage.step_flops for share, stage in zip(wanted, stages, strict=True))
     rounding = sum(stage.step_flops for stage in stages) / stages[-1].step_flops
     for share, stage, allowed in zip(wanted, stages, (1, 1, rounding), strict=True):
-        assert abs(stage.run.steps - share * exact) <= allowed
+        assert abs(stage.experiment.run.steps - share * exact) <= allowed
 
 
 def test_equal_compute_by_hand():
@@ -127,22 +129,22 @@ def test_what_cannot_be_is_refused_in_one_line(settings, match):
 
 def test_a_run_too_short_to_share_is_refused():
     with pytest.raises(UserError, match=r"leaves \[0, .*give Run.steps more, or fewer assistants"):
-        plan_stages(XL, STUDENT, Interpolation(equal_compute=True), **COMMON | {"run": Run(steps=1)})
+        plan(dataclasses.replace(EXPERIMENT, run=Run(steps=1)), equal_compute=True)
 
 
 def test_the_table_tells_every_stage_and_the_whole():
     stages = plan(number=1)
-    table = stages_table(stages, PATH, ["finished", ""])
+    table = stages_table(stages, EXPERIMENT.objective, ["finished", ""])
     lines = table.splitlines()
     assert lines[2].startswith("teacher  24+24 x 2048, 32 x 64, 5120") and "2.8 B" in lines[2] and "2.7 B" in lines[2]
     assert f"{stages[0].flops:.3g}" in lines[3] and lines[3].endswith("finished")
     assert f"{stages[1].step_flops / (8 * 80):.3g}" in lines[4] and "1,000" in lines[4]
     assert f"In all {sum(stage.flops for stage in stages):.3g} FLOPs" in lines[5]
-    assert "state" not in stages_table(stages, PATH)
+    assert "state" not in stages_table(stages, EXPERIMENT.objective)
 
 
 def test_the_table_compares_with_the_direct_run_that_equal_compute_spends():
-    costly = dataclasses.replace(PATH, cross=Site(relations=("qk", "vv"), relation_heads=32))
+    costly = Objective(terms=(*EXPERIMENT.objective.terms, *relations("cross", ("qk", "vv"), relation_heads=32)))
     for number in (1, -1):
-        stages = plan(number=2, equal_compute=True, stages={number: StageSettings(path=costly)})
-        assert "as many as 1,000 steps from the teacher" in stages_table(stages, PATH)
+        stages = plan(number=2, equal_compute=True, stages={number: StageSettings(objective=costly)})
+        assert "as many as 1,000 steps from the teacher" in stages_table(stages, EXPERIMENT.objective)

@@ -8,22 +8,22 @@ import shutil
 import pytest
 from jax.sharding import Mesh
 
-from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.core.errors import Stopped, UserError
-from endistill_jax.jobs import Arm, Data, Finetuning, Interpolation, Run, StageSettings, StudentInit, study
-from endistill_jax.objectives import Path
+from endistill_jax.jobs import Arm, Data, Experiment, Finetuning, Interpolation, Run, StageSettings, StudentInit, study
+from endistill_jax.objectives import presets
 from endistill_jax.sharding import HostPart, make_mesh
 from endistill_jax.studies.arms import plan_study
 from endistill_jax.studies.figures import final, paired
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.training import open_teacher
 
 study_job = importlib.import_module("endistill_jax.jobs.study")  # the package has functions of these names
 study_runs = importlib.import_module("endistill_jax.studies.runs")
-finetune = importlib.import_module("endistill_jax.jobs.finetune")
+finetuning = importlib.import_module("endistill_jax.train.finetuning")
 
-SCRATCH = Path(lm_weight=1.0)
+SCRATCH = presets.scratch()
 
 
 @pytest.fixture(scope="session")
@@ -46,20 +46,37 @@ def task(color_task) -> Finetuning:
 
 
 @pytest.fixture(scope="session")
-def arguments(teacher, student, path, data, task) -> dict:
-    """Two arms, two seeds, one task, and the probe of all terms; four steps, with figures of steps 0, 2 and 4."""
+def union(experiment):
+    return experiment.objective
+
+
+@pytest.fixture(scope="session")
+def common(experiment) -> Experiment:
+    """Four steps, evaluated at steps 0, 2 and 4."""
+    run = Run(steps=4, log_every=1, eval_every=2, eval_at_start=True, checkpoint_every=2, tensorboard=False)
+    teacher = dataclasses.replace(experiment.teacher, dtype="float32")
+    return dataclasses.replace(experiment, teacher=teacher, run=run)
+
+
+@pytest.fixture(scope="session")
+def arguments(common, union, task) -> dict:
+    """Two arms, two seeds, one task, and the probe of all terms."""
     return {
-        "teacher": teacher,
-        "student": student,
-        "arms": {"scratch": Arm(path=SCRATCH), "taught": Arm(path=path)},
-        "data": data,
-        "optimizer": OptimizerConfig(learning_rate=1e-3),
-        "run": Run(steps=4, log_every=1, eval_every=2, eval_at_start=True, checkpoint_every=2, tensorboard=False),
+        "experiment": common,
+        "arms": {"scratch": Arm(objective=SCRATCH), "distilled": Arm(objective=union)},
         "seeds": (0, 1),
         "tasks": {"color": task},
-        "probe": path,
+        "probe": union,
         "probe_batches": 1,
     }
+
+
+def changed(arguments: dict, part: str | None = None, **settings) -> dict:
+    """The arguments with other settings of their experiment, or of one of its parts."""
+    experiment = arguments["experiment"]
+    if part is not None:
+        settings = {part: dataclasses.replace(getattr(experiment, part), **settings)}
+    return arguments | {"experiment": dataclasses.replace(experiment, **settings)}
 
 
 class StopsThird:
@@ -95,8 +112,8 @@ def studied(tmp_path_factory, arguments):
         patched.setattr("endistill_jax.train.run.StopSignal", StopsThird)
         with pytest.raises(Stopped):
             study(model_dir=str(folder), **arguments)
-        assert finished_steps(str(folder / "taught" / "seed_0" / "checkpoints")) == [1], "stopped in the second arm"
-        for module in (study_runs, finetune):
+        assert finished_steps(str(folder / "distilled" / "seed_0" / "checkpoints")) == [1], "stopped in the second arm"
+        for module in (study_runs, finetuning):
             patched.setattr(module, "train", noting(module.train))
         raw = study(model_dir=str(folder), **arguments)
     return folder, raw, trained
@@ -110,7 +127,11 @@ def test_what_has_ended_is_told_before_anything_more_is_run(studied, arguments, 
     folder, raw, _ = studied
     shutil.copytree(folder, tmp_path / "study")
     monkeypatch.setattr(study_runs, "train", stops)
-    arms = {"scratch": arguments["arms"]["scratch"], "more": Arm(path=SCRATCH), "taught": arguments["arms"]["taught"]}
+    arms = {
+        "scratch": arguments["arms"]["scratch"],
+        "more": Arm(objective=SCRATCH),
+        "distilled": arguments["arms"]["distilled"],
+    }
     with pytest.raises(Stopped, match="^arm more, seed 0: stopped at step 1"):
         study(model_dir=str(tmp_path / "study"), **arguments | {"arms": arms})
     assert json.loads((tmp_path / "study" / "study.json").read_text())["runs"] == raw["runs"]
@@ -121,9 +142,9 @@ def test_what_has_ended_is_told_before_anything_more_is_run(studied, arguments, 
 def test_a_loss_that_is_no_number_names_arm_and_seed_and_leaves_a_report_of_what_has_ended(tmp_path, arguments):
     """The second arm's learning rate is beyond every number; the first arm has ended by then."""
     wild = OptimizerConfig(learning_rate=1e30, schedule="constant")
-    arms = arguments["arms"] | {"taught": dataclasses.replace(arguments["arms"]["taught"], optimizer=wild)}
+    arms = arguments["arms"] | {"distilled": dataclasses.replace(arguments["arms"]["distilled"], optimizer=wild)}
     folder = tmp_path / "study"
-    with pytest.raises(UserError, match="^arm taught, seed 0: the loss became nan by step"):
+    with pytest.raises(UserError, match="^arm distilled, seed 0: the loss became nan by step"):
         study(model_dir=str(folder), **arguments | {"arms": arms, "seeds": (0,), "tasks": {}, "probe": None})
     assert "| scratch |" in (folder / "study.md").read_text()
     assert "1 of 2 runs have ended" in (folder / "study.md").read_text()
@@ -144,28 +165,28 @@ def without_versions(raw):
 def test_a_stopped_study_goes_on_inside_the_run_it_was_in(studied):
     folder, raw, trained = studied
     assert trained == [
-        "taught/seed_0",
-        "taught/seed_0/color",
+        "distilled/seed_0",
+        "distilled/seed_0/color",
         "scratch/seed_1",
         "scratch/seed_1/color",
-        "taught/seed_1",
-        "taught/seed_1/color",
+        "distilled/seed_1",
+        "distilled/seed_1/color",
     ]
     assert [
-        line["step"] for line in read_metrics(folder / "taught" / "seed_0" / "metrics.jsonl") if "loss" in line
+        line["step"] for line in read_metrics(folder / "distilled" / "seed_0" / "metrics.jsonl") if "loss" in line
     ] == [
         1,
         2,
         3,
         4,
     ]
-    assert [each["step"] for each in run_of(raw, "taught", 0)["evaluations"]] == [0, 2, 4]
+    assert [each["step"] for each in run_of(raw, "distilled", 0)["evaluations"]] == [0, 2, 4]
 
 
 @pytest.mark.slow
 def test_a_finished_study_is_told_again_without_reading_examples(studied, arguments, monkeypatch):
     folder, raw, _ = studied
-    for module, name in ((study_runs, "train"), (finetune, "train"), (study_runs, "prepare_held_out")):
+    for module, name in ((study_runs, "train"), (finetuning, "train"), (study_runs, "prepare_held_out")):
         monkeypatch.setattr(module, name, None)
     assert without_versions(study(model_dir=str(folder), **arguments)) == without_versions(raw)
 
@@ -177,8 +198,8 @@ def test_a_study_keeps_its_shards_on_more_hosts(studied, arguments, tmp_path, mo
     assert raw["judged_by"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
     monkeypatch.setattr(study_job, "host_part", lambda mesh: HostPart(0, 2, True))
     assert without_versions(study(model_dir=str(tmp_path / "study"), **arguments)) == without_versions(raw)
-    other = arguments | {"data": dataclasses.replace(arguments["data"], shards=2)}
-    refused(study, r"study\.json was .* shards is 1 there and 2 here", model_dir=str(tmp_path / "study"), **other)
+    match = r"study\.json was .* shards is 1 there and 2 here"
+    refused(study, match, model_dir=str(tmp_path / "study"), **changed(arguments, "data", shards=2))
 
 
 def test_shards_are_those_of_the_first_start_for_training_and_tasks(data, task):
@@ -201,10 +222,10 @@ def test_shards_are_those_of_the_first_start_for_training_and_tasks(data, task):
 def test_arms_of_a_seed_begin_with_the_same_parameters_and_read_the_same_batches(studied):
     folder, raw, _ = studied
     for seed in (0, 1):
-        scratch, taught = (run_of(raw, arm, seed) for arm in ("scratch", "taught"))
-        assert scratch["evaluations"][0] == taught["evaluations"][0]
-        assert scratch["tokens"] == taught["tokens"]
-        lines = [read_metrics(folder / arm / f"seed_{seed}" / "metrics.jsonl") for arm in ("scratch", "taught")]
+        scratch, distilled = (run_of(raw, arm, seed) for arm in ("scratch", "distilled"))
+        assert scratch["evaluations"][0] == distilled["evaluations"][0]
+        assert scratch["tokens"] == distilled["tokens"]
+        lines = [read_metrics(folder / arm / f"seed_{seed}" / "metrics.jsonl") for arm in ("scratch", "distilled")]
         first, second = ([line for line in each if "loss" in line] for each in lines)
         assert [line["tokens"] for line in first] == [line["tokens"] for line in second]
         # Before its first update every model tells the loss of the same parameters on the same batch.
@@ -214,15 +235,15 @@ def test_arms_of_a_seed_begin_with_the_same_parameters_and_read_the_same_batches
 
 
 @pytest.mark.slow
-def test_every_arm_tells_every_term_of_the_probe_and_the_metrics_of_the_task(studied, path):
+def test_every_arm_has_every_term_of_the_probe_and_the_metrics_of_the_task(studied, union):
     _, raw, _ = studied
-    terms = {f"probe/{site}/{relation}" for site, of in path.sites.items() for relation in of.relations}
     for run in raw["runs"]:
         for evaluation in run["evaluations"]:
-            assert {name for name in evaluation if name.startswith("probe/")} == terms | {"probe/logits"}
-            assert {"piece_loss", "wrong_input_cost"} <= evaluation.keys()
+            probed = {name.removeprefix("probe/") for name in evaluation if name.startswith("probe/")}
+            assert probed == set(union.term_names)
+            assert {"token_loss", "shuffled_input_gap"} <= evaluation.keys()
         assert set(run["downstream"]) == {"color"} and set(run["downstream"]["color"]["metrics"]) == {"accuracy"}
-    assert raw["arms"]["scratch"]["terms"] == ["lm"] and "cross/qk" in raw["arms"]["taught"]["terms"]
+    assert raw["arms"]["scratch"]["terms"] == ["lm"] and "cross/qk" in raw["arms"]["distilled"]["terms"]
 
 
 @pytest.mark.slow
@@ -230,12 +251,12 @@ def test_the_file_holds_what_the_study_returned_and_the_table_what_the_file_hold
     folder, raw, _ = studied
     saved = json.loads((folder / "study.json").read_text())
     assert saved["runs"] == raw["runs"] and saved["seeds"] == [0, 1]
-    taught, scratch = (final(saved, arm, "piece_loss") for arm in ("taught", "scratch"))
-    assert taught == {seed: run_of(raw, "taught", seed)["evaluations"][-1]["piece_loss"] for seed in (0, 1)}
-    (first, second), mean = taught.values(), sum(taught.values()) / 2
-    row = next(line for line in (folder / "study.md").read_text().splitlines() if line.startswith("| taught |"))
+    distilled, scratch = (final(saved, arm, "token_loss") for arm in ("distilled", "scratch"))
+    assert distilled == {seed: run_of(raw, "distilled", seed)["evaluations"][-1]["token_loss"] for seed in (0, 1)}
+    (first, second), mean = distilled.values(), sum(distilled.values()) / 2
+    row = next(line for line in (folder / "study.md").read_text().splitlines() if line.startswith("| distilled |"))
     assert row.split(" | ")[1] == f"{mean:.3f} ± {abs(first - second) / 2**0.5:.3f}"
-    difference = sum(paired(taught, scratch)) / 2
+    difference = sum(paired(distilled, scratch)) / 2
     assert difference == pytest.approx(mean - sum(scratch.values()) / 2)
     assert row.split(" | ")[2].startswith(f"{difference:+.3f} ± ")
     for name in ("held_out_loss.png", "downstream.png", "divergence.png"):
@@ -244,70 +265,66 @@ def test_the_file_holds_what_the_study_returned_and_the_table_what_the_file_hold
 
 @pytest.mark.slow
 def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
-    folder, _, _ = studied
-    other = arguments | {"optimizer": OptimizerConfig(learning_rate=2e-3)}
-    refused(study, r"optimizer\.learning_rate is 0\.001 there and 0\.002 here", model_dir=str(folder), **other)
-    other = arguments | {"probe": dataclasses.replace(arguments["probe"], logits_weight=0.0)}
-    refused(
-        study,
-        r"study\.json was .* probe\.path\.logits_weight is 1\.0 there and 0\.0 here",
-        model_dir=str(folder),
-        **other,
-    )
-    data = arguments["data"]
-    doubled = dataclasses.replace(
-        data, eval_batch_size=2 * data.eval_batch_size, eval_batches=data.eval_examples // (2 * data.eval_batch_size)
-    )
-    told = f"probe.examples is {data.eval_batch_size} there and {2 * data.eval_batch_size} here"
-    refused(study, told, model_dir=str(folder), **arguments | {"data": doubled})
-    told = 'teacher_dtype is "float32" there and "bfloat16" here'
-    refused(study, told, model_dir=str(folder), **arguments | {"teacher_dtype": "bfloat16"})
+    def refuses(match, arguments):
+        refused(study, match, model_dir=str(studied[0]), **arguments)
+
+    slower = changed(arguments, "optimizer", learning_rate=2e-3)
+    refuses(r"optimizer\.learning_rate is 0\.001 there and 0\.002 here", slower)
+    longer = changed(arguments, "run", steps=6)
+    refuses("arm scratch: .* steps is 4 there and 6 here", longer)
+    match = r"study\.json was .* probe\.objective\.terms\.logits is .* there and absent here"
+    refuses(match, arguments | {"probe": presets.minilm(relation_heads=4)})
+    data = arguments["experiment"].data
+    size = 2 * data.eval_batch_size
+    doubled = changed(arguments, "data", eval_batch_size=size, eval_batches=data.eval_examples // size)
+    refuses(f"probe.examples is {data.eval_batch_size} there and {size} here", doubled)
+    narrow = changed(arguments, "teacher", dtype="bfloat16")
+    refuses('teacher_dtype is "float32" there and "bfloat16" here', narrow)
 
 
 @pytest.mark.parametrize(
-    ("changed", "match"),
+    ("settings", "match"),
     [
         ({"arms": {}}, "study.arms is empty"),
         ({"seeds": ()}, "study.seeds is empty"),
         ({"seeds": (1, 1)}, "give each seed once"),
         ({"seeds": 3}, r"^study\.seeds is 3; give a tuple of whole numbers, such as '\(0, 1\)' or '\(3,\)'"),
-        ({"seeds": "0,1"}, r"^study\.seeds is '0,1'; give a tuple"),
-        ({"seeds": (0, True)}, r"^study\.seeds is \(0, True\); give a tuple"),
-        ({"baseline": "none"}, "study.baseline is 'none', which is no arm; choose one of scratch, taught"),
-        ({"arms": {"a/b": Arm(path=SCRATCH)}}, "a name becomes a folder"),
+        ({"baseline": "none"}, "study.baseline is 'none', which is no arm; choose one of scratch, distilled"),
+        ({"arms": {"a/b": Arm(objective=SCRATCH)}}, "a name becomes a folder"),
         ({"probe": SCRATCH}, "study.probe compares nothing with the teacher"),
+        ({"probe": presets.union(relation_heads=3)}, "study.probe with the student of scratch, seed 0"),
         ({"probe_batches": 0}, "study.probe_batches is 0"),
-        ({"arms": {"scratch": SCRATCH}}, r"study\.arms has Path\(.* for 'scratch'; give a jobs\.Arm"),
-        ({"arms": (Arm(path=SCRATCH),)}, r"study\.arms is .*; give them by name"),
-        ({"arms": {"scratch": Arm(path=SCRATCH, steps=0)}}, r"Run\.steps is 0"),
-        ({"arms": {"scratch": Arm(path=Path(logits_weight=-1.0))}}, r"arm scratch: path\.logits_weight is -1\.0"),
+        ({"arms": {"scratch": SCRATCH}}, r"study\.arms has Objective\(.* for 'scratch'; give a jobs\.Arm"),
+        ({"arms": (Arm(objective=SCRATCH),)}, r"study\.arms is .*; give them by name"),
+        ({"arms": {"scratch": Arm(objective=SCRATCH, steps=0)}}, r"Run\.steps is 0"),
         (
-            {"arms": {"scratch": Arm(path=SCRATCH, student_init=StudentInit(kind="layers"))}},
+            {"arms": {"scratch": Arm(objective=SCRATCH), "odd": Arm(objective=presets.union(relation_heads=3))}},
+            "arm odd: .*relation_heads is 3",
+        ),
+        (
+            {"arms": {"scratch": Arm(objective=SCRATCH, init=StudentInit(kind="layers"))}},
             "arm scratch: .*StudentInit",
         ),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(refused, tmp_path, arguments, changed, match):
-    refused(study, match, model_dir=str(tmp_path / "study"), **arguments | changed)
+def test_what_cannot_work_is_refused_at_once(refused, tmp_path, arguments, settings, match):
+    refused(study, match, model_dir=str(tmp_path / "study"), **arguments | settings)
 
 
-def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, arguments, task, color_source, path):
-    folder = str(tmp_path / "study")
+def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, arguments, task):
+    def refuses(match, arguments):
+        refused(study, match, model_dir=str(tmp_path / "study"), **arguments)
 
-    def on(**changes):
-        return arguments | {"tasks": {"color": dataclasses.replace(task, **changes)}}
+    def on(**settings):
+        return arguments | {"tasks": {"color": dataclasses.replace(task, **settings)}}
 
-    refused(study, r"Finetuning\.learning_rates = \(0\.1, 0\.2\)", model_dir=folder, **on(learning_rates=(0.1, 0.2)))
-    refused(study, r"Finetuning\.seeds = \(3,\)", model_dir=folder, **on(seeds=(3,)))
-    patient = dataclasses.replace(arguments["run"], keep_best="piece_loss", patience=2)
-    refused(study, "arm scratch: its run has a patience", model_dir=folder, **arguments | {"run": patient})
+    refuses(r"Finetuning\.learning_rates = \(0\.1, 0\.2\)", on(learning_rates=(0.1, 0.2)))
+    refuses(r"Finetuning\.seeds = \(3,\)", on(seeds=(3,)))
     best = dataclasses.replace(task.run, keep_best="accuracy", best_mode="max")
-    refused(study, r"task color has Run\.keep_best = 'accuracy'", model_dir=folder, **on(run=best))
-    cross = dataclasses.replace(path.cross, relation_heads=3)
-    arms = {"scratch": Arm(path=SCRATCH), "odd": Arm(path=dataclasses.replace(path, cross=cross))}
-    refused(study, r"arm odd: path\.cross\.relation_heads is 3", model_dir=folder, **arguments | {"arms": arms})
-    probe = dataclasses.replace(path, cross=cross)
-    refused(study, "study.probe with the student of scratch, seed 0", model_dir=folder, **arguments | {"probe": probe})
+    refuses(r"task color has Run\.keep_best = 'accuracy'", on(run=best))
+    patient = changed(arguments, "run", keep_best="token_loss", patience=2)
+    refuses("arm scratch: its run has a patience", patient)
+    refuses("study.experiment has no teacher", changed(arguments, teacher=None))
 
 
 @pytest.mark.parametrize("name", ["product", "checkpoints", "tokenizer", "tensorboard"])
@@ -316,23 +333,23 @@ def test_a_task_is_not_called_as_a_folder_of_its_run(refused, tmp_path, argument
     refused(study, told, model_dir=str(tmp_path / "study"), **arguments | {"tasks": {name: task}})
 
 
-def test_steps_of_an_arm_and_of_its_stages_are_not_both_given(path):
+def test_steps_of_an_arm_and_of_its_stages_are_not_both_given():
     with pytest.raises(UserError, match="Arm has steps and an interpolation with steps"):
-        Arm(path=path, steps=3, interpolation=Interpolation(number=1, steps=(1, 2)))
+        Arm(objective=SCRATCH, steps=3, interpolation=Interpolation(number=1, steps=(1, 2)))
 
 
-def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, arguments, path, make_model):
-    def chained(**changes):
-        stages = {2: StageSettings(run=dataclasses.replace(arguments["run"], **changes))}
-        return Arm(path=path, interpolation=Interpolation(assistants=(make_model(width=24),), stages=stages))
+def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, arguments, union, make_model):
+    common = arguments["experiment"]
 
-    arms = {"scratch": Arm(path=SCRATCH), "chained": chained(keep_best="piece_loss", patience=2)}
+    def chained(**settings):
+        stages = {2: StageSettings(run=dataclasses.replace(common.run, **settings))}
+        return Arm(objective=union, interpolation=Interpolation(assistants=(make_model(width=24),), stages=stages))
+
+    arms = {"scratch": Arm(objective=SCRATCH), "chained": chained(keep_best="token_loss", patience=2)}
     match = "^arm chained: stage 2: its run has a patience"
     refused(study, match, model_dir=str(tmp_path / "study"), **arguments | {"arms": arms})
-    common = {name: arguments[name] for name in ("data", "optimizer", "run", "seeds", "tasks")}
-    (run, _) = plan_study(
-        str(tmp_path), open_model(arguments["teacher"]), arguments["student"], {"chained": chained()}, **common
-    )
+    teacher = open_teacher(common.teacher, common.student.scan_layers)
+    (run,) = plan_study(str(tmp_path), common, teacher, {"chained": chained()}, seeds=(0,), tasks=arguments["tasks"])
     run.check(make_mesh())
     # One device has one mesh, but for the names of its axes.
     other = Mesh(make_mesh().devices, ("tensor", "fsdp", "data"))
@@ -343,18 +360,18 @@ def test_a_stages_own_run_that_would_not_compare_is_refused(refused, tmp_path, a
 def test_a_dry_run_tells_all_arms_and_creates_nothing(tmp_path, arguments, capsys):
     assert study(model_dir=str(tmp_path / "study"), dry_run=True, **arguments) is None
     told = capsys.readouterr().out
-    assert "4 runs (2 arms), 4 fine-tunings" in told and "taught, seed 0\n" in told and "\ncolor\n" in told
+    assert "4 runs (2 arms), 4 fine-tunings" in told and "distilled, seed 0\n" in told and "\ncolor\n" in told
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_an_arm_over_an_assistant_is_a_chain_whose_student_begins_as_the_others(tmp_path, arguments, path, make_model):
+def test_an_arm_over_an_assistant_is_a_chain_whose_student_begins_as_the_others(tmp_path, arguments, union, make_model):
     chained = Interpolation(assistants=(make_model(width=24),), steps=(2, 4))
-    arms = {"direct": Arm(path=path), "chained": Arm(path=path, interpolation=chained)}
+    arms = {"direct": Arm(objective=union), "chained": Arm(objective=union, interpolation=chained)}
     settings = arguments | {"arms": arms, "baseline": "direct", "seeds": (0,), "tasks": {}}
     raw = study(model_dir=str(tmp_path / "study"), **settings)
     direct, chained = (run_of(raw, arm, 0) for arm in arms)
-    assert chained["evaluations"][0]["piece_loss"] == direct["evaluations"][0]["piece_loss"]
+    assert chained["evaluations"][0]["token_loss"] == direct["evaluations"][0]["token_loss"]
     assert [each["step"] for stage in chained["stages"] for each in stage["evaluations"]] == [0, 2, 0, 2, 4]
     assert chained["evaluations"] == chained["stages"][1]["evaluations"] and direct["stages"] == []
     assert chained["tokens"] == chained["stages"][0]["tokens"] + direct["tokens"]

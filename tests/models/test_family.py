@@ -1,5 +1,7 @@
 """Models through the family protocol: settings alone decide what runs."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -31,3 +33,12 @@ def test_settings_come_back_from_a_manifest_with_or_without_what_was_added_later
         family.config_from_plain(plain | {"family": "t6"})
     with pytest.raises(UserError, match="a T5Config has no experts"):
         family.config_from_plain(plain | {"experts": 4})
+
+
+def test_batches_that_start_and_end_otherwise_than_the_model_are_refused(config):
+    family.check_batches(dataclasses.replace(config, pad_id=1, eos_id=2), 2)  # MADLAD-400's
+    with pytest.raises(UserError, match="eos_id is 1, and the task's vocabulary ends a text with 2"):
+        family.check_batches(config, 2)
+    with pytest.raises(UserError, match="decoder_start_id is 3, and SeqIO begins every target with 0"):
+        family.check_batches(dataclasses.replace(config, decoder_start_id=3), 1)
+    family.check_batches(dataclasses.replace(config, decoder_start_id=3, num_decoder_layers=0), 5)

@@ -375,8 +375,8 @@ def test_stacks_have_depths_of_their_own(config, make_params, batch, encoder_lay
     cfg = dataclasses.replace(config, num_encoder_layers=encoder_layers, num_decoder_layers=decoder_layers)
     params = make_params(cfg)
     exposed = reads([("encoder_self", encoder_layers - 1), ("decoder_self", decoder_layers - 1)])
-    output = jax.eval_shape(lambda: T5(cfg).apply({"params": params}, batch, exposed))
-    assert output.logits.shape == (4, 5, 23)
+    logits = jax.eval_shape(lambda: T5(cfg).apply({"params": params}, batch, exposed).logits)
+    assert logits.shape == (4, 5, 23)
     assert {len(leaf) for leaf in jax.tree.leaves(params["encoder"]["layers"])} == {encoder_layers}
     assert {len(leaf) for leaf in jax.tree.leaves(params["decoder"]["layers"])} == {decoder_layers}
 

@@ -8,22 +8,21 @@ import pathlib
 import pytest
 
 import gin
-from endistill_jax.configuration.shapes import model_config
 from endistill_jax.core.errors import UserError
-from endistill_jax.jobs.distill import as_teacher, check_shape
 from endistill_jax.main import main
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.planning import worker
 from endistill_jax.train.step import make_train_step
+from endistill_jax.train.training import as_teacher, check_shape
 
 RUN = """
 from __gin__ import dynamic_registration
 from endistill_jax import jobs
-from endistill_jax.configuration import shapes
-from endistill_jax.models.t5 import config
+from endistill_jax.models.t5 import sizes
 
 include 'gin/miniend_distill.gin'
 
+STUDENT = 'mini_2x2_128'
 VOCAB_SIZE = 64
 RELATION_HEADS = 4
 INPUTS_LENGTH = 16
@@ -32,22 +31,15 @@ BATCH_SIZE = 16
 STEPS = 100
 WARMUP_STEPS = 10
 MESH = (1, -1, 1)
-config.T5Config:
+student/sizes.build:
     d_model = 32
-    num_heads = 4
     head_dim = 8
     mlp_dim = 64
-    num_encoder_layers = 2
-    num_decoder_layers = 2
-shapes.model_config.file = 'teacher.gin'
-jobs.distill.teacher_config = @shapes.model_config()
-"""
-TEACHER = """
-from __gin__ import dynamic_registration
-from endistill_jax.models.t5 import config
-VOCAB_SIZE = 64
-config.T5Config:
-    vocab_size = %VOCAB_SIZE
+    scan_layers = True
+jobs.Teacher.config = @teacher/sizes.build()
+teacher/sizes.build:
+    size = 'mini_4x4_256'
+    vocab_size = 64
     d_model = 64
     num_heads = 8
     head_dim = 8
@@ -62,7 +54,6 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which a plan sets
     pathlib.Path("run.gin").write_text(RUN)
-    pathlib.Path("teacher.gin").write_text(TEACHER)
     yield tmp_path
     gin.clear_config()
 
@@ -84,7 +75,7 @@ def refused(capsys, *words):
         (["--plan", "--topology=cpu:8", "--price=-1"], "--price is -1"),
         (["--plan", "--topology=cpu:8", "--plan_memory=inf"], "--plan_memory is inf"),
         (["--plan", "--topology=cpu:8", "--plan_dir=run.gin/plans"], "cannot be a folder: "),
-        (["--plan", "--topology=cpu:8", "--gin.jobs.distill.teacher_config=None"], "a plan needs the teacher's shape"),
+        (["--plan", "--topology=cpu:8", "--gin.jobs.Teacher.config=None"], "a plan needs the teacher's shape"),
         (["--topology=v5e-16", "--dry_run"], "--topology is for --plan alone"),
         (["--sweep"], "--sweep is for --plan alone"),
         (["--plann"], "did you mean --plan?"),
@@ -92,7 +83,7 @@ def refused(capsys, *words):
 )
 def test_a_flag_that_cannot_be_is_refused_before_anything(capsys, words, told):
     assert told in refused(capsys, *words)
-    assert sorted(path.name for path in pathlib.Path().iterdir()) == ["run.gin", "teacher.gin"]
+    assert sorted(path.name for path in pathlib.Path().iterdir()) == ["run.gin"]
 
 
 def test_a_job_that_trains_nothing_has_no_plan(capsys):
@@ -100,7 +91,7 @@ def test_a_job_that_trains_nothing_has_no_plan(capsys):
     assert "has no step to plan" in refused(capsys, "--plan", "--topology=cpu:8")
 
 
-def test_what_a_path_cannot_compare_is_refused_before_anything_is_compiled(capsys):
+def test_what_an_objective_cannot_compare_is_refused_before_anything_is_compiled(capsys):
     assert "relation_heads" in refused(capsys, "--plan", "--topology=cpu:8", "--gin.RELATION_HEADS=7")
     assert not pathlib.Path("plans").exists()
 
@@ -109,20 +100,10 @@ def test_a_teacher_of_another_shape_than_planned_is_refused():
     shape = T5Config(
         vocab_size=64, d_model=32, num_heads=4, head_dim=8, mlp_dim=64, num_encoder_layers=2, num_decoder_layers=2
     )
-    check_shape("/models/xl", as_teacher(shape, "bfloat16", False), shape)
+    check_shape("/models/xl", as_teacher(shape, "bfloat16", False), shape, "the teacher")
     other = T5Config(**shape.architecture() | {"d_model": 16})
     with pytest.raises(UserError, match="/models/xl.*d_model 16 instead of 32"):
-        check_shape("/models/xl", other, shape)
-
-
-def test_a_shape_is_read_from_a_file_by_itself():
-    xl = model_config("gin/models/t5_v1_1_xl.gin")
-    assert (xl.d_model, xl.num_encoder_layers, xl.vocab_size) == (2048, 24, 32128)
-    assert model_config(None) is None
-    with pytest.raises(UserError, match="vocab_size is %VOCAB_SIZE"):
-        model_config("gin/models/mini_2x2_128.gin")
-    with pytest.raises(UserError, match="not the shape of a model"):
-        model_config("gin/paths/minend.gin")
+        check_shape("/models/xl", other, shape, "the teacher")
 
 
 def test_the_worker_hands_on_every_setting_of_the_training_step(make_request, monkeypatch):

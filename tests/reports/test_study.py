@@ -18,7 +18,7 @@ ROUGE = {"scratch": (10.0, 11.0, 12.0), "taught": (11.0, 13.0, 12.0)}
 
 def evaluation(step, loss):
     probe = {"probe/cross/qk": loss / 10, "probe/cross/vv": loss / 5, "probe/logits": loss}
-    return {"step": step, "piece_loss": loss, "wrong_input_cost": 0.1, "piece_accuracy": 0.25} | probe
+    return {"step": step, "token_loss": loss, "shuffled_input_gap": 0.1, "token_accuracy": 0.25} | probe
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def raw():
         "scratch": {"terms": ["lm"], "steps": [100], "flops": 1e12, "parameters": 2000},
         "taught": {"terms": ["cross/qk", "cross/vv"], "steps": [100], "flops": 1e12, "parameters": 2000},
     }
-    teacher = {"parameters": 9000, "piece_loss": 4.0, "bigram_piece_loss": 5.8}
+    teacher = {"parameters": 9000, "token_loss": 4.0, "bigram_loss": 5.8}
     return {
         "baseline": "scratch",
         "seeds": [0, 1, 2],
@@ -53,11 +53,11 @@ def raw():
 
 
 def test_figures_are_by_seed_and_differences_are_paired(raw):
-    assert final(raw, "taught", "piece_loss") == dict(enumerate(LOSS["taught"]))
-    assert paired(final(raw, "taught", "piece_loss"), final(raw, "scratch", "piece_loss")) == pytest.approx(
+    assert final(raw, "taught", "token_loss") == dict(enumerate(LOSS["taught"]))
+    assert paired(final(raw, "taught", "token_loss"), final(raw, "scratch", "token_loss")) == pytest.approx(
         [-0.5, -0.4, -0.5]
     )
-    assert curve(raw, "scratch", "piece_loss")[50] == {0: 7.0, 1: 7.3, 2: 7.9}
+    assert curve(raw, "scratch", "token_loss")[50] == {0: 7.0, 1: 7.3, 2: 7.9}
     assert paired({0: 1.0, 1: 5.0}, {1: 2.0, 2: 9.0}) == [3.0], "only seeds that both have"
     assert downstream(raw, "taught", "summary", "rouge1") == dict(enumerate(ROUGE["taught"]))
 
@@ -72,8 +72,8 @@ def test_a_site_is_the_mean_of_its_terms(raw):
 def test_table_tells_mean_spread_and_paired_differences(raw):
     held_out, tuned, probe = study_tables(raw)
     scratch, taught, teacher, bigram = held_out.rows
-    assert taught["piece_loss"] == list(LOSS["taught"]) and scratch["piece_loss/difference"] is None
-    assert (teacher["piece_loss"], bigram["piece_loss"]) == (4.0, 5.8)
+    assert taught["token_loss"] == list(LOSS["taught"]) and scratch["token_loss/difference"] is None
+    assert (teacher["token_loss"], bigram["token_loss"]) == (4.0, 5.8)
     assert statistics.fmean(tuned.rows[1]["summary/rouge1/difference"]) == pytest.approx(1.0)
     assert probe.rows[0] == {
         "arm": "scratch before training (3 seeds)",
@@ -95,7 +95,7 @@ def test_a_study_in_progress_has_tables_and_plots_of_what_is_there(raw):
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
     raw["runs"][0]["arm"] = "taught"  # the baseline has not ended yet
     held_out, *_ = study_tables(raw)
-    assert held_out.rows[0]["piece_loss/difference"] == []
+    assert held_out.rows[0]["token_loss/difference"] == []
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
     raw["runs"] = []
     assert "0 of 6 runs have ended" in study.study_markdown(raw) and set(study_plots(raw)) == {"held_out_loss.png"}
@@ -117,7 +117,7 @@ def test_the_legend_says_that_a_chains_line_is_of_its_last_stage(raw, monkeypatc
 def test_a_study_without_tasks_and_probe_has_neither_tables_nor_plots_of_them(raw):
     for run in raw["runs"]:
         run["downstream"] = {}
-        run["evaluations"] = [{"step": 100} | {x: 1.0 for x in ("piece_loss", "wrong_input_cost", "piece_accuracy")}]
+        run["evaluations"] = [{"step": 100} | {x: 1.0 for x in ("token_loss", "shuffled_input_gap", "token_accuracy")}]
     assert len(study_tables(raw)) == 1 and set(study_plots(raw)) == {"held_out_loss.png"}
 
 
@@ -142,9 +142,9 @@ def test_everything_is_made_anew_from_the_raw_file(raw, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_is_read_back(raw):
-    raw["runs"][0]["evaluations"][-1]["piece_loss"] = float("nan")
+    raw["runs"][0]["evaluations"][-1]["token_loss"] = float("nan")
     again = json.loads(json_text(raw))
-    assert str(final(again, "scratch", "piece_loss")[2]) == "nan"
+    assert str(final(again, "scratch", "token_loss")[2]) == "nan"
     text = study.study_markdown(again)
     assert "| scratch | nan ± nan | - |" in text and "| taught | 5.933 ± 0.451 | nan ± nan |" in text
 
@@ -156,7 +156,7 @@ def test_figures_that_are_no_numbers_prevent_no_table_and_no_plot(raw, number, p
         for evaluation in run["evaluations"]:
             evaluation |= {name: number for name in evaluation if name != "step"}
         run["downstream"]["summary"]["metrics"]["rouge1"] = number
-    raw["teacher_figures"]["piece_loss"] = number
+    raw["teacher_figures"]["token_loss"] = number
     again = json.loads(json_text(raw))
     assert len(study_tables(again)) == 3 and "nan ± nan" in study.study_markdown(again)
     assert set(study_plots(again)) == {"held_out_loss.png", "downstream.png", "divergence.png"}

@@ -110,25 +110,46 @@ def test_names_that_would_hide_the_step_are_refused(tmp_path):
 
 
 def test_missing_tensorboard_is_told_before_any_file_is_made(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "clu", None)
-    with pytest.raises(UserError, match="tensorboard=False"):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match="tensorboard=True.*needs tensorboard.*pip install endistill-jax"):
         MetricWriter(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_gets_the_same_scalars(tmp_path):
-    pytest.importorskip("tensorboard")
+def scalars_in(folder):
+    """What TensorBoard shows of a folder: step -> value by tag."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    make_ndarray = pytest.importorskip("tensorboard.util.tensor_util").make_ndarray
+    events = event_accumulator.EventAccumulator(str(folder), size_guidance={event_accumulator.TENSORS: 0}).Reload()
+    tags = events.Tags()["tensors"]
+    return {tag: {each.step: make_ndarray(each.tensor_proto).item() for each in events.Tensors(tag)} for tag in tags}
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path):
     with MetricWriter(tmp_path) as writer:
         for step in range(3):
             writer.write(step, values_at(step), timing={"seconds": step})
-    events = event_accumulator.EventAccumulator(
-        str(tmp_path / "tensorboard"), size_guidance={event_accumulator.TENSORS: 0}
-    ).Reload()
-    assert set(events.Tags()["tensors"]) == {"loss", "gradient_norm", "timing/seconds"}
-    make_ndarray = pytest.importorskip("tensorboard.util.tensor_util").make_ndarray
-    seen = {event.step: make_ndarray(event.tensor_proto).item() for event in events.Tensors("loss")}
-    assert seen == {step: float(values_at(step)["loss"]) for step in range(3)}
+    seen = scalars_in(tmp_path / "tensorboard")
+    assert set(seen) == {"loss", "gradient_norm", "timing/seconds"}
+    assert seen["loss"] == {step: float(values_at(step)["loss"]) for step in range(3)}
+
+
+def test_tensorboard_scalars_go_to_a_bucket(bucket):
+    with MetricWriter(f"{bucket.url}/run") as writer:
+        writer.write(7, {"loss": 2.5})
+    assert scalars_in(bucket.folder / "run/tensorboard") == {"loss": {7: 2.5}}
+
+
+def test_tensorboard_scalars_need_no_tensorflow(tmp_path, without_modules):
+    program = (
+        "import sys\n"
+        "from endistill_jax.train.metrics import MetricWriter\n"
+        "with MetricWriter(sys.argv[1]) as writer:\n"
+        "    writer.write(7, {'loss': 2.5})\n"
+    )
+    ended = without_modules(program, str(tmp_path), absent=("tensorflow", "clu"))
+    assert ended.returncode == 0, ended.stderr
+    assert scalars_in(tmp_path / "tensorboard") == {"loss": {7: 2.5}}
 
 
 def test_pipe_gets_a_line_only_when_there_is_something_to_tell():

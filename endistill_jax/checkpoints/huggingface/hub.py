@@ -45,7 +45,7 @@ def _fetch(name: str, patterns: Sequence[str]) -> pathlib.Path:
     except ImportError as error:
         raise UserError(
             f"{name} is not a folder here, and looking for it on the Hugging Face hub needs huggingface_hub; "
-            "pip install '.[hf]', or give a folder"
+            "pip install 'endistill-jax[hf]', or give a folder"
         ) from error
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))

@@ -6,13 +6,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from endistill_jax.checkpoints.huggingface.config import config_from_json, read_config, scales_logits
-from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COPIES, HEAD, IGNORED, tensor_of
+from endistill_jax.checkpoints.huggingface.config import read_config
 from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces, vocabulary_of
 from endistill_jax.checkpoints.huggingface.weights import Weights
-from endistill_jax.checkpoints.interchange import Parameter, Params, assemble, parameters
+from endistill_jax.checkpoints.interchange import assemble, parameters
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Parameter, Params
 
 
 def open_folder(folder: str | os.PathLike[str]) -> "FolderSource":
@@ -25,11 +24,12 @@ def open_folder(folder: str | os.PathLike[str]) -> "FolderSource":
             additional or misshapen tensor.
     """
     path = pathlib.Path(folder).expanduser()
-    raw = read_config(path)
-    return FolderSource(path, raw, config_from_json(raw, path / "config.json"), Weights(path))
+    family, raw = read_config(path)
+    config = family.huggingface.config_from_json(raw, str(path / "config.json"))
+    return FolderSource(path, raw, config, Weights(path))
 
 
-def load(folder: str | os.PathLike[str], dtype: Any = np.float32) -> tuple[Params, T5Config]:
+def load(folder: str | os.PathLike[str], dtype: Any = np.float32) -> tuple[Params, ModelConfig]:
     """The whole model of a folder as NumPy arrays, layers stacked, and its configuration.
 
     Raises:
@@ -42,7 +42,7 @@ def load(folder: str | os.PathLike[str], dtype: Any = np.float32) -> tuple[Param
 class FolderSource:
     """The tensors of a folder under our names; see `interchange.Source`."""
 
-    def __init__(self, path: pathlib.Path, raw: dict[str, Any], config: T5Config, weights: Weights):
+    def __init__(self, path: pathlib.Path, raw: dict[str, Any], config: ModelConfig, weights: Weights):
         self.where = str(path)
         self.config = config
         self.vocabulary = vocabulary_of(path)
@@ -50,9 +50,10 @@ class FolderSource:
         self.step = 0
         self.notes = (_note(path),) if self.pieces else ()
         self._weights = weights
-        self._elsewhere = _elsewhere(weights, raw, path)
+        self._format = config.family.huggingface
+        self._elsewhere = self._format.elsewhere(weights.names, raw, str(path))
         self._check_tensors()
-        self._unchecked_copies = self._embedding_copies()
+        self._unchecked_copies = self._stored_copies()
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +64,7 @@ class FolderSource:
     def read(self, parameter: Parameter) -> np.ndarray:
         """One tensor in our orientation, of the type it is stored in.
 
-        Before the first one, all that the folder holds under the embedding's other names is compared with it.
+        Before the first one, all that the folder holds under other names, as the embedding's, is compared with it.
 
         Raises:
             UserError: naming file and tensor, if it holds NaN or infinity or cannot be read, or copies differ.
@@ -71,18 +72,18 @@ class FolderSource:
         while self._unchecked_copies:
             self._check_copy(self._unchecked_copies[-1])
             self._unchecked_copies.pop()
-        tensor = tensor_of(parameter)
+        tensor = self._format.tensor_of(parameter)
         array = self._weights.read(self._elsewhere.get(tensor.name, tensor.name))
         return array.T if tensor.transposed else array
 
     def _check_tensors(self) -> None:
-        known = {EMBEDDING, HEAD, *EMBEDDING_COPIES, *IGNORED}
-        for tensor in map(tensor_of, parameters(self.config)):
+        known = {*self._format.copies(self.config), *self._format.ignored}
+        for tensor in map(self._format.tensor_of, parameters(self.config)):
             known.add(tensor.name)
             found = self._elsewhere.get(tensor.name, tensor.name)
             if found not in self._weights.names:
                 raise UserError(f"{self.where} lacks the tensor {tensor.name}")
-            # A head that is read from the embedding lies as the embedding does.
+            # A head that is read from the embedding is stored as the embedding is.
             self._weights.check(found, tensor.shape)
         extra = sorted(self._weights.names - known)
         if extra:
@@ -90,22 +91,20 @@ class FolderSource:
             path = self._weights.path(extra[0])
             raise UserError(f"{path} has a tensor that config.json has no place for: {extra[0]}{more}")
 
-    def _embedding_copies(self) -> list[str]:
-        copies = [*EMBEDDING_COPIES, *((HEAD,) if self.config.tied_head else ())]
-        found = self._elsewhere.get(EMBEDDING, EMBEDDING)
-        return [name for name in copies if name in self._weights.names and name != found]
+    def _stored_copies(self) -> list[str]:
+        copies = self._format.copies(self.config)
+        return [name for name in copies if name in self._weights.names and name != self._own(name)]
+
+    def _own(self, copy: str) -> str:
+        """The tensor that a copy is of, by the name it is read from."""
+        original, _ = self._format.copies(self.config)[copy]
+        return self._elsewhere.get(original, original)
 
     def _check_copy(self, name: str) -> None:
-        found = self._elsewhere.get(EMBEDDING, EMBEDDING)
-        if self._weights.equal(found, name):
+        if self._weights.equal(self._own(name), name):
             return
-        where = self._weights.path(name)
-        if name == HEAD:
-            raise UserError(
-                f"{where}: {HEAD} differs from {found}, but config.json says that the head is tied; "
-                "set tie_word_embeddings to false there if the head is the model's own"
-            )
-        raise UserError(f"{where}: {name} differs from {found}; a T5 has one embedding")
+        advice = self._format.copies(self.config)[name][1]
+        raise UserError(f"{self._weights.path(name)}: {name} differs from {self._own(name)}; {advice}")
 
 
 def _note(path: pathlib.Path) -> str:
@@ -113,15 +112,3 @@ def _note(path: pathlib.Path) -> str:
         f"{path} has tokenizer.json alone, as transformers 5 writes it, and no spiece.model: of its vocabulary the "
         "pieces and their ids are compared, how it normalises text is not"
     )
-
-
-def _elsewhere(weights: Weights, raw: dict[str, Any], path: pathlib.Path) -> dict[str, str]:
-    """Embedding and head, where they lie under another name than their own."""
-    embedding = next((name for name in (EMBEDDING, *EMBEDDING_COPIES) if name in weights.names), None)
-    if embedding is None:
-        raise UserError(f"{path} lacks the tensor {EMBEDDING}")
-    if HEAD in weights.names:
-        return {EMBEDDING: embedding}
-    if not scales_logits(raw) and raw.get("tie_word_embeddings") is False:
-        raise UserError(f"{path} lacks the tensor {HEAD}, and config.json says that the head is not tied")
-    return {EMBEDDING: embedding, HEAD: embedding}

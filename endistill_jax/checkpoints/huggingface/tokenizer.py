@@ -17,6 +17,7 @@ from endistill_jax.checkpoints.pieces import (
     sentinel_name,
 )
 from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import ModelConfig
 
 _MODEL = "spiece.model"
 _SETTINGS = "tokenizer_config.json"
@@ -61,29 +62,35 @@ def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
     return fingerprint_pieces(pieces_of_json(path))
 
 
-def check_vocabulary(vocabulary: VocabularyFile, vocab_size: int) -> None:
+def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
     """Makes sure that a vocabulary can go with a model.
 
     Raises:
-        UserError: if there is no such file, it is no SentencePiece model, its pad, eos and unknown ids are not T5's
-            0, 1 and 2, or it has more ids than the model has embeddings.
+        UserError: if there is no such file, it is no SentencePiece model, its ids of padding and end are not the
+            model's (of T5: its pad, eos and unknown ids are not 0, 1 and 2), or it has more ids than the model has
+            embeddings.
     """
     processor = _processor(vocabulary.path)
     special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    if special != (0, 1, 2):
-        raise UserError(f"{vocabulary.path} has pad, eos and unknown ids {special}; T5's are (0, 1, 2)")
-    ids = processor.get_piece_size() + vocabulary.extra_ids
-    if ids > vocab_size:
+    if (config.pad_id, config.eos_id) == (0, 1):
+        if special != (0, 1, 2):
+            raise UserError(f"{vocabulary.path} has pad, eos and unknown ids {special}; T5's are (0, 1, 2)")
+    elif special[1] != config.eos_id or special[0] not in (config.pad_id, -1):  # -1: it has none, and none is needed
         raise UserError(
-            f"{vocabulary.path} has {ids} ids ({vocabulary.extra_ids} of them extra) and the model only {vocab_size}; "
-            "give the vocabulary it was trained with"
+            f"{vocabulary.path} has pad and eos ids {special[:2]}; the model's are {(config.pad_id, config.eos_id)}"
+        )
+    ids = processor.get_piece_size() + vocabulary.extra_ids
+    if ids > config.vocab_size:
+        raise UserError(
+            f"{vocabulary.path} has {ids} ids ({vocabulary.extra_ids} of them extra) and the model only "
+            f"{config.vocab_size}; give the vocabulary it was trained with"
         )
 
 
-def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile) -> None:
+def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile, pad_id: int = 0) -> None:
     """Copies the vocabulary as spiece.model and writes the two JSON files beside it."""
     processor = _processor(vocabulary.path)
-    pad, eos, unk = (processor.id_to_piece(index) for index in range(3))
+    pad, eos, unk = map(processor.id_to_piece, (pad_id, processor.eos_id(), processor.unk_id()))
     sentinels = [f"<extra_id_{index}>" for index in range(vocabulary.extra_ids)]
     special = {"eos_token": eos, "unk_token": unk, "pad_token": pad, "additional_special_tokens": sentinels}
     settings = {

@@ -32,7 +32,9 @@ def open_file(path: pathlib.Path) -> list[StoredTensor]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading {path} needs torch; pip install '.[hf]', or save the model as safetensors") from error
+        raise UserError(
+            f"reading {path} needs torch; pip install 'endistill-jax[hf]', or save the model as safetensors"
+        ) from error
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # torch raises whatever its many parts raise

@@ -11,13 +11,11 @@ import numpy as np
 
 from endistill_jax.checkpoints.fingerprint import row_blocks
 from endistill_jax.checkpoints.folder import local_folder, replace_folder
-from endistill_jax.checkpoints.huggingface.config import config_to_json
-from endistill_jax.checkpoints.huggingface.names import EMBEDDING, EMBEDDING_COPIES, HEAD, tensor_of
 from endistill_jax.checkpoints.huggingface.safetensors_files import Written, write_files
 from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, write_tokenizer
-from endistill_jax.checkpoints.interchange import Parameter, VocabularyFile, check_finite, parameters, tensors_of
+from endistill_jax.checkpoints.interchange import VocabularyFile, check_finite, parameters, tensors_of
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Parameter, Tensor
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,7 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def save(
     folder: str | os.PathLike[str],
     params: Mapping[str, Any],
-    config: T5Config,
+    config: ModelConfig,
     vocabulary: VocabularyFile | None = None,
     dtype: Any = "float32",
     *,
@@ -34,7 +32,7 @@ def save(
     overwrite: bool = False,
     max_file_bytes: int = 2 << 30,
 ) -> None:
-    """Writes a folder that `transformers` loads as T5ForConditionalGeneration, and as AutoTokenizer given a vocabulary.
+    """Writes a folder that `transformers` loads, and with AutoTokenizer given a vocabulary.
 
     The folder appears under its name when it is whole, or not at all.
 
@@ -56,26 +54,31 @@ def save(
     """
     path = local_folder(folder)
     dtype = _known_dtype(dtype)
-    raw = config_to_json(config, dtype.name)
+    names = config.family.huggingface
+    raw = names.config_to_json(config, dtype.name)
     fetch = tensors_of(params, config)
     if vocabulary is not None:
-        check_vocabulary(vocabulary, config.vocab_size)
-    tensors = {tensor_of(parameter).name: _written(fetch, parameter, dtype) for parameter in parameters(config)}
-    copies = (*EMBEDDING_COPIES, *((HEAD,) if config.tied_head else ())) if embedding_copies else ()
-    tensors.update(dict.fromkeys(copies, tensors[EMBEDDING]))
+        check_vocabulary(vocabulary, config)
+    tensors = {}
+    for parameter in parameters(config):
+        tensor = names.tensor_of(parameter)
+        tensors[tensor.name] = _written(fetch, parameter, tensor, dtype)
+    copies = names.copies(config) if embedding_copies else {}
+    tensors |= {name: tensors[original] for name, (original, _) in copies.items()}
     with replace_folder(path, overwrite=overwrite) as partial:
         write_files(partial, tensors, dtype, max_file_bytes)
         if vocabulary is not None:
-            write_tokenizer(partial, vocabulary)
+            write_tokenizer(partial, vocabulary, config.pad_id)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
-        _write_json(partial / "generation_config.json", _generation(raw))
+        if config.depth("decoder"):
+            _write_json(partial / "generation_config.json", _generation(raw))
         _write_json(partial / "config.json", raw)
 
 
-def _written(fetch: Callable[[Parameter], np.ndarray], parameter: Parameter, dtype: np.dtype) -> Written:
-    tensor = tensor_of(parameter)
-
+def _written(
+    fetch: Callable[[Parameter], np.ndarray], parameter: Parameter, tensor: Tensor, dtype: np.dtype
+) -> Written:
     def blocks() -> Iterator[np.ndarray]:
         array = fetch(parameter)
         for block in row_blocks(array.T if tensor.transposed else array):

@@ -1,17 +1,16 @@
 """A T5X checkpoint as a source of our tensors."""
 
-from typing import Self
+import dataclasses
+from typing import Any, Self
 
 import numpy as np
 
-from endistill_jax.checkpoints.interchange import Parameter, VocabularyFile, check_finite, parameters
-from endistill_jax.checkpoints.t5x.arrays import Array, open_arrays
-from endistill_jax.checkpoints.t5x.configuration import infer
+from endistill_jax.checkpoints.interchange import VocabularyFile, check_finite, parameters
+from endistill_jax.checkpoints.t5x.arrays import open_arrays
+from endistill_jax.checkpoints.t5x.configuration import read_settings
 from endistill_jax.checkpoints.t5x.locating import Location, locate
-from endistill_jax.checkpoints.t5x.names import Layout, Place, bias_places, insert_axis, place, tensor_shapes
 from endistill_jax.core.errors import StorageFailure, UserError
-from endistill_jax.core.sites import STACKS
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import Parameter, family_named
 from endistill_jax.storage import is_remote, reading_failure
 
 
@@ -40,10 +39,15 @@ class T5XSource:
         self.step = location.step
         self._arrays = open_arrays(location)
         shapes = {name: array.shape for name, array in self._arrays.items()}
-        self.config, self._layout, self.notes = infer(shapes, location)
+        # The networks that come with T5X are T5's.
+        self._format = family_named("t5").t5x
+        where = self._format.Where(str(location.step_folder), str(location.index), str(location.arrays))
+        config, self._layout = self._format.infer(shapes, where)
+        settings, self.notes = read_settings(location, gated=len(config.mlp_activations) == 2, tied=config.tied_head)
+        self.config = dataclasses.replace(config, **settings)
         self._held: tuple[str, np.ndarray] | None = None
-        _check_names_and_shapes(self._arrays, self.config, self._layout, location)
-        self._check_biases()
+        self._check_names_and_shapes(location)
+        self.config = dataclasses.replace(self.config, bias_per_layer=self._biases_differ())
 
     def read(self, parameter: Parameter) -> np.ndarray:
         """One tensor in our orientation, of the type it is stored in, finite.
@@ -51,7 +55,7 @@ class T5XSource:
         Raises:
             UserError: naming file and tensor, if it cannot be read or holds NaN or infinity.
         """
-        found = place(parameter, self._layout)
+        found = self._format.place(parameter, self._layout)
         tensor = self._read(found).reshape(parameter.shape)
         check_finite(tensor, f"{self._arrays[found.name].where}: {parameter.name}")
         return tensor
@@ -62,7 +66,7 @@ class T5XSource:
     def __exit__(self, *_: object) -> None:
         self._held = None
 
-    def _read(self, found: Place) -> np.ndarray:
+    def _read(self, found: Any) -> np.ndarray:
         """One tensor. An array whose pieces hold several layers each is read once, and held for its other layers."""
         array = self._arrays[found.name]
         axis = self._layout.scan_axis
@@ -77,20 +81,39 @@ class T5XSource:
             self._held = (found.name, array.read(...))
         return self._held[1][index]
 
-    def _check_biases(self) -> None:
-        """Our models have one position bias a stack, as all of T5 but umT5."""
-        depths = {"encoder": self.config.num_encoder_layers, "decoder": self.config.num_decoder_layers}
-        for stack in STACKS:
-            first, *others = bias_places(stack, depths[stack], self._layout)
-            expected = self._read(first)
-            for other in others:
-                if not np.array_equal(self._read(other), expected, equal_nan=True):
-                    layer = other.layer if other.layer is not None else other.name
+    def _check_names_and_shapes(self, location: Location) -> None:
+        axis = self._layout.scan_axis
+        expected: set[str] = set()
+        for parameter in parameters(self.config):
+            for found in self._format.places(parameter, self.config, self._layout):
+                expected.add(found.name)
+                if found.name not in self._arrays:
+                    raise UserError(f"{location.index} lacks {found.name}")
+                shapes = self._format.tensor_shapes(parameter, self.config)
+                if found.layer is not None:
+                    depth = self.config.depth(parameter.path[0])
+                    shapes = tuple(self._format.insert_axis(shape, axis, depth) for shape in shapes)
+                array = self._arrays[found.name]
+                if array.shape not in shapes:
                     raise UserError(
-                        f"{self._arrays[other.name].where}: {other.name} differs between layers ({layer} from the "
-                        "first); a model with a position bias of its own in every layer, as umT5, is not supported"
+                        f"{array.where}: {found.name} has shape {array.shape}; "
+                        f"the other arrays make it {' or '.join(map(str, dict.fromkeys(shapes)))}"
                     )
+        extra = sorted(self._arrays.keys() - expected)
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise UserError(f"{self._arrays[extra[0]].where}: a T5 has no place for {extra[0]}{more}")
+
+    def _biases_differ(self) -> bool:
+        """Whether layers have position biases of their own, as umT5's, or all of a stack the same one."""
+        differ = False
+        for parameter in parameters(self.config):
+            first, *others = self._format.places(parameter, self.config, self._layout)
+            if others:
+                expected = self._read(first)
+                differ |= any(not np.array_equal(self._read(other), expected, equal_nan=True) for other in others)
         self._held = None
+        return differ
 
 
 def open_checkpoint(path: str) -> T5XSource:
@@ -101,8 +124,7 @@ def open_checkpoint(path: str) -> T5XSource:
             or gs://.
 
     Raises:
-        UserError: naming file and tensor: nothing there, a missing, damaged, additional or misshapen array, position
-            biases that differ from layer to layer.
+        UserError: naming file and tensor: nothing there, a missing, damaged, additional or misshapen array.
         StorageFailure: if it cannot be read now.
     """
     try:
@@ -114,30 +136,3 @@ def open_checkpoint(path: str) -> T5XSource:
         if not is_remote(path):
             raise
         raise reading_failure(f"{path} cannot be read", error) from error
-
-
-def _check_names_and_shapes(arrays: dict[str, Array], config: T5Config, layout: Layout, location: Location) -> None:
-    depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-    expected: set[str] = set()
-    for parameter in parameters(config):
-        stack = parameter.path[0]
-        places = [place(parameter, layout)]
-        if parameter.path[1] == "relpos_bias":
-            places = bias_places(stack, depths[stack], layout)
-        for found in places:
-            expected.add(found.name)
-            if found.name not in arrays:
-                raise UserError(f"{location.index} lacks {found.name}")
-            shapes = tensor_shapes(parameter, config)
-            if found.layer is not None:
-                shapes = tuple(insert_axis(shape, layout.scan_axis, depths[stack]) for shape in shapes)
-            array = arrays[found.name]
-            if array.shape not in shapes:
-                raise UserError(
-                    f"{array.where}: {found.name} has shape {array.shape}; "
-                    f"the other arrays make it {' or '.join(map(str, dict.fromkeys(shapes)))}"
-                )
-    extra = sorted(arrays.keys() - expected)
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UserError(f"{arrays[extra[0]].where}: a T5 has no place for {extra[0]}{more}")

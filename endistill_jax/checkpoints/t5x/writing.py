@@ -12,25 +12,20 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from endistill_jax.checkpoints.folder import local_folder, replace_folder
-from endistill_jax.checkpoints.interchange import Parameter, parameters, tensors_of
+from endistill_jax.checkpoints.interchange import parameters, tensors_of
 from endistill_jax.checkpoints.t5x.locating import MSGPACK, key_value_store
-from endistill_jax.checkpoints.t5x.names import SCANNED, T5, Layout, Place, bias_places, insert_axis, place
-from endistill_jax.checkpoints.t5x.names import tensor_shapes as possible_shapes
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.t5.config import T5Config
+from endistill_jax.models.family import ModelConfig, Parameter
 
 _VERSION = 3  # bfloat16 is stored as such
 _PIECE_BYTES = 64 << 20
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-# What T5X's network has built in.
-_FIXED = {"relative_buckets": 32, "relative_max_distance": 128, "layer_norm_epsilon": 1e-6}
-_ACTIVATIONS = ("relu", "gelu", "silu", "linear")
 
 
 def save(
     folder: str,
     params: Mapping[str, Any],
-    config: T5Config,
+    config: ModelConfig,
     *,
     step: int,
     dtype: Any = np.float32,
@@ -49,7 +44,7 @@ def save(
         step: the number of the checkpoint.
         dtype: float32 or bfloat16; what is written.
         scanned: write for `t5x.examples.scalable_t5` with scanned layers, whose position biases repeat in every layer;
-            else for `t5x.examples.t5`.
+            else for `t5x.examples.t5`, or, with a bias of its own in every layer, `scalable_t5` unscanned.
         overwrite: replace a checkpoint of that step.
 
     Raises:
@@ -62,15 +57,19 @@ def save(
         raise UserError(f"dtype is {dtype}; choose float32 or bfloat16")
     if step < 0:
         raise UserError(f"step is {step}; it must be at least 0")
-    _check_network(config)
+    names = config.family.t5x
+    if names is None:
+        raise UserError(f"T5X has no network for models of the family {config.family.name}")
+    layout = names.choose_layout(config, scanned=scanned)
+    text = gin_text(*names.network_settings(config, layout))
     fetch = tensors_of(params, config)
     was_there = model_dir.exists()
     try:
         with replace_folder(model_dir / f"checkpoint_{step}", overwrite=overwrite, marker=MSGPACK) as partial:
-            writer = _Writer(partial, config, dtype, SCANNED if scanned else T5)
+            writer = _Writer(partial, config, dtype, layout)
             for parameter in parameters(config):
                 writer.write(parameter, fetch(parameter))
-            (partial / "model.gin").write_text(gin_text(config, scanned=scanned), encoding="utf-8")
+            (partial / "model.gin").write_text(text, encoding="utf-8")
             (partial / MSGPACK).write_bytes(_msgpack(writer.described, step))
     except BaseException:
         if not was_there and model_dir.is_dir() and not any(model_dir.iterdir()):
@@ -78,28 +77,14 @@ def save(
         raise
 
 
-def gin_text(config: T5Config, *, scanned: bool) -> str:
-    """A gin file that sets up T5X's network for a model."""
-    settings = {
-        "vocab_size": config.vocab_size,
-        "emb_dim": config.d_model,
-        "num_heads": config.num_heads,
-        "num_encoder_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
-        "head_dim": config.head_dim,
-        "mlp_dim": config.mlp_dim,
-        "mlp_activations": config.mlp_activations,
-        "dropout_rate": config.dropout_rate,
-        "logits_via_embedding": config.tied_head,
-        **({"scan_layers": True, "param_scan_axis": SCANNED.scan_axis} if scanned else {}),
-    }
-    family = "scalable_t5" if scanned else "t5"
+def gin_text(example: str, settings: Mapping[str, Any]) -> str:
+    """A gin file that sets up a network of `t5x.examples` with some fields of its T5Config."""
     lines = [
         "# The model of this checkpoint, for T5X: give it after the gin file of a model of the same family, such as",
-        f"# t5x/examples/{family}/t5_1_1/base.gin, whose sizes it replaces.",
+        f"# t5x/examples/{example}/t5_1_1/base.gin, whose sizes it replaces.",
         "from __gin__ import dynamic_registration",
         "",
-        f"from t5x.examples.{family} import network",
+        f"from t5x.examples.{example} import network",
         "",
         *(f"network.T5Config.{name} = {value!r}" for name, value in settings.items()),
     ]
@@ -113,9 +98,10 @@ class _Writer:
         described: TensorStore's description of every array, by T5X's name.
     """
 
-    def __init__(self, folder: pathlib.Path, config: T5Config, dtype: np.dtype, layout: Layout):
+    def __init__(self, folder: pathlib.Path, config: ModelConfig, dtype: np.dtype, layout: Any):
         self._folder = folder
         self._config = config
+        self._names = config.family.t5x
         self._dtype = dtype
         self._layout = layout
         self._stores: dict[str, ts.TensorStore] = {}
@@ -127,14 +113,11 @@ class _Writer:
         Raises:
             OSError: if the disk refuses it.
         """
-        shape = possible_shapes(parameter, self._config)[-1 if self._layout.split_heads else 0]
-        depth = getattr(self._config, f"num_{parameter.path[0]}_layers", 1)
-        places = [place(parameter, self._layout)]
-        if parameter.path[1] == "relpos_bias":
-            places = bias_places(parameter.path[0], depth, self._layout)
+        shape = self._names.tensor_shapes(parameter, self._config)[-1 if self._layout.split_heads else 0]
+        depth = self._config.depth(parameter.path[0]) if len(parameter.path) > 2 else 1
         tensor = tensor.astype(self._dtype, copy=False).reshape(shape)
         try:
-            for found in places:
+            for found in self._names.places(parameter, self._config, self._layout):
                 store = self._stores.get(found.name) or self._create(found, shape, depth)
                 self._stores[found.name] = store
                 index = ... if found.layer is None else (*(slice(None),) * self._layout.scan_axis, found.layer)
@@ -142,13 +125,13 @@ class _Writer:
         except (ValueError, RuntimeError) as error:  # what TensorStore makes of a full disk
             raise OSError(f"{parameter.name}: {str(error).split(' [')[0]}") from error
 
-    def _create(self, found: Place, shape: tuple[int, ...], depth: int) -> ts.TensorStore:
+    def _create(self, found: Any, shape: tuple[int, ...], depth: int) -> ts.TensorStore:
         folder = f"target.{found.name.replace('/', '.')}"
         # A piece holds no more than one layer, so that layers are written and read by themselves.
         pieces = _pieces(shape, self._dtype.itemsize)
         if found.layer is not None:
-            shape = insert_axis(shape, self._layout.scan_axis, depth)
-            pieces = insert_axis(pieces, self._layout.scan_axis, 1)
+            shape = self._names.insert_axis(shape, self._layout.scan_axis, depth)
+            pieces = self._names.insert_axis(pieces, self._layout.scan_axis, 1)
         metadata = {"shape": shape, "chunks": pieces, "compressor": {"id": "gzip", "level": 1}}
         spec = {"driver": "zarr", "dtype": self._dtype.name, "metadata": metadata}
         relative = {"driver": "file", "path": folder}
@@ -157,15 +140,6 @@ class _Writer:
         # Pieces of zeros are written too: one that is not there is taken for lost when it is read.
         options = {"create": True, "store_data_equal_to_fill_value": True}
         return ts.open({**spec, "kvstore": store, **options}).result()
-
-
-def _check_network(config: T5Config) -> None:
-    for name, value in _FIXED.items():
-        if getattr(config, name) != value:
-            raise UserError(f"the model has {name} {getattr(config, name)}; T5X's network has {value} built in")
-    unknown = [name for name in config.mlp_activations if name not in _ACTIVATIONS]
-    if unknown:
-        raise UserError(f"mlp_activations has {unknown[0]}; T5X's network knows {', '.join(_ACTIVATIONS)}")
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

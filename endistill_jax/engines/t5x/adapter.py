@@ -11,12 +11,10 @@ from flax.linen.partitioning import AxisMetadata
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import boxed_init
+from endistill_jax.models.family import ModelConfig, apply, boxed_init
 from endistill_jax.models.layout import stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
-from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.layers import KeysValues
-from endistill_jax.models.t5.t5 import T5
 
 try:
     import t5x  # noqa: F401
@@ -38,7 +36,7 @@ class Transformer(nn.Module):
             of the parameters.
     """
 
-    config: T5Config
+    config: ModelConfig
     loop_layers: bool = False
 
     # What T5X takes this to mean: in every array of the cache the layers come first and the examples second.
@@ -79,7 +77,7 @@ class Transformer(nn.Module):
         """
         if decode:
             rows, length = decoder_input_tokens.shape
-            self._put_cache(decoding.init_cache(self.config, rows, length))
+            self._put_cache(decoding.init_cache(self.config, rows, length, split=False))
         batch = {
             "encoder_input_tokens": encoder_input_tokens,
             "decoder_input_tokens": decoder_input_tokens,
@@ -90,9 +88,8 @@ class Transformer(nn.Module):
         batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items() if array is not None}
         config = self.run_config
         dropout = enable_dropout and config.dropout_rate > 0
-        rngs = {"dropout": self.make_rng("dropout")} if dropout else {}
-        model = T5(config, parent=None)
-        return model.apply({"params": self._stacked()}, batch, deterministic=not dropout, rngs=rngs).logits
+        key = self.make_rng("dropout") if dropout else None
+        return apply(config, self._stacked(), batch, dropout_key=key).logits
 
     def encode(
         self,
@@ -150,7 +147,7 @@ class Transformer(nn.Module):
         return stack_layers(unfreeze({name: self.get_variable("params", name) for name in _PARTS}))
 
     @property
-    def run_config(self) -> T5Config:
+    def run_config(self) -> ModelConfig:
         """The model's settings, as it runs."""
         return dataclasses.replace(self.config, scan_layers=self.loop_layers)
 

@@ -39,7 +39,8 @@ def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> 
     below = (layer for site, layer, vectors in decoder_taps if site == "decoder_self" or "q" in vectors)
     decoder_layers = max((decoder_layers, *(layer + 1 for layer in ends), *below))
     encoder_layers = config.num_encoder_layers
-    if not (reads.encoded or reads.decoder):
+    read_by_cross = any(site == "cross" and set(vectors) & {"k", "v"} for site, _, vectors in decoder_taps)
+    if not (reads.encoded or decoder_layers or read_by_cross):  # a decoder layer's self-attention reads no encoder
         ends = stack_reads(reads, "encoder", config.num_encoder_layers, to_top=False).hidden.values()
         encoder_layers = max((0, *(layer + 1 for layer in ends), *(layer for _, layer, _ in encoder_taps)))
 

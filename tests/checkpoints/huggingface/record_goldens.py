@@ -30,7 +30,8 @@ SIZES = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
-# v1.1 (LM-adapted and FLAN models are of the same kind), FLAN-UL2's, v1.0, and mT5's with its large, odd vocabulary.
+# v1.1 (LM-adapted and FLAN models are of the same kind), FLAN-UL2's, v1.0, mT5's with its large, odd vocabulary,
+# MADLAD-400's with its token ids, umT5's with a position bias in every layer, and encoders alone.
 KINDS = {
     "gated_untied": {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "gated_tied": {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True},
@@ -43,6 +44,23 @@ KINDS = {
         "num_layers": 1,
         "num_decoder_layers": 3,
     },
+    "madlad": {
+        **SIZES,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "umt5": {
+        **SIZES,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+    },
+    "umt5_tied": {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True},
+    "encoder": {**SIZES, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "umt5_encoder": {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 3},
 }
 GENERATED = 8  # tokens
 # Greedy decoding says something only if no other token is nearly as likely.
@@ -51,21 +69,25 @@ SMALLEST_MARGIN = 1e-5
 
 def model_type(kind: str) -> str:
     """What config.json calls a kind."""
-    return "mt5" if kind == "mt5" else "t5"
+    return next((name for name in ("umt5", "mt5") if kind.startswith(name)), "t5")
 
 
 def model_class(kind: str) -> type[transformers.PreTrainedModel]:
     """The class that transformers has for a kind."""
-    return {"t5": transformers.T5ForConditionalGeneration, "mt5": transformers.MT5ForConditionalGeneration}[
-        model_type(kind)
-    ]
+    role = "EncoderModel" if is_encoder(kind) else "ForConditionalGeneration"
+    return getattr(transformers, f"{model_type(kind).upper()}{role}")
+
+
+def is_encoder(kind: str) -> bool:
+    """Whether a kind is an encoder alone."""
+    return kind.endswith("encoder")
 
 
 def build_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random model whose head is its own unless the kind ties it, in float64, weights exact in float16."""
     cls = model_class(kind)
     model = cls(cls.config_class(**KINDS[kind])).eval().double()
-    if not KINDS[kind]["tie_word_embeddings"]:
+    if not KINDS[kind]["tie_word_embeddings"] and not is_encoder(kind):
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -79,12 +101,18 @@ def build_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
 def build_batch(kind: str, seed: int = 0, source: int = 20, target: int = 9) -> dict[str, np.ndarray]:
     """Random tokens, the second row padded, sources long enough to reach the last distance bucket."""
     rng = np.random.default_rng(seed)
-    inputs = rng.integers(2, KINDS[kind]["vocab_size"], (2, source)).astype(np.int32)
-    targets = rng.integers(2, KINDS[kind]["vocab_size"], (2, target)).astype(np.int32)
-    inputs[1, source // 2 :] = 0
-    targets[1, target // 2 :] = 0
-    decoder_inputs = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
-    return {"inputs": inputs, "targets": targets, "decoder_inputs": decoder_inputs}
+    pad, end = KINDS[kind]["pad_token_id"], KINDS[kind]["eos_token_id"]
+    inputs = rng.integers(end + 1, KINDS[kind]["vocab_size"], (2, source)).astype(np.int32)
+    targets = rng.integers(end + 1, KINDS[kind]["vocab_size"], (2, target)).astype(np.int32)
+    if pad:  # the token 0 is one like others
+        inputs[:, 1] = targets[:, 2] = 0
+    inputs[1, source // 2 :] = pad
+    targets[1, target // 2 :] = pad
+    start = KINDS[kind]["decoder_start_token_id"]
+    decoder_inputs = np.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+    segments = {"encoder_segments": inputs != pad, "decoder_segments": targets != pad} if pad else {}
+    segments = {name: real.astype(np.int32) for name, real in segments.items()}
+    return {"inputs": inputs, "targets": targets, "decoder_inputs": decoder_inputs, **segments}
 
 
 def run_model(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -92,14 +120,14 @@ def run_model(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray])
 
     Returns:
         `encoded` [batch, source, d_model], `logits` [batch, target, vocab_size], and the last layer's projections
-        [batch, length, inner] as `encoder_self/query` and so on for all three sites.
+        [batch, length, inner] as `encoder_self/query` and so on for all three sites; of an encoder alone, what it has.
     """
     outputs = {}
-    sites = {
-        "encoder_self": model.encoder.block[-1].layer[0].SelfAttention,
-        "decoder_self": model.decoder.block[-1].layer[0].SelfAttention,
-        "cross": model.decoder.block[-1].layer[1].EncDecAttention,
-    }
+    has_decoder = hasattr(model, "decoder")
+    sites = {"encoder_self": model.encoder.block[-1].layer[0].SelfAttention}
+    if has_decoder:
+        sites["decoder_self"] = model.decoder.block[-1].layer[0].SelfAttention
+        sites["cross"] = model.decoder.block[-1].layer[1].EncDecAttention
     hooks = [
         getattr(attention, name[0]).register_forward_hook(
             lambda _, __, output, key=f"{site}/{name}": outputs.update({key: output.numpy()})
@@ -107,23 +135,26 @@ def run_model(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray])
         for site, attention in sites.items()
         for name in ("query", "key", "value")
     ]
+    decoder_inputs = {"decoder_input_ids": torch.tensor(batch["decoder_inputs"], dtype=torch.long)}
     with torch.no_grad():
-        output = model(
-            input_ids=torch.tensor(batch["inputs"], dtype=torch.long),
-            attention_mask=torch.tensor(batch["inputs"] != 0),
-            decoder_input_ids=torch.tensor(batch["decoder_inputs"], dtype=torch.long),
-        )
+        output = model(**_inputs(model, batch), **(decoder_inputs if has_decoder else {}))
     for hook in hooks:
         hook.remove()
+    if not has_decoder:
+        return {"encoded": output.last_hidden_state.numpy(), **outputs}
     return {"encoded": output.encoder_last_hidden_state.numpy(), "logits": output.logits.numpy(), **outputs}
+
+
+def _inputs(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    real = torch.tensor(batch["inputs"] != model.config.pad_token_id)
+    return {"input_ids": torch.tensor(batch["inputs"], dtype=torch.long), "attention_mask": real}
 
 
 def generate(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray], length: int = GENERATED) -> np.ndarray:
     """Greedy decoding: [batch, length], padded after the end."""
     with torch.no_grad():
         output = model.generate(
-            input_ids=torch.tensor(batch["inputs"], dtype=torch.long),
-            attention_mask=torch.tensor(batch["inputs"] != 0),
+            **_inputs(model, batch),
             max_new_tokens=length,
             do_sample=False,
             num_beams=1,
@@ -134,9 +165,10 @@ def generate(model: transformers.PreTrainedModel, batch: dict[str, np.ndarray], 
     tokens = output.sequences[:, 1:].numpy().astype(np.int32)  # without the start token
     for step, logits in enumerate(output.logits):
         best = logits.topk(2).values
-        unfinished = torch.tensor((tokens[:, :step] != 1).all(axis=1))
+        unfinished = torch.tensor((tokens[:, :step] != model.config.eos_token_id).all(axis=1))
         assert (best[:, 0] - best[:, 1])[unfinished].min() > SMALLEST_MARGIN, "another seed is needed"
-    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
+    missing = ((0, 0), (0, length - tokens.shape[1]))
+    return np.pad(tokens, missing, constant_values=model.config.pad_token_id)
 
 
 def main() -> None:
@@ -148,9 +180,8 @@ def main() -> None:
         tensors = {f"tensor/{name}": value.numpy().astype(np.float16) for name, value in model.state_dict().items()}
         outputs = {f"output/{name}": value.astype(np.float32) for name, value in run_model(model, batch).items()}
         path = folder / f"{kind}.npz"
-        np.savez_compressed(
-            path, config=json.dumps(config), generated=generate(model, batch), **tensors, **batch, **outputs
-        )
+        generated = {} if is_encoder(kind) else {"generated": generate(model, batch)}
+        np.savez_compressed(path, config=json.dumps(config), **generated, **tensors, **batch, **outputs)
         print(f"{path}: {path.stat().st_size} bytes, transformers {transformers.__version__}")
 
 

@@ -150,7 +150,7 @@ def test_entries_that_old_configs_lack_take_their_defaults(folder, config, edit)
             {"architectures": "T5ForConditionalGeneration"},
             r'has architectures "T5ForConditionalGeneration"; a list such as',
         ),
-        ({"model_type": ["t5"]}, r"model_type \['t5'\]\); only T5ForConditionalGeneration"),
+        ({"model_type": ["t5"]}, r"model_type \['t5'\]\); only the model types t5, mt5, umt5"),
     ],
 )
 def test_entry_of_another_type_is_named(folder, edit, changes, words):
@@ -244,17 +244,20 @@ def _drop_embedding(tensors):
         (None, {"num_heads": 0}, ["config.json", "num_heads is 0"]),
         (None, {"tie_word_embeddings": True}, ["config.json", "tied", "lm_head.weight differs"]),
         (None, {"feed_forward_proj": "gated-mish"}, ["config.json", "gated-mish"]),
-        (None, {"pad_token_id": 3}, ["config.json", "pad_token_id 3"]),
+        (None, {"pad_token_id": 77}, ["config.json", "pad_id is 77"]),
+        (None, {"eos_token_id": [1, 2]}, ["config.json", "eos_token_id [1, 2]; a whole number"]),
+        (None, {"eos_token_id": 0}, ["config.json", "could not be told from padding"]),
         (
             None,
             {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"},
-            ["config.json", "BartForConditionalGeneration", "T5ForConditionalGeneration"],
+            ["config.json", "BartForConditionalGeneration", "only the model types t5, mt5, umt5"],
         ),
-        (None, {"architectures": ["T5EncoderModel"]}, ["config.json", "T5EncoderModel"]),
+        (None, {"architectures": ["T5Model"]}, ["config.json", "describes T5Model", "T5EncoderModel"]),
+        (None, {"architectures": ["T5EncoderModel"]}, ["no place for: decoder.block.0"]),
         (
             None,
             {"architectures": ["UMT5ForConditionalGeneration"], "model_type": "umt5"},
-            ["config.json", "umT5", "a position bias each"],
+            ["lacks the tensor decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"],
         ),
     ],
 )

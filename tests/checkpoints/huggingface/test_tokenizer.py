@@ -1,5 +1,6 @@
 """Tokenizer files, in the forms that versions of transformers have given them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,7 +69,7 @@ def test_damaged_tokenizer_files_are_named(tokenizer):
         vocabulary_of(tokenizer)
 
 
-def test_vocabulary_that_cannot_go_with_the_model_is_refused(tmp_path, vocabulary_file, make_vocabulary):
+def test_vocabulary_that_cannot_go_with_the_model_is_refused(tmp_path, config, vocabulary_file, make_vocabulary):
     text = tmp_path / "text.model"
     text.write_text("not a model")
     begins = make_vocabulary(tmp_path / "begins.model", bos_id=3, unk_piece="?", pad_id=-1)
@@ -79,8 +80,23 @@ def test_vocabulary_that_cannot_go_with_the_model_is_refused(tmp_path, vocabular
         (vocabulary_file, r"ids \(100 of them extra\) and the model only 40"),
     ):
         with pytest.raises(UserError, match=words):
-            check_vocabulary(VocabularyFile(str(file), 100), 40)
-    check_vocabulary(VocabularyFile(str(vocabulary_file), 100), 32128)
+            check_vocabulary(VocabularyFile(str(file), 100), config)
+    check_vocabulary(VocabularyFile(str(vocabulary_file), 100), dataclasses.replace(config, vocab_size=32128))
+
+
+def test_vocabulary_must_pad_and_end_as_the_model_does(tmp_path, config, vocabulary_file, make_vocabulary):
+    # MADLAD-400's: unknown 0, beginning 1, which pads, end 2.
+    madlad = VocabularyFile(str(make_vocabulary(tmp_path / "m.model", pad_id=-1, unk_id=0, bos_id=1, eos_id=2)), 0)
+    config = dataclasses.replace(config, vocab_size=300)
+    with pytest.raises(UserError, match="T5's are"):
+        check_vocabulary(madlad, config)
+    own = dataclasses.replace(config, pad_id=1, eos_id=2)
+    check_vocabulary(madlad, own)
+    with pytest.raises(UserError, match=r"has pad and eos ids \(0, 1\); the model's are \(1, 2\)"):
+        check_vocabulary(VocabularyFile(str(vocabulary_file), 0), own)
+    write_tokenizer(tmp_path, madlad, own.pad_id)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (settings["pad_token"], settings["eos_token"], settings["unk_token"]) == ("<s>", "</s>", "<unk>")
 
 
 def test_written_files_name_the_vocabulary_and_its_special_pieces_and_are_found_again(tmp_path, vocabulary_file):

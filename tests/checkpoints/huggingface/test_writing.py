@@ -83,6 +83,40 @@ def test_export_writes_every_name_of_the_embedding_and_says_whether_the_head_is_
     assert (raw["pad_token_id"], raw["eos_token_id"], raw["decoder_start_token_id"]) == (0, 1, 0)
 
 
+def test_every_layer_of_umt5_has_a_position_bias(tmp_path, make_params, config):
+    config = dataclasses.replace(config, bias_per_layer=True)
+    huggingface.save(tmp_path / "model", make_params(config), config)
+    biases = [name for name in load_file(tmp_path / "model" / "model.safetensors") if "relative" in name]
+    assert sorted(biases) == sorted(
+        f"{stack}.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight"
+        for stack, depth in (("encoder", 2), ("decoder", 3))
+        for layer in range(depth)
+    )
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("umt5", ["UMT5ForConditionalGeneration"])
+
+
+@pytest.mark.parametrize("bias_per_layer", [False, True])
+def test_encoder_alone_has_no_tensor_and_no_file_of_a_decoder(tmp_path, make_params, config, bias_per_layer):
+    config = dataclasses.replace(config, num_decoder_layers=0, bias_per_layer=bias_per_layer)
+    huggingface.save(tmp_path / "model", make_params(config), config)
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"shared", "encoder"}
+    assert not (tmp_path / "model" / "generation_config.json").exists()
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert raw["architectures"] == ["UMT5EncoderModel" if bias_per_layer else "T5EncoderModel"]
+    assert huggingface.load(tmp_path / "model")[1] == config
+
+
+def test_token_ids_are_written_and_read(tmp_path, make_params, config):
+    config = dataclasses.replace(config, pad_id=1, eos_id=2, decoder_start_id=3)
+    huggingface.save(tmp_path / "model", make_params(config), config)
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((tmp_path / "model" / name).read_text())
+        assert (raw["pad_token_id"], raw["eos_token_id"], raw["decoder_start_token_id"]) == (1, 2, 3)
+    assert huggingface.load(tmp_path / "model")[1] == config
+
+
 def test_each_stack_has_one_position_bias(tmp_path, params, config):
     huggingface.save(tmp_path / "model", params, config)
     biases = [name for name in load_file(tmp_path / "model" / "model.safetensors") if "relative" in name]

@@ -121,12 +121,19 @@ def test_layers_apart_with_their_own_equal_biases_are_read(golden, write, read, 
     assert_same(read(write(tmp_path / "checkpoint_1", flat))[0], golden("v1_1").params)
 
 
-def test_biases_that_differ_between_layers_are_refused_with_the_reason(golden, write, stored, tmp_path):
+def test_biases_that_differ_between_layers_are_a_umt5_s(golden, read, stored):
     folder = stored("native_scanned")
     path = folder / "checkpoint_7" / "target.decoder.decoder.relpos_bias.rel_embedding"
     store = ts.open({"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}).result()
-    store[1, 2, 5] = 9.0
-    _refusal(folder, str(path), "decoder/decoder/relpos_bias/rel_embedding differs between layers", "umT5")
+    store[1, 2, 5] = 9.0  # [heads, layers, buckets]
+    params, config = read(folder)
+    assert config.architecture() == golden("scanned").config.architecture() | {"bias_per_layer": True}
+    for stack, depth in (("encoder", 2), ("decoder", 3)):
+        expected = np.stack([golden("scanned").flat[f"{stack}/relpos_bias/rel_embedding"]] * depth)
+        if stack == "decoder":
+            expected[2, 1, 5] = 9.0
+        np.testing.assert_array_equal(params[stack]["layers"]["relpos_bias"]["rel_embedding"], expected)
+        assert "relpos_bias" not in params[stack]
 
 
 def test_tensors_cut_into_pieces_by_flax_are_read(golden, write, read, assert_same, tmp_path, monkeypatch):

@@ -20,6 +20,25 @@ def _save(folder, params, config, **settings):
 
 
 @pytest.mark.parametrize("scanned", [False, True])
+def test_round_trip_of_umt5_keeps_the_bias_of_every_layer(tmp_path, config, make_params, read, assert_same, scanned):
+    config = dataclasses.replace(config, bias_per_layer=True)
+    params = make_params(config)
+    step = _save(tmp_path / "model", params, config, scanned=scanned)
+    restored, restored_config = read(tmp_path / "model")
+    assert restored_config == config
+    assert_same(restored, params)
+    # As the published umT5 checkpoints have it: [heads, layers, buckets].
+    arrays = t5x.open_checkpoint(str(tmp_path / "model"))._arrays
+    table = params["decoder"]["layers"]["relpos_bias"]["rel_embedding"]
+    for layer in range(3):
+        name = "decoder/decoder" if scanned else f"decoder/layers_{layer}"
+        stored = arrays[f"{name}/relpos_bias/rel_embedding"].read(...)
+        np.testing.assert_array_equal(stored[:, layer] if scanned else stored, table[layer])
+    text = (step / "model.gin").read_text()
+    assert "from t5x.examples.scalable_t5 import network" in text and f"scan_layers = {scanned}" in text
+
+
+@pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("activations", [("gelu", "linear"), ("relu",), ("silu", "linear"), ("gelu", "gelu")])
 def test_round_trip_keeps_parameters_and_configuration(

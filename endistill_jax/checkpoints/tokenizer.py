@@ -1,0 +1,171 @@
+"""Tokenizers that need no text pipeline: ids and fingerprints are those of SeqIO's vocabularies, without TensorFlow.
+
+T5's conventions: padding 0, end of sequence 1, unknown 2, no begin; then the pieces; then the sentinels
+`<extra_id_0>` ... `<extra_id_99>` in descending order, so that the first sentinel has the highest id.
+"""
+
+import abc
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sentencepiece
+
+from endistill_jax.checkpoints.pieces import own_sentinels, pieces_of_vocabulary
+from endistill_jax.core.errors import UserError
+from endistill_jax.storage import stored_path
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+EXTRA_IDS = 100
+BYTES = "bytes"
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+        extra_ids: sentinels above its own pieces.
+        vocab_size: number of ids, sentinels included.
+        pad_id: 0.
+        eos_id: 1.
+        unk_id: 2.
+    """
+
+    extra_ids: int
+    vocab_size: int
+    pad_id: int = PAD_ID
+    eos_id: int = EOS_ID
+    unk_id: int = UNK_ID
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without an end of sequence."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, up to the first end of sequence; an id outside the vocabulary counts as unknown."""
+        kept = [int(index) for index in ids]
+        if self.eos_id in kept:
+            kept = kept[: kept.index(self.eos_id) + 1]
+        return self._decode(kept)
+
+    @property
+    def sentinel_ids(self) -> range:
+        """The ids of the sentinels; `<extra_id_0>` is the last of them."""
+        return sentinel_ids(self)
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with sentinels above its pieces, as `seqio.SentencePieceVocabulary` has them.
+
+    A sentinel is recognised at the beginning of a word only: its piece is `▁<extra_id_N>`.
+
+    Args:
+        model: a serialized SentencePiece model.
+        extra_ids: sentinels to add.
+    """
+
+    def __init__(self, model: bytes, extra_ids: int = 0):
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        for index in reversed(range(extra_ids)):
+            proto.pieces.add(piece=f"▁<extra_id_{index}>", score=0.0, type=user_defined)
+        self.extra_ids = extra_ids
+        self.sp_model = proto.SerializeToString()
+
+    @functools.cached_property
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """SentencePiece's own object."""
+        return sentencepiece.SentencePieceProcessor(model_proto=self.sp_model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.processor.decode([index if index < self.vocab_size else self.unk_id for index in ids])
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes shifted by 3, as ByT5's: `seqio.ByteVocabulary`."""
+
+    def __init__(self, extra_ids: int = 0):
+        self.extra_ids = extra_ids
+        self.vocab_size = 256 + 3 + extra_ids
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(index - 3 for index in ids if 3 <= index < 259).decode("utf-8", errors="ignore")
+
+
+def load_tokenizer(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS) -> Tokenizer:
+    """The tokenizer that `spec` names: `bytes`, or the path of a SentencePiece model, local or gs://.
+
+    Args:
+        spec: `bytes`, or a path.
+        extra_ids: number of sentinels that follow its own pieces; 0 for a model that ends with sentinels, as mT5's.
+
+    Raises:
+        UserError: no such file, not a SentencePiece model, special pieces that are not where T5 has them, or extra ids
+            for a model with sentinels of its own.
+    """
+    check_extra_ids(extra_ids)
+    if os.fspath(spec) == BYTES:
+        return ByteTokenizer(extra_ids)
+    return SentencePieceTokenizer(read_model(spec, extra_ids), extra_ids)
+
+
+def check_extra_ids(extra_ids: Any) -> None:
+    """Refuses what is no number of sentinels.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not isinstance(extra_ids, int) or extra_ids < 0:
+        raise UserError(f"extra_ids is {extra_ids!r}; give the number of sentinels, such as 100, or 0")
+
+
+def read_model(spec: str | os.PathLike[str], extra_ids: int) -> bytes:
+    """The content of a SentencePiece model, checked against T5's conventions.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    path = stored_path(spec)
+    if not path.is_file():
+        raise UserError(f"no vocabulary file at {spec}; give a SentencePiece model or {BYTES!r}")
+    content = path.read_bytes()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+    except (RuntimeError, TypeError):
+        raise UserError(f"{spec} is not a SentencePiece model") from None
+    if special != (PAD_ID, EOS_ID, UNK_ID):
+        raise UserError(
+            f"{spec} has padding, end and unknown at ids {special}; T5's models have {(PAD_ID, EOS_ID, UNK_ID)}"
+        )
+    own = own_sentinels([processor.id_to_piece(index) for index in range(processor.get_piece_size())])
+    if own and extra_ids:
+        raise UserError(f"{spec} ends with {own} sentinels of its own, as mT5's does; set extra_ids to 0")
+    return content
+
+
+def sentinel_ids(vocabulary: Any) -> range:
+    """The ids of the sentinels, the last of a vocabulary: its extra ids, or, without any, what its model ends with.
+
+    Args:
+        vocabulary: a `Tokenizer`, or one of SeqIO's vocabularies.
+    """
+    pieces: Sequence[str] = () if vocabulary.extra_ids else pieces_of_vocabulary(vocabulary) or ()
+    count = vocabulary.extra_ids or own_sentinels(pieces)
+    return range(vocabulary.vocab_size - count, vocabulary.vocab_size)
