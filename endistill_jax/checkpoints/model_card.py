@@ -38,7 +38,9 @@ def model_card(name: str, config: ModelConfig, manifest: Mapping[str, Any], step
     if "import" in manifest:
         parts.append(f"Converted from `{manifest['import']['source']}`.")
     if manifest.get("held_out"):
-        rows = [f"| {title} | {manifest['held_out'][key]:.4g} |" for key, title in _HELD_OUT.items()]
+        metrics = manifest["held_out"]  # of an encoder alone, the distances from its teacher
+        titles = {key: title for key, title in _HELD_OUT.items() if key in metrics} or {key: key for key in metrics}
+        rows = [f"| {title} | {metrics[key]:.4g} |" for key, title in titles.items()]
         parts.append("## Held-out text\n\n| | |\n|---|---|\n" + "\n".join(rows))
     parts.append(f"Written by endistill-jax {__version__}.")
     return "\n\n".join(parts) + "\n"
