@@ -57,7 +57,7 @@ read_command_line() {
     needs_known_gin_files image
 }
 
-# GKE's name of a TPU generation, as node pools are labelled with.
+# GKE's name of a TPU generation, as node pools are labeled with.
 accelerator() {
     case "${TOPOLOGY%%:*}" in
         v4) echo tpu-v4-podslice ;;

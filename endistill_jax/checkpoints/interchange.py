@@ -65,7 +65,7 @@ class Source(Protocol):
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every tensor of a model, from the model's own initialisation; the layers of one parameter follow each other."""
+    """Every tensor of a model, from the model's own initialization; the layers of one parameter follow each other."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         path = tuple(key.key for key in keys)

@@ -112,7 +112,7 @@ def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
             batch_size=batch_size,
             seed=EVALUATION_SEED,
             pack=False,
-            # Shuffled once: a neighbour's input must be a really wrong one.
+            # Shuffled once: a neighbor's input must be a really wrong one.
             shuffle=True,
             repeat=False,
         )

@@ -8,7 +8,7 @@ sentinel or the start token.
     p2(w | v) = a(v) * c(v, w) / c(v) + (1 - a(v)) * p1(w)
 
 The weights `a` are Jelinek and Mercer's: one for each power of two of the context's count `c(v)`, fitted by expectation
-maximisation to the training tokens with each token left out of the counts that predict it (deleted interpolation). A
+maximization to the training tokens with each token left out of the counts that predict it (deleted interpolation). A
 context never seen has weight 0. With positive smoothing no probability is zero.
 """
 
@@ -122,7 +122,7 @@ class NgramCounter:
 
         Args:
             smoothing: added to every unigram count; positive.
-            iterations: of expectation maximisation, fewer when the weights stand still.
+            iterations: of expectation maximization, fewer when the weights stand still.
 
         Raises:
             UserError: nothing was counted, or smoothing is not positive.
@@ -163,7 +163,7 @@ def _bucket(counts: np.ndarray) -> np.ndarray:
 def _interpolation_weights(
     bigram: np.ndarray, unigram: np.ndarray, counts: np.ndarray, buckets: np.ndarray, iterations: int
 ) -> np.ndarray:
-    """The mixture weights, one a bucket, that maximise the left-out likelihood; all but `iterations` [pairs].
+    """The mixture weights, one a bucket, that maximize the left-out likelihood; all but `iterations` [pairs].
 
     Each round sets a weight to the mean share of the bigram in its bucket's probabilities. Returns float64 [64].
     """

@@ -1,6 +1,6 @@
 """Names of slices and hosts, and the devices they stand for.
 
-    v5e:4x4       a TPU slice by its shape          2*v5e:4x4     two of them, joined by the data centre network
+    v5e:4x4       a TPU slice by its shape          2*v5e:4x4     two of them, joined by the data center network
     v5e-16        the same slice by its size        v5litepod-16  as Cloud TPU calls it
     h100:8        a host with eight GPUs            gpu:8, cpu:8  any such host, whose chips are not known
 
@@ -32,7 +32,7 @@ class Topology:
     Attributes:
         chip: their kind.
         shape: chips of one slice along each of its axes; of a host, their number.
-        slices: such slices, joined by the data centre network.
+        slices: such slices, joined by the data center network.
     """
 
     chip: Chip
