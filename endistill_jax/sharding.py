@@ -68,11 +68,11 @@ def make_mesh(
 
     Args:
         data: data parallelism with replicated parameters.
-                fsdp: data parallelism with sharded parameters.
-                tensor: shards of heads, MLP width and vocabulary.
-                devices: by default all.
-                slices: groups of devices with a fast network inside and a slow one between them; processes, for devices that
-                        report no slices. None detects TPU slices and treats other devices as one.
+        fsdp: data parallelism with sharded parameters.
+        tensor: shards of heads, MLP width and vocabulary.
+        devices: by default all.
+        slices: groups of devices with a fast network inside and a slow one between them; processes, for devices that
+            report no slices. None detects TPU slices and treats other devices as one.
 
     Raises:
         UserError: if the axes do not multiply to the number of devices, or do not fit the slices.
@@ -117,7 +117,7 @@ def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None
         [data // slices, *others],
         [slices, 1, 1],
         devices=devices,
-        process_is_granule=told == 1,
+        process_is_granule=detected == 1,
         allow_split_physical_axes=True,
     )
 
@@ -195,7 +195,7 @@ class HostPart(NamedTuple):
     Attributes:
         index: of this host's part.
         count: number of equal parts.
-                leads: whether this host is the first with this part.
+        leads: whether this host is the first with this part.
     """
 
     index: int
@@ -237,9 +237,9 @@ def check_rows(setting: str, rows: int, mesh: Mesh, micro_batches: int = 1) -> N
 
     Args:
         setting: where the batch size comes from, for messages.
-                rows: of the global batch.
-                mesh: from `make_mesh`.
-                micro_batches: number of gradient accumulation steps.
+        rows: of the global batch.
+        mesh: from `make_mesh`.
+        micro_batches: number of gradient accumulation steps.
 
     Raises:
         UserError: naming the setting and valid values.

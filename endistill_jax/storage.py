@@ -47,7 +47,7 @@ def local_path(path: str | os.PathLike[str], advice: str) -> pathlib.Path:
 
     Args:
         path: as given by the user.
-                advice: what to do instead if it is remote.
+        advice: what to do instead if it is remote.
 
     Raises:
         UserError: it is in a bucket; pathlib would turn it into a local folder called "gs:".
@@ -92,7 +92,7 @@ def reading_failure(what: str, error: Exception) -> UserError | StorageFailure:
 
     Args:
         what: failed, such as "checkpoint /runs/x cannot be restored".
-                error: the exception.
+        error: the exception.
 
     Returns:
         `StorageFailure` if the storage failed and a retry may succeed; else `UserError`.

@@ -37,7 +37,7 @@ class Source(Protocol):
     Attributes:
         where: its path, for messages.
         config: what model it holds.
-        vocabulary: the vocabulary that lies beside it, if one does.
+        vocabulary: the vocabulary that lies beside it, if any.
         pieces: where there is none, the fingerprint of the pieces that another file tells of; see `pieces`.
         step: how far it was trained, 0 if it does not say.
         notes: what was assumed because the checkpoint does not say, a sentence each.

@@ -38,7 +38,7 @@ def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None
 
     Args:
         where: the part, put before the message.
-                advice: returns what would help, put after the message of a `UserError`; called only then.
+        advice: returns what would help, put after the message of a `UserError`; called only then.
     """
     try:
         yield

@@ -58,7 +58,7 @@ class Output(NamedTuple):
         encoded: the encoder's output, after its final normalization; None if unused.
         head: the unapplied head; None unless asked for.
         taps: by (site, layer), as requested.
-                hidden: the residual stream after a layer, by (stack, layer) as requested.
+        hidden: the residual stream after a layer, by (stack, layer) as requested.
     """
 
     encoded: Float[Array, "batch source d_model"] | None = None

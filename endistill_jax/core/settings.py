@@ -16,7 +16,7 @@ def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = 
         value: as given by the user.
         where: the setting's name, for the message.
         wanted: the expected items with an example, such as "layers, such as (0, 3) or (3,)".
-                fits: whether an item is valid.
+        fits: whether an item is valid.
 
     Raises:
         UserError: not a tuple or list, or an invalid item.

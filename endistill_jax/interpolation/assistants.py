@@ -68,7 +68,7 @@ def plan_assistants(
         student: shape of the student; assistants are of its kind.
         number: how many; None takes the fewest whose rounded shapes keep the bound, none where the student itself does.
         largest_ratio: bound on the ratio of non-embedding parameters of every two neighbors; unused with a `number`.
-        relation_heads: numbers that shall divide the joined heads, as they do in teacher and student.
+        relation_heads: numbers that must divide the joined heads, as they do in teacher and student.
 
     Raises:
         UserError: a student that is not smaller than its teacher, a number below 1, a bound that is not above 1, or too

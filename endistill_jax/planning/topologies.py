@@ -125,7 +125,7 @@ def environment(topology: Topology) -> dict[str, str]:
         }
     return {
         "JAX_PLATFORMS": "cpu",
-        # libtpu is loaded to compile only: it shall look for no machine, and not mind another process that does so too.
+        # libtpu is loaded to compile only: it must look for no machine, and not mind another process that does so too.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": topology.cloud_name,

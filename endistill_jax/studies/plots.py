@@ -26,7 +26,7 @@ _DOTS_PER_INCH = 110
 
 
 def check_packages() -> None:
-    """Makes sure that plots can be drawn: before anything is trained, not at the end.
+    """Checks that plots can be drawn: before anything is trained, not at the end.
 
     Raises:
         UserError: if Matplotlib is not installed.

@@ -34,7 +34,7 @@ class Data:
         batch_size: rows of a global batch, over all hosts and micro-batches.
         pack: pack several examples into one row.
         shards: of the training text, each read independently for its rows of every batch: the same shards give the
-                same batches on any number of hosts. None uses the number of hosts at the start of the run, and keeps it.
+            same batches on any number of hosts. None uses the number of hosts at the start of the run, and keeps it.
         eval_split: split of the held-out examples.
         eval_batch_size: rows of an evaluation batch.
         eval_batches: limit on the batches evaluated; None evaluates the whole split.
@@ -84,9 +84,9 @@ class Run:
     Attributes:
         steps: optimizer updates.
         seed: of initial parameters, data order, corruption and dropout.
-                micro_batches: number of gradient accumulation steps.
-                mesh: sizes of the axes data, fsdp and tensor; -1 is inferred from the number of devices.
-                slices: groups of devices with a slow network between them, over which the axis data is sharded; None detects
+        micro_batches: number of gradient accumulation steps.
+        mesh: sizes of the axes data, fsdp and tensor; -1 is inferred from the number of devices.
+        slices: groups of devices with a slow network between them, over which the axis data is sharded; None detects
             TPU slices, and treats other devices as one.
         compiler_options: options of the XLA compiler for the training step, by platform: {"tpu": {"xla_...": value}}.
             Those of platforms other than the run's are ignored.
@@ -98,9 +98,9 @@ class Run:
         keep_best: name of a held-out metric, such as "token_loss", whose best checkpoint is kept too.
         best_mode: "min" or "max", whichever is better for `keep_best`.
         patience: early stopping: the run ends after so many evaluations in a row without improvement of
-                `keep_best`; None never ends it early.
+            `keep_best`; None never ends it early.
         tensorboard: write TensorBoard scalars in addition to metrics.jsonl.
-                losses: implementation of the losses; by default chosen by platform and shape.
+        losses: implementation of the losses; by default chosen by platform and shape.
     """
 
     steps: int
@@ -156,8 +156,8 @@ class Teacher:
     Attributes:
         source: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
         dtype: float32 or bfloat16, of parameters and computations.
-                config: its shape, for planning without a checkpoint; a checkpoint of another shape is refused.
-                sharding: "sharded" shards its parameters like the student's; "replicated" shards them over the axis tensor
+        config: its shape, for planning without a checkpoint; a checkpoint of another shape is refused.
+        sharding: "sharded" shards its parameters like the student's; "replicated" shards them over the axis tensor
             only, which avoids gathering them and is faster if they fit.
     """
 
@@ -176,13 +176,13 @@ class Experiment:
 
     Attributes:
         student: the model to train.
-                objective: see `objectives.presets`.
-                data: the vocabulary must be the teacher's.
-                optimizer: optimizer and learning-rate schedule.
-                run: length, mesh, logging and checkpoints.
-                teacher: None if no term of the objective uses one and the student is not initialized from one.
-                init: how the student is initialized from the teacher.
-                initial_checkpoint: a trained model to continue training, named like a teacher: its parameters are loaded, the
+        objective: see `objectives.presets`.
+        data: the vocabulary must be the teacher's.
+        optimizer: optimizer and learning-rate schedule.
+        run: length, mesh, logging and checkpoints.
+        teacher: None if no term of the objective uses one and the student is not initialized from one.
+        init: how the student is initialized from the teacher.
+        initial_checkpoint: a trained model to continue training, named like a teacher: its parameters are loaded, the
             optimizer and the data start from scratch.
     """
 

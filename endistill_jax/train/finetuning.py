@@ -30,15 +30,15 @@ class Finetuning:
     Attributes:
         data: the task or mixture; the model is evaluated on its `eval_split`.
         optimizer: optimizer and learning-rate schedule.
-                run: length, mesh, logging and checkpoints. `keep_best` is a metric of the task, of a mixture `task/metric` or
+        run: length, mesh, logging and checkpoints. `keep_best` is a metric of the task, of a mixture `task/metric` or
             `mean`; metrics are then those of the best evaluation.
         learning_rates: peak learning rates to sweep; if empty, the optimizer's own.
-                seeds: one run each for every learning rate; if empty, the run's own. They set data order and dropout.
-                dropout_rate: during training.
-                dtype: float32 or bfloat16, of the computations; parameters are float32.
+        seeds: one run each for every learning rate; if empty, the run's own. They set data order and dropout.
+        dropout_rate: during training.
+        dtype: float32 or bfloat16, of the computations; parameters are float32.
         z_loss: coefficient of the squared log normalizer.
         scored_by: "generation"; "rank" takes the most likely label where a task has labels; or "both".
-                decoding: how text is generated; None for greedy decoding of up to `targets_length` tokens.
+        decoding: how text is generated; None for greedy decoding of up to `targets_length` tokens.
     """
 
     data: Data

@@ -47,9 +47,9 @@ class MetricWriter:
 
     Args:
         directory: the run's folder; created if missing.
-                resume_step: the checkpoint's step that the run resumes from: later lines of an earlier attempt are removed.
+        resume_step: the checkpoint's step that the run resumes from: later lines of an earlier attempt are removed.
             None starts an empty file.
-                tensorboard: write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow for it, a
+        tensorboard: write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow for it, a
             local folder does not. Steps repeated after a resume overlay the earlier ones there.
 
     Raises:

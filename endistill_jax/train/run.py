@@ -51,7 +51,7 @@ def train(training: Training, evaluation: Evaluation) -> TrainingResult:
 
     Raises:
         UserError: the checkpoint is of another run, or the loss is not finite.
-                Stopped: a signal stopped the run, after saving.
+        Stopped: a signal stopped the run, after saving.
     """
     agree_on_folder(training.model_dir)
     # Other hosts are notified of failures before the checkpoints are closed, which would wait for them.

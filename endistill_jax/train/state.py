@@ -23,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
         params: the student's parameters, float32.
         opt_state: the optimizer's state.
         objective: `params` of the terms by name, which are trained along with the student's; `share` of interpolated
-                targets, if adaptive. Absent entries are omitted.
+            targets, if adaptive. Absent entries are omitted.
     """
 
     step: jax.Array
@@ -128,7 +128,7 @@ def init_state(
         key: for the initial parameters, including those of the terms.
         params: initial parameters to use instead.
         objective: whose state is included; None for a stateless one.
-                teacher: settings of the teacher, on which terms may depend.
+        teacher: settings of the teacher, on which terms may depend.
     """
     shardings = state_shardings(config, optimizer, mesh, objective, teacher)
 

@@ -49,9 +49,9 @@ class LossFunction:
     Attributes:
         student: settings of the student.
         teacher: settings of the teacher; None if no term uses one.
-                objective: the terms of the loss.
-                implementation: the dense one is valid anywhere.
-                teacher_sharding: how the teacher's parameters are sharded, if on a mesh; see `sharding.logical_rules`.
+        objective: the terms of the loss.
+        implementation: the dense one is valid anywhere.
+        teacher_sharding: how the teacher's parameters are sharded, if on a mesh; see `sharding.logical_rules`.
     """
 
     student: ModelConfig
@@ -79,7 +79,7 @@ class LossFunction:
             batch: the (micro-)batch.
             weights: of the whole batch.
             dropout_key: None disables dropout.
-                        step: for schedules of coefficients and interpolated targets; None uses the initial coefficients and the
+            step: for schedules of coefficients and interpolated targets; None uses the initial coefficients and the
                 teacher's targets.
             share: state of adaptive interpolated targets.
         """
@@ -165,8 +165,8 @@ def make_train_step(
 
     Args:
         student: settings of the student.
-                teacher: settings of the teacher; None if no term of the objective uses one.
-                objective: the terms of the loss.
+        teacher: settings of the teacher; None if no term of the objective uses one.
+        objective: the terms of the loss.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`.
         micro_batches: number of gradient accumulation steps.

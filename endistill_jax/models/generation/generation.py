@@ -106,7 +106,7 @@ def make_decoder(
         config: the model's settings.
         decoding: how text is generated.
         mesh: what it runs on; None for wherever the arguments are.
-        placement: how the parameters lie on the mesh; see `sharding.logical_rules`. "sharded" gathers what is split
+        placement: how the parameters are sharded; see `sharding.logical_rules`. "sharded" gathers what is split
             along `fsdp` while it generates; "replicated" is faster where the memory allows it.
 
     Returns:
