@@ -60,7 +60,7 @@ class Model:
         """Text to ids and back.
 
         Raises:
-            UserError: if no vocabulary lies beside the model.
+            UserError: if no vocabulary is stored with the model.
         """
         if self.vocabulary_file is None:
             raise UserError("the model has no vocabulary; give load its vocabulary_file, or ids in place of texts")
@@ -168,7 +168,7 @@ class Model:
         return [self.tokenizer.decode(ids[ids != self.config.pad_id]) for ids in generated]
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
-        """Writes a Hugging Face folder: weights, settings, tokenizer, model card. It appears whole or not at all.
+        """Writes a Hugging Face folder: weights, settings, tokenizer, model card. It appears atomically.
 
         Args:
             folder: must not exist, or be empty.
@@ -200,7 +200,7 @@ def load(
     Args:
         source: "bundled", a model directory (its last step) or `checkpoints/<step>` in it, or a foreign checkpoint.
         dtype: float32 or bfloat16: of its parameters and its computations.
-        vocabulary_file: a SentencePiece model; None takes the one that lies beside the model.
+        vocabulary_file: a SentencePiece model; None uses the one stored with the model.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
 
     Raises:

@@ -27,7 +27,7 @@ while (($#)); do
         --log=?*) LOG="${1#*=}" ;;
         --max_crashes=*) MAX_CRASHES="${1#*=}" ;;
         --dry_run) DRY_RUN=yes ;;
-        *) fail "unknown argument $1; the training command stands after --; see --help" ;;
+        *) fail "unknown argument $1; the training command goes after --; see --help" ;;
     esac
     shift
 done

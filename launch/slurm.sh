@@ -35,8 +35,8 @@ while (($#)); do
         --sbatch_flag=--?*) SBATCH_FLAGS+=("${1#*=}") ;;
         --log_dir=?*) LOG_DIR="${1#*=}" ;;
         --dry_run) DRY_RUN=yes ;;
-        --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
-        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+        --*) fail "unknown flag $1; the training command goes after --; see --help" ;;
+        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
     esac
     shift
 done

@@ -128,7 +128,7 @@ read_command_line() {
             -h | --help) show_help && exit 0 ;;
             --) shift && break ;;
             --*) flag "$1" ;;
-            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
         esac
         shift
     done

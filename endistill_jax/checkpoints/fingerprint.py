@@ -65,7 +65,7 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 def fingerprint_vocabulary(vocabulary: Any) -> str:
     """A SHA-256 of everything that decides how text becomes ids: independent of where the vocabulary's file lies.
 
-    For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalisation
+    For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalization
     rules. For bytes: the number of extra ids.
 
     Args:

@@ -21,7 +21,7 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "config.json") -> None:
-    """Makes sure that a folder may be written under this name.
+    """Checks that a folder may be written under this name.
 
     Args:
         path: the name.

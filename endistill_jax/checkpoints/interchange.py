@@ -37,7 +37,7 @@ class Source(Protocol):
     Attributes:
         where: its path, for messages.
         config: what model it holds.
-        vocabulary: the vocabulary that lies beside it, if one does.
+        vocabulary: the vocabulary that lies beside it, if any.
         pieces: where there is none, the fingerprint of the pieces that another file tells of; see `pieces`.
         step: how far it was trained, 0 if it does not say.
         notes: what was assumed because the checkpoint does not say, a sentence each.
@@ -65,7 +65,7 @@ class Source(Protocol):
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every tensor of a model, from the model's own initialisation; the layers of one parameter follow each other."""
+    """Every tensor of a model, from the model's own initialization; the layers of one parameter follow each other."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         path = tuple(key.key for key in keys)

@@ -38,8 +38,8 @@ class TrainedModel:
 
     Attributes:
         source: where it is, as the user named it.
-        config: its settings, as it shall be run.
-        vocabulary_file: what lies beside it, if anything does.
+        config: its settings, as it must be run.
+        vocabulary_file: the one stored with it, if anything does.
         step: how far it was trained, if that is known; else 0.
         manifest: of its checkpoint; empty for a foreign one.
         notes: what was assumed because the checkpoint does not say, a sentence each.
@@ -116,7 +116,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     Args:
         source: "bundled", the model directory of a run or of an import (its last step) or `checkpoints/<step>` in it, a
             Hugging Face T5 folder, the name of one on the Hugging Face hub, or a T5X checkpoint.
-        dtype: float32 or bfloat16: type of its parameters and of its computations.
+        dtype: float32 or bfloat16, of its parameters and of its computations.
         scan_layers: whether its layers run in a compiled loop.
 
     Raises:
@@ -159,7 +159,7 @@ def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
 
     Args:
         source: the model directory.
-        config: its settings, as it shall be run.
+        config: its settings, as it must be run.
     """
 
     def read(shardings: Any) -> tuple[Params, str]:
@@ -170,7 +170,7 @@ def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
 
 
 def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
-    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+    """The vocabulary that goes with a model: what the user gives, or the one stored with it.
 
     Raises:
         UserError: if the model was trained with another one, or has fewer ids.

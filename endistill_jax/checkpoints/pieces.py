@@ -1,7 +1,7 @@
 """Vocabularies compared piece by piece, where a tokenizer.json is all that tells of one.
 
 transformers 5 saves no SentencePiece model. Its tokenizer.json keeps every piece with its id, which tells vocabularies
-apart; how it says that text is normalised cannot be compared with SentencePiece's rules.
+apart; how it says that text is normalized cannot be compared with SentencePiece's rules.
 """
 
 import hashlib

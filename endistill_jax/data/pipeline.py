@@ -122,7 +122,7 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
-    """Makes sure that a task, or any task of a mixture, has a split; reads no example.
+    """Checks that a task, or any task of a mixture, has a split; reads no example.
 
     Raises:
       UserError: naming the splits there are.

@@ -67,8 +67,8 @@ def plan_assistants(
         teacher: shape of the teacher.
         student: shape of the student; assistants are of its kind.
         number: how many; None takes the fewest whose rounded shapes keep the bound, none where the student itself does.
-        largest_ratio: bound on the ratio of non-embedding parameters of every two neighbours; unused with a `number`.
-        relation_heads: numbers that shall divide the joined heads, as they do in teacher and student.
+        largest_ratio: bound on the ratio of non-embedding parameters of every two neighbors; unused with a `number`.
+        relation_heads: numbers that must divide the joined heads, as they do in teacher and student.
 
     Raises:
         UserError: a student that is not smaller than its teacher, a number below 1, a bound that is not above 1, or too
@@ -193,7 +193,7 @@ def _shapes(
     units: dict[str, int],
     head_dim: int,
 ) -> Iterator[ModelConfig]:
-    """All shapes of the nearest depths and of the widths around their means, none outside of its neighbours' sizes."""
+    """All shapes of the nearest depths and of the widths around their means, none outside of its neighbors' sizes."""
     depths = {name: math.floor(means[name] + 0.5) for name in _DEPTHS}
     choices = [_around(means[name], before[name], end[name], units[name]) for name in _WIDTHS]
     for widths in itertools.product(*choices):

@@ -23,16 +23,16 @@ def distill(
 
     Args:
         model_dir: receives checkpoints, metrics and the final table.
-        experiment: what is trained.
+        experiment: the training setup.
         dry_run: print what would be done, and do nothing.
-        plan: compile the step for chips that are not here, report what it needs there, and do nothing else.
+        plan: AOT-compile the step for a topology, report its requirements, and do nothing else.
 
     Returns:
         The student's parameters and held-out metrics; None after a dry run or a plan.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved.
     """
     if plan is not None:
         plan_experiment(plan, experiment)
@@ -46,7 +46,7 @@ def distill(
         return None
     rows, teacher = [], training.teacher
     if teacher is not None:
-        training.load_teacher()  # what is wrong with it shows before the corpus is read
+        training.load_teacher()  # fails before the corpus is read
     held_out = prepare_held_out(experiment.data, training.mesh())
     if not experiment.student.depth("decoder"):
         return _distill_encoder(training, held_out)

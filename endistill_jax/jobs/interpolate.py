@@ -47,8 +47,8 @@ def interpolate(
         The result of each stage, the student's last; None after a dry run or a plan.
 
     Raises:
-        UserError: for settings that do not fit and checkpoints that are damaged, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved.
+        UserError: invalid settings and checkpoints that are damaged, before anything is created.
+        Stopped: a signal stopped the run; progress is saved.
     """
     if experiment.teacher is None:
         raise UserError("interpolate.experiment has no teacher; give it a jobs.Teacher")
@@ -99,7 +99,7 @@ def _teacher_report(model_dir: str, chain: Chain, evaluation: Callable[[Mesh], H
         known = json.loads(file.read_text())
         if known["of"] == of | {"teacher": first["run"]["teacher"]}:
             return DenoisingReport.from_scalars(known["metrics"])
-    chain.load_teacher(1)  # what is wrong with it shows before the corpus is read
+    chain.load_teacher(1)  # fails before the corpus is read
     sharding = training.experiment.teacher_sharding
     report = evaluation(training.mesh()).evaluate(training.teacher.config, training.teacher.params, sharding)
     known = {"of": of | {"teacher": training.teacher.fingerprint}, "metrics": report.scalars()}

@@ -1,4 +1,4 @@
-"""A study: ways to train a student, compared over seeds by held-out figures and by the same fine-tuning."""
+"""A study: ways to train a student, compared over seeds by held-out metrics and fine-tuning."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def study(
         arms: name -> how the student is trained.
         seeds: one run of every arm for each.
         baseline: the arm that differences are taken to, seed by seed.
-        tasks: name -> how every student is fine-tuned and judged: once, with the seed of its training.
+        tasks: name -> how every student is fine-tuned and evaluated: once, with the seed of its training.
         probe: the terms that are measured between the teacher and every student on held-out text; None measures none.
         probe_batches: how many of the held-out batches the probe reads.
         dry_run: print what would be done, and do nothing.
@@ -66,8 +66,8 @@ def study(
         What `study.json` holds, see `studies.figures`; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     tasks = tasks or {}
     seeds = whole_numbers(seeds, "study.seeds")
@@ -119,7 +119,7 @@ def study(
 
 
 def _write(model_dir: str, raw: dict[str, Any]) -> None:
-    """Writes what is known so far: before any run has ended how runs are judged, and nothing to report."""
+    """Writes what is known so far: before any run has ended only how runs are evaluated."""
     if jax.process_index() == 0:
         write_raw(model_dir, raw)
         if raw["runs"]:

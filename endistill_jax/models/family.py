@@ -342,7 +342,7 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_batches(config: ModelConfig, eos_id: int) -> None:
-    """Makes sure that SeqIO's batches say to a model what they mean.
+    """Checks that SeqIO's batches say to a model what they mean.
 
     There padding is 0 whatever the model's `pad_id`: it is masked, and its id is never looked at. But every target
     begins with 0 and ends with the vocabulary's end, which the model must mean by these too.

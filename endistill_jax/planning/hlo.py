@@ -66,7 +66,7 @@ class Program:
         return self._turns(loop) or 1
 
     def uncounted_loops(self) -> int:
-        """Loops of which nothing tells how often they turn; what is in them counts once."""
+        """Loops of which nothing tells the trip count; what is in them counts once."""
         return sum(each.opcode == "while" and self._turns(each) is None for each, _, _ in self.counted())
 
     def _turns(self, loop: Instruction) -> int | None:

@@ -59,7 +59,7 @@ def describe_plan(plan: PlannedStep) -> str:
         lines += ["Collectives of one chip in one step, turns of loops counted:", "", _collectives(plan)]
     if result.get("uncounted_loops"):
         lines += [
-            f"{result['uncounted_loops']} loops do not tell how often they turn: what is in them counts once.",
+            f"{result['uncounted_loops']} loops do not tell the trip count: what is in them counts once.",
             "",
         ]
     if topology.is_proxy:

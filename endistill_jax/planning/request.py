@@ -15,7 +15,7 @@ class StepRequest:
     """A training step on a topology.
 
     Attributes:
-        topology: where it shall run.
+        topology: to compile for.
         student: the model that is trained.
         teacher: the frozen model; None if the objective needs none.
         objective: what is compared.

@@ -47,7 +47,7 @@ class RecordLog:
         self._facts_path = self._path.with_name(f"{self._path.name}.run.json")
 
     def check(self, facts: Mapping[str, Any], *, unknown: Iterable[str] = ()) -> None:
-        """Makes sure that what is there already, if anything is, is from the same job; reads no record.
+        """Checks that what is there already, if anything is, is from the same job; reads no record.
 
         Args:
             facts: what the records are made with; plain values in nested dictionaries.

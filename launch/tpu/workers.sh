@@ -5,7 +5,7 @@ ON_WORKER='bash endistill/on_worker.sh'
 
 DONE=endistill-done
 
-# A machine that is gone shall not be waited for as long as ssh does, ten times over as gcloud does.
+# A machine that is gone must not be waited for as long as ssh does, ten times over as gcloud does.
 IMPATIENT=(-oConnectTimeout=20 -oServerAliveInterval=30)
 
 # on_workers COMMAND [NODE WORKER]: runs a shell command on every worker of every slice at once, or on one.

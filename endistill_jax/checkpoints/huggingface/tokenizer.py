@@ -63,7 +63,7 @@ def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
 
 
 def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
-    """Makes sure that a vocabulary can go with a model.
+    """Checks that a vocabulary can go with a model.
 
     Raises:
         UserError: if there is no such file, it is no SentencePiece model, its ids of padding and end are not the

@@ -160,7 +160,7 @@ def logical_axes(boxed: Any, stacked: bool = False) -> Any:
     """T5X's collection "params_axes" of boxed parameters: `encoder/layers_0/attention/query/kernel_axes` etc.
 
     The names of our axes that parameters have (`vocab`, `embed`, `joined_kv`, `mlp`, `heads`, `relpos_buckets`,
-    `layers`) are T5X's, whose standard partitioning rules and factorisation rules know them all.
+    `layers`) are T5X's, whose standard partitioning rules and factorization rules know them all.
 
     Args:
         boxed: of `boxed_init`, or its shapes.

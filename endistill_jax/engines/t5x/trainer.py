@@ -34,7 +34,7 @@ class MiniEndModel(models.EncoderDecoderModel):
     """A student that T5X trains to agree with a teacher; it evaluates and generates as any other model of T5X.
 
     `loss = sum over terms of coefficient * sum / weight`, as in `objectives.loss`: the objective takes the place of
-    T5X's label smoothing, z-loss and normalising factor. Give it to `t5x.train` with `MiniEndTrainer`.
+    T5X's label smoothing, z-loss and normalizing factor. Give it to `t5x.train` with `MiniEndTrainer`.
 
     Args:
         module: the student.

@@ -34,7 +34,7 @@ class BeamState(NamedTuple):
         cache: of the positions read so far.
         running: beginnings, with their log-probabilities.
         ancestors: int32 [batch, beams, max_length], the beam each of them was in at each position; see `read_tokens`.
-        ended: texts that ended, with their penalised scores.
+        ended: texts that ended, with their penalized scores.
         done: bool [batch], whether an example's answer is found.
     """
 
@@ -60,7 +60,7 @@ def beam_search(
         length_penalty: the score of n tokens is their log-probability / n ** length_penalty.
 
     Returns:
-        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalised scores, float32 [batch].
+        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalized scores, float32 [batch].
     """
     source = config.family.read_source(config, params, tokens)
     rows = len(tokens)

@@ -1,7 +1,7 @@
 """Choosing the next token: the likeliest, or drawn at a temperature from the likeliest few.
 
 Each row has random numbers of its own, which depend on the key, the row's id and the position and on nothing else: a
-row is drawn the same whatever its neighbours are and however a batch is cut.
+row is drawn the same whatever its neighbors are and however a batch is cut.
 """
 
 import jax

@@ -10,7 +10,7 @@
 
 A sum over fewer inputs is smaller, so every kernel is multiplied by sqrt(teacher's inputs / student's inputs), and the
 queries' once more by sqrt(teacher's head_dim / student's head_dim), as scores are sums over a head's dimensions: the
-ratios that T5's own initialisation has between two widths. Embedding, normalisations and position biases keep their
+ratios that T5's own initialization has between two widths. Embedding, normalizations and position biases keep their
 values; a tied head has the same correction from its factor d_model^-0.5. With equal widths every factor is 1.
 
 A student with a position bias in every layer (umT5) takes those of the layers it takes, or of a teacher with one a

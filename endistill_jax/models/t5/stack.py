@@ -65,7 +65,7 @@ def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> Stac
 
 
 def stacked_init(layer: nn.Module, num_layers: int) -> Callable[[jax.Array, jax.Array, tuple], Any]:
-    """An initialiser of `num_layers` layers, each with a key of its own, stacked on a leading axis named "layers"."""
+    """An initializer of `num_layers` layers, each with a key of its own, stacked on a leading axis named "layers"."""
 
     def init(key: jax.Array, x: jax.Array, context: tuple) -> Any:
         def init_one(key: jax.Array) -> Any:

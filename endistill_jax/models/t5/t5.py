@@ -54,7 +54,7 @@ class OutputHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position bias, layers, final normalisation."""
+    """Position bias, layers, final normalization."""
 
     config: T5Config
 
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Position bias, layers, final normalisation and head.
+    """Position bias, layers, final normalization and head.
 
     Attributes:
         config: the model's settings.
