@@ -84,7 +84,14 @@ def _training(manifest: Mapping[str, Any], step: int) -> str:
 
 def _objective(objective: Mapping[str, Any]) -> str:
     """Its terms with their coefficients, such as "cross/qk 0.5, cross/vv 0.5, logits 1.0"."""
-    return ", ".join(f"{name} {term['coefficient']}" for name, term in objective["terms"].items())
+    return ", ".join(f"{name} {_coefficient(term['coefficient'])}" for name, term in objective["terms"].items())
+
+
+def _coefficient(saved: Any) -> str:
+    """A number, or a schedule with its settings."""
+    if isinstance(saved, Mapping):
+        return " ".join(f"{name} {value}" if name != "type" else value for name, value in saved.items())
+    return f"{saved:.3g}" if isinstance(saved, (int, float)) else str(saved)
 
 
 def _initial(student_init: Mapping[str, Any] | None) -> str | None:
