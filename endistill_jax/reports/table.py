@@ -1,6 +1,6 @@
 """Result tables: rows of plain numbers to a terminal, to Markdown and to JSON.
 
-A cell is a number, a text, None (nothing to tell), or a list of numbers, one a seed, shown as mean and spread. Numbers
+A cell is a number, a text, None (empty), or a list of numbers, one a seed, shown as mean and spread. Numbers
 are rounded for reading only; the JSON file holds the rows as they are.
 """
 

@@ -1,4 +1,4 @@
-"""What the gin files beside a T5X checkpoint say of its model that the shapes of its arrays do not."""
+"""Settings of a T5X checkpoint's model that only its gin files have, not the shapes of its arrays."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ _MACRO = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=\s*(.+?)\s*$")
 
 
 def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Activations and dropout from the closest gin file that says them, and what was assumed, a sentence each.
+    """Activations and dropout from the closest gin file that sets them, and what was assumed, a sentence each.
 
     Raises:
         UserError: if a file says what the checkpoint cannot be.

@@ -20,10 +20,10 @@ def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[in
         args: arrays or their shapes (`jax.ShapeDtypeStruct`).
 
     Returns:
-        Contracted length -> 2 x products' sizes, so that products of one kind can be told by a length of their own.
+        Contracted length -> 2 x products' sizes, so that products of one kind can be identified by a unique length.
 
     Raises:
-        NotImplementedError: if a loop with an unknown number of turns, or a branch, holds a product.
+        NotImplementedError: if a loop with an unknown trip count, or a branch, contains a product.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
