@@ -113,5 +113,5 @@ def _is_finished(folder: epath.Path) -> bool:
         if not all((folder / part).exists() for part in parts):
             return False
         return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
-    except (FileNotFoundError, ValueError):  # not what tells of storage that fails: a checkpoint would seem unfinished
+    except (FileNotFoundError, ValueError):  # not storage failures, which would make a checkpoint look incomplete
         return False

@@ -115,7 +115,7 @@ def init_from_teacher(
             together; NumPy arrays are cut on the host.
         teacher: the teacher's settings.
         student: the student's settings.
-        mesh: where the student shall lie.
+        mesh: for the student's parameters.
     """
     shardings = param_shardings(student, mesh)
 

@@ -17,13 +17,13 @@ Sizes are rounded:
 
 Of each width the multiples below and above its mean are candidates, with each head_dim, and of their combinations the
 one is taken whose parameters are nearest to P_f. Sizes are monotonic along the chain, so that a stage may start from a
-slice of its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's kind has
-as many parameters.
+slice of its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's
+kind has as many parameters.
 
 How far one stage should reach is not known for encoder-decoders. The default bound of 2.5 on the ratio of non-embedding
 parameters follows the law of capacity gap of Zhang et al. (arXiv 2311.07052), by which the best teacher of a student is
-a fixed number of times its size: that was measured on decoder-only models. This interpretation of interpolated
-distillation is ours.
+a fixed number of times its size: that was measured on decoder-only models. This reading of interpolated distillation is
+ours.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ def _shapes(
 
 
 def _around(mean: float, one: float, other: float, unit: int) -> list[int]:
-    """The multiples of `unit` next to `mean` that lie between two sizes, both included."""
+    """The multiples of `unit` nearest to `mean` between two sizes, inclusive."""
     least, most = min(one, other), max(one, other)
     mean = min(max(mean, least), most)
     return [size for size in {math.floor(mean / unit) * unit, math.ceil(mean / unit) * unit} if least <= size <= most]

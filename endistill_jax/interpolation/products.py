@@ -46,7 +46,7 @@ def remedy(model_dir: str) -> str | None:
     product = stored_path(_folder(model_dir))
     if not (product.exists() and finished_steps(f"{model_dir}/{CHECKPOINTS}")):
         return None
-    return f"remove {product}; the same command then resumes from the checkpoints next to it"
+    return f"remove {product}; the same command then goes on from the checkpoints beside it"
 
 
 def product_fingerprint(model_dir: str) -> str | None:
@@ -62,7 +62,7 @@ def check_not_damaged(model_dir: str) -> None:
     """
     product = stored_path(model_dir) / PRODUCT
     if product.exists() and not last_manifest(model_dir)[1]:
-        raise UserError(f"{product} is incomplete")
+        raise UserError(f"{product} is not whole")
 
 
 def _folder(model_dir: str) -> str:

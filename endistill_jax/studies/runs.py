@@ -137,7 +137,7 @@ def settle_shards(
         data: of the training.
         tasks: name -> fine-tuning, which takes as many shards as the training where it does not say.
         earlier: what an earlier start wrote.
-        hosts: how many shards there are where neither the settings nor an earlier start tell.
+        hosts: number of shards if neither the settings nor an earlier start set it.
 
     Raises:
         UserError: for batches of a task that do not divide over the shards.

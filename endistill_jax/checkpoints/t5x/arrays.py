@@ -121,9 +121,11 @@ def _described_store(location: Location, name: str, spec: Mapping[str, Any]) -> 
 
     def open_described() -> Array:
         array = finish()
-        told = spec["metadata"].get("shape")
-        if told is not None and tuple(told) != array.shape:
-            raise UserError(f"{array.where}: {name} has shape {array.shape}; {location.index} makes it {tuple(told)}")
+        described = spec["metadata"].get("shape")
+        if described is not None and tuple(described) != array.shape:
+            raise UserError(
+                f"{array.where}: {name} has shape {array.shape}; {location.index} makes it {tuple(described)}"
+            )
         return array
 
     return open_described

@@ -17,28 +17,28 @@ def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[
     Raises:
         UserError: if a file says what the checkpoint cannot be.
     """
-    told: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for file in location.config_files:
         if file.is_file():
             for name, value in read_gin(file.read_text()).items():
-                told.setdefault(name, (value, file))
+                given.setdefault(name, (value, file))
     notes = []
-    if "mlp_activations" in told:
-        activations, file = told["mlp_activations"]
+    if "mlp_activations" in given:
+        activations, file = given["mlp_activations"]
         if not isinstance(activations, tuple | list) or len(activations) != 1 + gated:
             raise UserError(f"{file} has mlp_activations {activations}, but the checkpoint has {1 + gated} branches")
     else:
         activations = ("gelu", "linear") if gated else ("relu",)
         notes.append(f"no gin file beside it says which activations it has; taken as {' x '.join(activations)}")
-    if "logits_via_embedding" in told and bool(told["logits_via_embedding"][0]) != tied:
-        file = told["logits_via_embedding"][1]
+    if "logits_via_embedding" in given and bool(given["logits_via_embedding"][0]) != tied:
+        file = given["logits_via_embedding"][1]
         raise UserError(
             f"{file} has logits_via_embedding = {not tied}, but the checkpoint has "
             f"{'no' if tied else 'a'} decoder/logits_dense/kernel"
         )
     settings = {"mlp_activations": activations}
-    if "dropout_rate" in told:
-        rate, file = told["dropout_rate"]
+    if "dropout_rate" in given:
+        rate, file = given["dropout_rate"]
         if not isinstance(rate, int | float):
             raise UserError(f"{file} has dropout_rate {rate!r}; a number is expected")
         settings["dropout_rate"] = float(rate)

@@ -66,11 +66,11 @@ def locate(path: str) -> Location:
             f"or its file {MSGPACK}"
         )
     step_folder = found.parent.parent if found.parent.name == _STATE else found.parent
-    beside = [step_folder / "model.gin"]
+    gin_files = [step_folder / "model.gin"]
     # Files of the model directory; a step that was copied by itself has none.
     if _STEP.fullmatch(step_folder.name):
-        beside += [step_folder.parent / name for name in ("config.gin", "model.gin")]
-    return Location(step_folder, found, tuple(beside))
+        gin_files += [step_folder.parent / name for name in ("config.gin", "model.gin")]
+    return Location(step_folder, found, tuple(gin_files))
 
 
 def is_checkpoint(path: str) -> bool:

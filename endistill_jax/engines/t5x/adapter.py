@@ -130,8 +130,8 @@ class Transformer(nn.Module):
         config, params = self.run_config, self._stacked()
         kept = self.get_variable("cache", "decoder")
         cache = decoding.Cache(KeysValues(kept["cached_key"], kept["cached_value"]), kept["cache_index"])
-        # Loop-invariant: where layers run one by one, the compiler hoists the projections out of T5X's loop over tokens.
-        # In the cache they would be permuted with every change of beams.
+        # Loop-invariant: where layers run one by one, the compiler hoists the projections out of T5X's loop over
+        # tokens. In the cache they would be permuted with every change of beams.
         cross = decoding.cross_keys_values(config, params, encoded)
         segments = jnp.asarray(encoder_input_tokens > 0, jnp.int32)
         logits, cache = decoding.decode_step(config, params, cache, cross, decoder_input_tokens[:, 0], segments)

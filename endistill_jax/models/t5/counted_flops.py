@@ -36,14 +36,14 @@ def _count(jaxpr: Any) -> collections.Counter[int]:
         if equation.primitive.name == "dot_general":
             contracted = _contracted_length(equation)
             total[contracted] += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        trip_count = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = sum(map(_count, _inner_programs(equation.params.values())), start=collections.Counter())
         if inner and equation.primitive.name in ("while", "cond"):
             raise NotImplementedError(
                 f"a matrix product inside {equation.primitive.name}: how often it runs is unknown"
             )
         for contracted, flops in inner.items():
-            total[contracted] += turns * flops
+            total[contracted] += trip_count * flops
     return total
 
 

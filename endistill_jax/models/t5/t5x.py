@@ -108,7 +108,7 @@ def infer(shapes: Mapping[str, Shape], where: Where) -> tuple[T5Config, Layout]:
         where: for messages.
 
     Raises:
-        UserError: if an array that tells a size is missing or of another rank, or the sizes make no T5.
+        UserError: if an array that determines a size is missing or of another rank, or the sizes make no T5.
     """
     found = _Shapes(shapes, where)
     vocab_size, d_model = found.shape(EMBEDDING, 2)
