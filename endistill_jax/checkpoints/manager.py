@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
-from endistill_jax.checkpoints.manifest import Manifest
+from endistill_jax.checkpoints.manifest import Manifest, renamed_metrics
 from endistill_jax.checkpoints.reading import PyTree, read_manifest, unreadable
 from endistill_jax.checkpoints.unfinished import leave_whole_ones
 from endistill_jax.core.errors import StorageFailure, UserError
@@ -194,7 +194,7 @@ def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) 
     worst = math.inf if best_mode == "min" else -math.inf
 
     def rank(metrics: Mapping[str, float]) -> float:
-        value = metrics.get(keep_best, worst)
+        value = renamed_metrics(metrics).get(keep_best, worst)
         # A comparison with NaN is always false: unguarded, a diverged step could rank anywhere.
         return worst if math.isnan(value) else value
 

@@ -178,6 +178,7 @@ def plan_chain(
                 experiment=stage.experiment,
                 teacher=lazy_model(trainings[-1].model_dir, stage.teacher) if trainings else teacher,
                 label=", ".join(filter(None, (label, f"stage {stage.number} of {len(stages)}"))),
+                may_continue=False,
             )
         )
     return Chain(stages=stages, trainings=tuple(trainings), objective=experiment.objective, keep=interpolation.keep)

@@ -52,7 +52,7 @@ def demo(
         experiment,
         objective=presets.scratch(),
         optimizer=scratch_optimizer or experiment.optimizer,
-        teacher=None,
+        teacher=None if experiment.init.kind == "random" else experiment.teacher,  # both start alike
     )
 
     def trainings(arm: str, of: Experiment) -> list[Training]:
@@ -69,6 +69,7 @@ def demo(
     arms = {"distilled": trainings("distilled", experiment), "scratch": trainings("scratch", scratch)}
     for training in (training for each in arms.values() for training in each):
         training.check()
+        training.check_saved()
     if dry_run:
         print("\n\n".join(f"{arm}\n{describe(each[0])}" for arm, each in arms.items()))
         return None

@@ -10,6 +10,7 @@ from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_mod
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.report import TaskResult
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.models.family import check_batches
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.reports.files import json_text, write_atomically
@@ -139,6 +140,7 @@ def _check(trained: TrainedModel, data: Data, scored_by: str, decoding: Decoding
     vocabulary = task.output_features["targets"].vocabulary
     agree("vocabulary and model", {"vocabulary": fingerprint_vocabulary(vocabulary), "step": trained.step})
     check_vocabularies(vocabulary, trained.config, None)
+    check_batches(trained.config, vocabulary.eos_id)
     check_same_vocabulary(vocabulary, trained, "the model")
     if decoding is not None:
         decoding.validate(trained.config)

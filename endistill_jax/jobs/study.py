@@ -172,6 +172,8 @@ def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) 
     for training in run.trainings:
         with naming(f"study.probe with the student of {training.label}"):
             probe.validate(training.student, teacher.config)
+            if own := probe.init_params(jax.random.key(0), training.student, teacher.config):
+                raise UserError(f"{', '.join(own)} has parameters of its own, which no student brings; leave it out")
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:

@@ -385,7 +385,6 @@ def family_names() -> list[str]:
     return [name for name in folders if importlib.util.find_spec(f"{__package__}.{name}.family")]
 
 
-@functools.lru_cache  # called a dozen times per run, and tracing a model takes a second
 @functools.cache  # called a dozen times per run, and tracing a model takes a second or more
 def _abstract_boxed(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))

@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 # Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
 MASKED_SCORE = -1e30
 
-# The two sets of vectors that a relation compares: queries and keys.
-Pair = tuple[Float[Array, "*batch query inner"], Float[Array, "*batch key inner"]]
+# The two sets of vectors that a relation compares, queries and keys, of one width.
+Pair = tuple[Float[Array, "*batch query _"], Float[Array, "*batch key _"]]
 
 
 def rows_divergence(

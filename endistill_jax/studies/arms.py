@@ -92,6 +92,8 @@ class StudyRun:
                 with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
                     _check_comparable(training, mesh)
             (self.chain or self.training).check()
+            if self.chain is None:
+                self.training.check_saved()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
                 with naming(f"task {task}"):
@@ -107,7 +109,7 @@ class StudyRun:
         how = self.tasks[task]
         how = dataclasses.replace(how, run=dataclasses.replace(how.run, seed=self.seed))
         (training,) = plan_runs(self._folder_of(task), model, how, f"{self.arm}, seed {self.seed}, {task}")
-        return training
+        return dataclasses.replace(training, may_continue=False)
 
     def finetunings(self) -> Iterator[tuple[str, Training]]:
         """The fine-tunings of the run's product, which must be there, by the names of their tasks."""
@@ -153,7 +155,7 @@ def plan_study(
                 chain = plan_chain(folder, of_arm, teacher, arm.interpolation, label)
             return StudyRun(arm=name, seed=seed, trainings=chain.trainings, chain=chain, tasks=tasks)
         own = None if of_arm.teacher is None else teacher
-        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label)
+        training = Training(model_dir=folder, experiment=of_arm, teacher=own, label=label, may_continue=False)
         return StudyRun(arm=name, seed=seed, trainings=(training,), chain=None, tasks=tasks)
 
     return [planned(name, arm, seed) for seed in seeds for name, arm in arms.items()]

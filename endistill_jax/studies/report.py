@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from endistill_jax.checkpoints.manifest import objective_of_path, plain, renamed_metrics
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.table import print_table
@@ -40,11 +41,23 @@ def read_raw(folder: str | os.PathLike) -> Raw:
     try:
         raw = json.loads(file.read_text())
         raw["judged_by"]["shards"], raw["runs"]
+        _rename(raw)
     except OSError as error:
         raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is no record of a study; move it away") from None
     return raw
+
+
+def _rename(raw: Raw) -> None:
+    """Metrics and the probe of a study of manifest schema 1, under their present names."""
+    raw["teacher_figures"] = renamed_metrics(raw["teacher_figures"])
+    for run in raw["runs"]:
+        for each in (run, *run.get("stages", ())):
+            each["evaluations"] = [renamed_metrics(evaluation) for evaluation in each["evaluations"]]
+    probe = raw["judged_by"].get("probe")
+    if probe and "path" in probe:
+        probe["objective"] = plain(objective_of_path(probe.pop("path")).described())
 
 
 def write_raw(folder: str | os.PathLike, raw: Raw) -> None:

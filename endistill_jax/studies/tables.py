@@ -87,8 +87,8 @@ def _held_out(raw: Raw) -> Table:
     figures = raw["teacher_figures"]
     rows.append({"arm": "teacher", "parameters": figures["parameters"]} | {x: figures.get(x) for x, *_ in _HELD_OUT})
     for ngram in ("unigram", "bigram"):
-        if f"{ngram}_token_loss" in figures:
-            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_token_loss"]})
+        if f"{ngram}_loss" in figures:
+            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_loss"]})
     return Table("Held-out text after training, nats a token", tuple(columns), rows)
 
 

@@ -115,6 +115,7 @@ def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
         raise UserError("Finetuning.learning_rates or seeds has a value twice; give each once")
     for training in trainings:
         training.check()
+        training.check_saved()
     if finetuning.decoding is not None:
         finetuning.decoding.validate(trainings[0].student)
     check_task_metrics(finetuning.data, finetuning.scored_by)

@@ -13,7 +13,7 @@ from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model,
 from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
-from endistill_jax.models.family import ModelConfig, Params, config_from_plain
+from endistill_jax.models.family import ModelConfig, Params, check_batches, config_from_plain
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import check_rows, param_shardings
@@ -38,6 +38,8 @@ class Training:
         initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
+        may_continue: whether a run that came to its end may be given more steps: not where it is compared with others,
+            or has taught one.
     """
 
     model_dir: str
@@ -46,6 +48,7 @@ class Training:
     initial: TrainedModel | None = None
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
+    may_continue: bool = True
 
     @property
     def student(self) -> ModelConfig:
@@ -81,17 +84,23 @@ class Training:
         from endistill_jax.data.pipeline import check_split
 
         experiment = self.experiment
+        if (experiment.initial_checkpoint is None) != (self.initial is None):
+            raise UserError(
+                f"Experiment.initial_checkpoint is {experiment.initial_checkpoint!r}, but this job starts its models "
+                "itself; leave it None, or train with jobs.distill"
+            )
         check_writable_place(self.model_dir)
         agree("vocabulary and teacher", self._identity_of_files())
         check_split(self.task(), "train")
         make_schedule(experiment.optimizer, self.run.steps)
         self.objective.validate(self.student, self.teacher_config)
         self._check_targets()
-        if not self.scoring:
+        if not self.scoring and self.student.depth("decoder"):
             check_metric(self.run.keep_best)
         experiment.init.check(self.teacher_config, self.student)
         self.check_mesh()
         check_vocabularies(self.vocabulary(), self.student, self.teacher)
+        check_batches(self.student, self.vocabulary().eos_id)
         if self.initial is not None:
             check_same_vocabulary(self.vocabulary(), self.initial, "the model")
             check_shape(self.initial.source, self.initial.config, self.student, "the student")
@@ -213,9 +222,19 @@ class Training:
         current = {name: value for name, value in current.items() if name not in ignored}
         check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
 
+    def check_saved(self) -> None:
+        """Compares this training with the last checkpoint in its folder, if there is one; reads no parameters.
+
+        Raises:
+            UserError: naming every difference but those of what other models contain.
+        """
+        step, manifest = last_manifest(self.model_dir)
+        if manifest:
+            self.check_resumes(step, manifest, contents=False)
+
     def is_continued(self, manifest: Manifest) -> bool:
         """Whether the run of a manifest came to its end, and this one is longer."""
-        return is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
+        return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
 
 
 def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:

@@ -6,6 +6,7 @@ import pydoc_data.topics
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
@@ -15,7 +16,7 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
 from endistill_jax.evaluation.metrics import accuracy
 from endistill_jax.jobs import Data, Experiment, Run, Teacher, distill
-from endistill_jax.models.family import init_params
+from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import presets
 from endistill_jax.tasks.pretraining import text_files_task
@@ -160,13 +161,27 @@ def color_task(color_source) -> seqio.Task:
     return color_source("jobs_tests_color_v1")
 
 
+def save_random(folder: pathlib.Path, config: T5Config, *more, seed: int = 1) -> str:
+    """Writes a model with random parameters as a Hugging Face folder; nothing is compiled for it."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        center, spread = (1.0, 0.0) if path[-1].key == "scale" else (0.0, 0.3)
+        return rng.normal(center, spread, shape.shape).astype(np.float32)
+
+    huggingface.save(str(folder), jax.tree_util.tree_map_with_path(leaf, abstract_params(config)), config, *more)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_teacher() -> Callable[..., str]:
+    return save_random
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> str:
-    """An untrained teacher as a Hugging Face folder: what it knows does not matter here."""
-    folder = str(tmp_path_factory.mktemp("teacher") / "folder")
-    config = small_model(width=32)
-    huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config)
-    return folder
+    """A teacher as a Hugging Face folder: what it knows does not matter here."""
+    return save_random(tmp_path_factory.mktemp("teacher") / "folder", small_model(width=32))
 
 
 @pytest.fixture(scope="session")

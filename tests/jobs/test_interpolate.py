@@ -23,7 +23,6 @@ from endistill_jax.interpolation import chain, products
 from endistill_jax.jobs import Experiment, Interpolation, Run, StageSettings, export, interpolate
 from endistill_jax.jobs import plan as plan_job
 from endistill_jax.main import main
-from endistill_jax.models.family import init_params
 from endistill_jax.objectives import presets
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
@@ -253,17 +252,14 @@ def test_changed_settings_of_a_stage_are_named(refused, pruned, arguments):
     refused(interpolate, "stage 2: .*steps is 4 there and 6 here", **common | {"interpolation": longer})
 
 
-def taught_by(arguments: dict, source: pathlib.Path) -> dict:
+def taught_by(arguments: dict, source: pathlib.Path | str) -> dict:
     teacher = dataclasses.replace(arguments["experiment"].teacher, source=str(source))
     return arguments | {"experiment": dataclasses.replace(arguments["experiment"], teacher=teacher)}
 
 
 @pytest.fixture(scope="module")
-def other_teacher(tmp_path_factory, make_model) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("teachers") / "other"
-    config = make_model(width=32)
-    huggingface.save(str(folder), jax.device_get(init_params(config, jax.random.key(2))), config)
-    return folder
+def other_teacher(tmp_path_factory, make_model, make_teacher) -> str:
+    return make_teacher(tmp_path_factory.mktemp("teachers") / "other", make_model(width=32), seed=2)
 
 
 def test_another_teacher_of_a_finished_stage_is_refused_and_the_same_elsewhere_is_not(
@@ -323,7 +319,11 @@ def test_a_product_that_is_not_whole_does_not_begin_the_stage_anew(refused, prun
 @pytest.mark.parametrize(
     ("stage", "own", "match"),
     [
-        (-1, {"objective": presets.union(relation_heads=4, student_layer=1)}, "stage 2: .*student_layer is 1"),
+        (
+            -1,
+            {"objective": presets.union(relation_heads=4, student_layer=1)},
+            "stage 2: layer 1 of encoder_self",
+        ),
         (1, {"optimizer": OptimizerConfig(warmup_steps=9)}, "stage 1: .*warmup_steps is 9, but the run has 4"),
         (2, {"init": StudentInit(kind="layers")}, "stage 2: StudentInit.kind is 'layers'"),
     ],

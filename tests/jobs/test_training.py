@@ -14,7 +14,7 @@ from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import Teacher, demo, distill, export, train_vocabulary
-from endistill_jax.models.family import abstract_params, count_params, init_params
+from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import InterpolatedTargets, presets
 from endistill_jax.reports.table import format_count
 from endistill_jax.tasks.pretraining import text_files_task
@@ -53,7 +53,7 @@ def test_hosts_compare_what_the_same_names_mean_to_each_of_them(monkeypatch, cor
 def test_the_teacher_is_not_in_the_checkpoint(distilled, student, teacher):
     params, manifest = restore_params(str(distilled / "checkpoints"))
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, init_params(student, jax.random.key(0)))
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(student))
     assert manifest["run"]["teacher"] == open_model(teacher).fingerprint
 
 
@@ -89,7 +89,7 @@ def test_a_student_starts_from_any_checkpoint(tmp_path, distilled, pretraining, 
 
 
 def test_what_changed_since_the_checkpoint_is_named(
-    refused, distilled, experiment, student, corpus, make_model, tmp_path
+    refused, distilled, experiment, student, corpus, make_model, make_teacher, tmp_path
 ):
     def refuses(match, **settings):
         refused(distill, match, model_dir=str(distilled), experiment=changed(experiment, **settings))
@@ -102,9 +102,7 @@ def test_what_changed_since_the_checkpoint_is_named(
     renamed = text_files_task("jobs_tests_v2", str(corpus), "bytes", held_out=0.1)
     refuses("task is .*jobs_tests_v1.* there", part="data", task=renamed)
     refuses('teacher_dtype is "bfloat16" there and "float32" here', part="teacher", dtype="float32")
-    other = str(tmp_path / "teacher")
-    config = make_model(width=32)
-    huggingface.save(other, jax.device_get(init_params(config, jax.random.key(2))), config)
+    other = make_teacher(tmp_path / "teacher", make_model(width=32), seed=2)
     refuses("teacher is .* there", part="teacher", source=other)
     # How the run is judged decides which step is the best.
     refuses(r"evaluation\.eval_examples is 8 there and 12 here", part="data", eval_batches=3)
@@ -138,14 +136,12 @@ def student_of(width, student):
 
 
 def test_a_teacher_of_another_vocabulary_of_the_same_size_is_refused(
-    refused, tmp_path, experiment, student, make_model
+    refused, tmp_path, experiment, student, make_model, make_teacher
 ):
     from endistill_jax.data.vocabulary import BUNDLED, EXTRA_IDS
 
-    folder = str(tmp_path / "teacher")
-    config = make_model(width=32, vocab_size=8192)
     vocabulary = VocabularyFile(str(BUNDLED), EXTRA_IDS)
-    huggingface.save(folder, jax.device_get(init_params(config, jax.random.key(1))), config, vocabulary)
+    folder = make_teacher(tmp_path / "teacher", make_model(width=32, vocab_size=8192), vocabulary)
     larger = changed(experiment, student=dataclasses.replace(student, vocab_size=8192), teacher=Teacher(source=folder))
     refused(distill, "trained with another vocabulary", model_dir=str(tmp_path / "run"), experiment=larger)
 
@@ -203,3 +199,12 @@ def test_a_vocabulary_is_trained_from_a_source_and_never_overwritten(tmp_path, d
     assert vocabulary.decode(vocabulary.encode(text)) == text
     with pytest.raises(UserError, match="exists already"):
         train_vocabulary(source=data.task.source, path=str(file), size=300)
+
+
+def test_an_encoder_alone_is_distilled_and_evaluated_by_its_distance_from_the_teacher(tmp_path, experiment, student):
+    alone = dataclasses.replace(student, num_decoder_layers=0)
+    encoder = changed(experiment, student=alone, objective=presets.encoder(relation_heads=4))
+    result = distill(model_dir=str(tmp_path / "run"), experiment=encoder)
+    assert "decoder" not in result.params and np.isfinite(result.report.loss)
+    export(model=str(tmp_path / "run"), folder=str(tmp_path / "folder"))
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
