@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what its run was, as plain values, and how that is compared with a run that resumes it.
+"""The manifest of a checkpoint: the settings of its run as plain values, and their comparison on resume.
 
     schema     2; the first checkpoints have none
     run        what changes the mathematics or the order of the data; see `train.training.Training.identity`
-    progress   tokens, seconds, the best evaluation, whether the run came to its end
+    progress   tokens, seconds, the best evaluation, whether the run is complete
     teacher, initial   where the other models were
     held_out   metrics of the step's evaluation, if there was one
 
@@ -56,7 +56,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
-    """Refuses to resume from a checkpoint that was made for something else.
+    """Refuses to resume from a checkpoint of a different run.
 
     Args:
         saved: from a manifest.

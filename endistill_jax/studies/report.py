@@ -1,8 +1,8 @@
-"""The files of a study: `study.json` with everything that was measured, and what is made of it.
+"""The files of a study: `study.json` with all measurements, and the tables and plots made from it.
 
     python -m endistill_jax.studies.report FOLDER
 
-makes `study.md` and the plots anew from FOLDER/study.json.
+recreates `study.md` and the plots from FOLDER/study.json.
 """
 
 import json
@@ -26,7 +26,7 @@ TABLE_FILE = "study.md"
 
 
 def raw_file(folder: str | os.PathLike) -> epath.Path:
-    """Where the `study.json` of a folder is, or will be."""
+    """The path of a folder's `study.json`."""
     return stored_path(folder) / RAW_FILE
 
 
@@ -34,8 +34,8 @@ def read_raw(folder: str | os.PathLike) -> Raw:
     """Reads `study.json`.
 
     Raises:
-        UserError: there is none, or it is no study's.
-        StorageFailure: the storage could not be asked for it.
+        UserError: there is none, or it is not of a study.
+        StorageFailure: the storage could not be read.
     """
     file = raw_file(folder)
     try:
@@ -81,7 +81,7 @@ def print_study(raw: Raw) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Makes the tables and plots of each folder anew."""
+    """Recreates the tables and plots of each folder."""
     if not words:
         print("usage: python -m endistill_jax.studies.report FOLDER ...", file=sys.stderr)
         return 2
