@@ -55,7 +55,7 @@ class PeakMemory:
 
 
 class RandomLeaf:
-    """Stands for a large parameter whose layers are drawn when they are asked for."""
+    """Stands in for a large parameter; its layers are drawn when requested."""
 
     def __init__(self, shape: tuple[int, ...], seed: int):
         self.shape, self.seed = shape, seed

@@ -45,7 +45,7 @@ def logical_rules(placement: str = "sharded") -> tuple[tuple[str, Any], ...]:
         width and vocabulary it stays sharded over `tensor`, like its activations.
 
     Raises:
-        UserError: `sharding` is neither.
+        UserError: `placement` is neither "sharded" nor "replicated".
     """
     if placement not in PLACEMENTS:
         raise UserError(f"placement is {placement!r}; choose one of {', '.join(PLACEMENTS)}")

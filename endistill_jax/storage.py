@@ -39,7 +39,7 @@ def stored_path(path: str | os.PathLike[str]) -> epath.Path:
         return epath.Path(text).expanduser().resolve()
     if not text.startswith(BUCKET) or not text.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{text} is not a place for files; give a local path, or {BUCKET}BUCKET/FOLDER")
-    return epath.Path(text)  # `resolve` would make a local folder called "gs:" of it
+    return epath.Path(text)  # `resolve` would turn it into a local folder called "gs:"
 
 
 def local_path(path: str | os.PathLike[str], advice: str) -> pathlib.Path:
@@ -112,7 +112,7 @@ def _fails(error: BaseException) -> bool:
         return error.errno is not None or isinstance(error, (ConnectionError, TimeoutError))
     if any(_PASSING.search(kind.__name__) for kind in type(error).__mro__[:2]):
         return True
-    # Not what JAX says of a device's memory, which begins alike.
+    # Excludes JAX's out-of-memory errors, which have the same prefix.
     of_tensorstore = isinstance(error, ValueError) or type(error) is RuntimeError
     return of_tensorstore and bool(_STATUS.search(str(error)))
 

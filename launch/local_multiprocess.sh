@@ -115,7 +115,7 @@ LOG_DIR="${LOG_DIR:-$(mktemp -d "${TMPDIR:-/tmp}/endistill_processes.XXXXXX")}"
 mkdir -p "$LOG_DIR"
 say "logs are in $LOG_DIR"
 PIDS=()
-# A process started with & does not hear Ctrl-C itself.
+# A process started with & does not receive Ctrl-C itself.
 trap 'end_all; exit 130' INT
 trap 'end_all; exit 143' TERM
 start_processes

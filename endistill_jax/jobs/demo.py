@@ -52,7 +52,7 @@ def demo(
         experiment,
         objective=presets.scratch(),
         optimizer=scratch_optimizer or experiment.optimizer,
-        teacher=None,
+        teacher=None if experiment.init.kind == "random" else experiment.teacher,  # both start alike
     )
 
     def trainings(arm: str, of: Experiment) -> list[Training]:

@@ -4,7 +4,7 @@ import jax
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
-from endistill_jax.evaluation.probe import Probe
+from endistill_jax.evaluation.probe import PREFIX, Probe
 from endistill_jax.jobs.plan import PlanOptions, plan_experiment
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Objective
@@ -67,6 +67,9 @@ def _distill_encoder(training: Training, held_out: HeldOut) -> TrainingResult:
     terms = tuple(term for term in objective.terms if term.name not in own)
     if not terms:
         raise UserError("every term has parameters of its own, and none can evaluate an encoder; add presets.encoder's")
+    metrics = [f"{PREFIX}{term.name}" for term in terms]
+    if training.run.keep_best not in (None, *metrics):
+        raise UserError(f"Run.keep_best is {training.run.keep_best!r}; an encoder has {', '.join(metrics)}")
     probe = Probe(
         objective=Objective(terms=terms),
         teacher=teacher,

@@ -112,16 +112,25 @@ def infer(
     if dry_run:
         print(f"{model}: {trained.config}\nwould read {input_file} and write {output_file}, {decoding}, {reading}")
         return None
-    facts = {"vocabulary": fingerprint_vocabulary(vocabulary), "batch_size": batch_size, "dtype": dtype, "seed": seed}
-    facts |= {"decoding": dataclasses.asdict(decoding), "reading": dataclasses.asdict(reading), "input": file.facts()}
+    manifest = {
+        "vocabulary": fingerprint_vocabulary(vocabulary),
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    manifest |= {
+        "decoding": dataclasses.asdict(decoding),
+        "reading": dataclasses.asdict(reading),
+        "input": file.facts(),
+    }
     if jax.process_index() == 0:
-        log.check(facts, unknown=("model",))  # before the model is read
+        log.check(manifest, unknown=("model",))  # before the model is read
     params = trained.load(predictor.shardings)
-    done = _begin(log, facts | {"model": trained.fingerprint})
+    done = _begin(log, manifest | {"model": trained.fingerprint})
     encoder = _Encoder(vocabulary, reading, after=done.last)
     windows = encoder.windows(file, batch_size * WINDOW_BATCHES)
     answers = ((rows[-1].number, list(_answers(predictor, params, vocabulary, rows))) for rows in windows)
-    done = _write(log, done, answers, of=facts["input"]["lines"])
+    done = _write(log, done, answers, of=manifest["input"]["lines"])
     print(
         f"{output_file}: {done.records} lines written, {encoder.bad} bad lines skipped, "
         f"{done.marked[CUT]} inputs cut to {reading.inputs_length} tokens"
@@ -129,17 +138,17 @@ def infer(
     return done.records
 
 
-def _begin(log: RecordLog, facts: dict[str, Any]) -> Done:
+def _begin(log: RecordLog, manifest: dict[str, Any]) -> Done:
     """Opens the output and broadcasts its progress to all hosts; `length` is valid on the primary host only.
 
     Raises:
         UserError: it was made with a different manifest, or the hosts disagree on it.
     """
-    agree("model and settings", facts)
+    agree("model and settings", manifest)
     found = Done(marked={CUT: 0})
     if jax.process_index() == 0:
-        found = log.read(facts, count=(CUT,))
-        log.start(facts, found)
+        found = log.read(manifest, count=(CUT,))
+        log.start(manifest, found)
     last, records, cut = map(int, gather([found.last, found.records, found.marked[CUT]])[0])
     if last:
         _say(f"resumes after line {last}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import DenoisingReport
 from endistill_jax.evaluation.held_out import HeldOut, eval_spec, prepare_held_out
@@ -98,7 +99,7 @@ def _teacher_report(model_dir: str, chain: Chain, evaluation: Callable[[Mesh], H
     if finished and file.exists():
         known = json.loads(file.read_text())
         if known["of"] == of | {"teacher": first["run"]["teacher"]}:
-            return DenoisingReport.from_scalars(known["metrics"])
+            return DenoisingReport.from_scalars(renamed_metrics(known.get("metrics") or known["figures"]))
     chain.load_teacher(1)  # fails before the corpus is read
     sharding = training.experiment.teacher_sharding
     report = evaluation(training.mesh()).evaluate(training.teacher.config, training.teacher.params, sharding)

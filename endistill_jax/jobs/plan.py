@@ -66,6 +66,7 @@ def with_teacher_config(experiment: Experiment) -> Experiment:
 def _check(experiment: Experiment) -> None:
     teacher = experiment.teacher and experiment.teacher.config
     experiment.objective.validate(experiment.student, teacher)
+    experiment.init.check(teacher, experiment.student)
     make_schedule(experiment.optimizer, experiment.run.steps)
 
 

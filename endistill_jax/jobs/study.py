@@ -89,24 +89,24 @@ def study(
         return None
 
     teacher.load_on(mesh, sharding)  # what is wrong with it shows before the rest
-    judged = eval_spec_of(runs[0], teacher, probe, probe_batches)
-    check_judged_alike(model_dir, earlier, judged)
+    eval_spec = eval_spec_of(runs[0], teacher, probe, probe_batches)
+    check_judged_alike(model_dir, earlier, eval_spec)
     ended, left = split_by_end(runs)
     ended_runs = [run_to_end(each, None) for each in ended]
-    figures, evaluations = earlier and earlier["teacher_figures"], None
+    teacher_report, evaluations = earlier and earlier["teacher_figures"], None
     if earlier is None or left:
         evaluations = prepare_evaluations(runs, teacher, probe, probe_batches)
-        figures = figures or teacher_metrics(teacher, evaluations.held_out, sharding)
+        teacher_report = teacher_report or teacher_metrics(teacher, evaluations.held_out, sharding)
     raw: dict[str, Any] = {
         "baseline": baseline,
         "seeds": list(seeds),
         "arms": {name: each.settings() for name, each in first.items()},
         "teacher": {"source": teacher.source, "dtype": teacher.config.dtype} | teacher.config.architecture(),
         **{name: _settings(value) for name, value in (("data", data), ("run", experiment.run), ("tasks", tasks))},
-        "judged_by": judged,
+        "judged_by": eval_spec,
         "versions": code_facts(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "teacher_figures": figures,
+        "teacher_figures": teacher_report,
         "runs": ended_runs,  # what has ended comes first, so that none of it is missing while the rest is run
     }
     _write(model_dir, raw)
@@ -172,6 +172,8 @@ def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) 
     for training in run.trainings:
         with naming(f"study.probe with the student of {training.label}"):
             probe.validate(training.student, teacher.config)
+            if own := probe.init_params(jax.random.key(0), training.student, teacher.config):
+                raise UserError(f"{', '.join(own)} has parameters of its own, which no student brings; leave it out")
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:

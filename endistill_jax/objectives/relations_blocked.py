@@ -65,7 +65,7 @@ class _Blocks:
 
 
 def _sharded(
-    blocks: _Blocks, student: Pair, constants: tuple[Pair, Pair], with_gradient: bool
+    blocks: _Blocks, student: Pair, constants: tuple[Pair, Segments], with_gradient: bool
 ) -> tuple[jax.Array, None, Pair | None]:
     """The mean over heads of the sum over rows, and the gradient: each device runs over its own examples and heads."""
     run, axes = functools.partial(_per_device, blocks, with_gradient=with_gradient), blocks.axes
@@ -92,7 +92,7 @@ def _per_device(
     batch, query_length = segments[0].shape
     groups = choose_groups(batch, heads, query_length, segments[1].shape[1], blocks.block_bytes)
 
-    def one_example(arrays: tuple[Pair, Pair, Pair]) -> tuple[jax.Array, Pair | None]:
+    def one_example(arrays: tuple[Pair, Pair, Segments]) -> tuple[jax.Array, Pair | None]:
         student, teacher, segments = arrays
         vectors = tuple(
             tuple(_split_heads(x, ids, heads, groups.heads) for x, ids in zip(pair, segments, strict=True))

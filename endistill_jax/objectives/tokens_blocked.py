@@ -118,7 +118,7 @@ def _per_device(
     factors: Mapping[str, jax.Array],
     kernel_dtype: Any,
     with_gradient: bool,
-) -> tuple[Sums, Head | None]:
+) -> tuple[dict[str, Float[Array, " 1"]], Head | None]:
     """One device's part, a block of tokens at a time: its sums, each [1], and its gradient of the loss."""
     student_hidden, (targets, weights) = hidden[0], tokens
     real = weights != 0

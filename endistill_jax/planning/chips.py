@@ -1,4 +1,4 @@
-"""Facts about accelerators, as their makers publish them. The one table of such figures."""
+"""The table of published accelerator specifications."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Chip:
         memory_bandwidth: bytes a second between chip and memory.
         link_bandwidth: bytes a second that it sends to its neighbors, all links together, one direction.
         network_bandwidth: bytes a second that it sends to another slice or host, its share of the host's.
-        source: where the figures are from.
+        source: of the specifications.
     """
 
     name: str

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import jax
 
+from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
 from endistill_jax.extras import require
 from endistill_jax.reports.files import json_text, write_atomically
@@ -25,7 +26,7 @@ TENSORBOARD = "tensorboard"  # a folder
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, ignoring a truncated last line.
+    """The records of a `metrics.jsonl`, ignoring a truncated last line; metrics by their present names.
 
     Raises:
         UserError: another line is not a JSON object with a step.
@@ -38,7 +39,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             int(record["step"])
         except (ValueError, TypeError, KeyError):
             raise UserError(f"line {number} of {path} is not a record with a step; move the file away") from None
-        records.append(record)
+        records.append(renamed_metrics(record))
     return records
 
 

@@ -67,17 +67,19 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
     resumed = checkpointer.latest_step()
     manifest = None if resumed is None else checkpointer.manifest(resumed)
 
-    # ---- Data: in as many shards as the run started with, whatever the number of hosts now
+    # ---- Other models: loaded before the student takes any memory; then all hosts agree on what is run
 
     training = training.with_shards(manifest)
     student, objective, run = training.student, training.objective, training.run
-    iterator = make_training_iterator(training, rows.index, rows.count)
-
-    # ---- Teacher: loaded before the student takes any memory
-
     teacher = training.teacher_config
     teacher_params = None if training.teacher is None else training.load_teacher()
+    if training.initial is not None:
+        training.load_initial()  # onto the mesh: a fingerprint of what was not loaded would read it onto every host
     agree("run", plain(training.identity()) | {"resumed from step": resumed})
+
+    # ---- Data: in as many shards as the run started with, whatever the number of hosts now
+
+    iterator = make_training_iterator(training, rows.index, rows.count)
 
     # ---- State: fresh, initialized from the teacher, or restored together with the position in the data
 

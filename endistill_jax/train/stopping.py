@@ -21,8 +21,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         try:
-            heard = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._request) for number in heard}
+            handled = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._request) for number in handled}
         except ValueError:  # only the main thread may set handlers
             self._before = {}
         return self

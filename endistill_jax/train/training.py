@@ -84,6 +84,11 @@ class Training:
         from endistill_jax.data.pipeline import check_split
 
         experiment = self.experiment
+        if (experiment.initial_checkpoint is None) != (self.initial is None):
+            raise UserError(
+                f"Experiment.initial_checkpoint is {experiment.initial_checkpoint!r}, but this job starts its models "
+                "itself; leave it None, or train with jobs.distill"
+            )
         check_writable_place(self.model_dir)
         agree("vocabulary and teacher", self._identity_of_files())
         check_split(self.task(), "train")

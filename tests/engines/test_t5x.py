@@ -235,7 +235,7 @@ def teacher(tmp_path, monkeypatch):
     config = dataclasses.replace(V1_1, num_heads=4)
     params = random_params(config, seed=7)
     model = TrainedModel(
-        source="teacher", config=config, vocabulary_file=None, step=0, facts={}, _read=lambda mesh: (params, "00")
+        source="teacher", config=config, vocabulary_file=None, step=0, manifest={}, _read=lambda mesh: (params, "00")
     )
     from endistill_jax.engines.t5x import trainer as t5x_distillation
 

@@ -94,10 +94,11 @@ def test_equal_models_have_no_divergence_and_no_gradient(term):
 
 
 def test_jsd_is_the_forward_and_the_reverse_divergence_in_its_limits():
-    inputs = _logits()
+    student, teacher, targets = _logits()
+    inputs = student / 6, teacher / 6, targets  # far from distributions of disjoint supports
     for beta, limit in ((1e-3, ForwardKL()), (1 - 1e-3, ReverseKL())):
         scaled = _loss_and_gradients(GeneralizedJSD(beta=beta), *inputs)[0] / (beta * (1 - beta))
-        np.testing.assert_allclose(scaled, _by_definition(limit, *inputs), rtol=0.1)
+        np.testing.assert_allclose(scaled, _by_definition(limit, *inputs), rtol=0.02)
     half = _loss_and_gradients(GeneralizedJSD(), *inputs)[0]
     swapped = _loss_and_gradients(GeneralizedJSD(), inputs[1], inputs[0], inputs[2])[0]
     np.testing.assert_allclose(half, swapped, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""A small T5 out of a large one. What is taken along each logical axis:
+"""Initializes a small T5 from a large one. What is taken along each logical axis:
 
     layers       those that are chosen
     embed        evenly spaced channels of the residual stream, the same ones in every layer of both stacks
@@ -37,7 +37,7 @@ WIDTHS = ("d_model", "num_heads", "head_dim", "mlp_dim")
 
 
 def check_cut(teacher: T5Config, student: T5Config, *, equal_widths: bool) -> None:
-    """Finds what a student cannot take from its teacher; see `models.family.Family`.
+    """Checks that a student can be initialized from its teacher; see `models.family.Family`.
 
     Raises:
         UserError: naming the setting, both values, and what would be right.

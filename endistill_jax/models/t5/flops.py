@@ -12,7 +12,7 @@ A causal mask halves nothing: the scores above the diagonal are computed. The ba
 size, so a gradient costs twice the forward pass of what it goes through.
 
 Left out: everything that is not a matrix product (normalization, softmax, activations, embedding look-up, optimizer),
-the position bias, whose product with one-hot vectors stands for a look-up, and whatever rematerialization computes
+the position bias, whose one-hot product implements a look-up, and whatever rematerialization computes
 again. So these are the model's operations, fewer than the hardware's.
 """
 

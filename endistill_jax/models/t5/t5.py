@@ -1,7 +1,7 @@
 """T5 as a pure function of (parameters, batch), with attention taps.
 
-The forward pass is asked for what is read (`core.outputs.Reads`): attention vectors or residual streams of some layers,
-the encoder's output, the head. Nothing above the highest of them is computed.
+The caller requests outputs (`core.outputs.Reads`): attention vectors or residual streams of some layers, the encoder's
+output, the head. Nothing above the highest of them is computed.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
-        # First as the table lies, then as activations lie: in one step the compiler would give everything to everyone.
+        # First sharded like the table, then like activations: in one step the compiler would all-gather.
         x = nn.with_logical_constraint(x, ("lookup_batch", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed_activation"))
 
