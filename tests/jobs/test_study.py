@@ -184,7 +184,7 @@ def test_a_study_keeps_its_shards_on_more_hosts(studied, arguments, tmp_path, mo
     assert raw["judged_by"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
     monkeypatch.setattr(study_job, "host_part", lambda mesh: HostPart(0, 2, True))
     assert without_versions(study(model_dir=str(tmp_path / "study"), **arguments)) == without_versions(raw)
-    match = r"study\.json was .* shards is 1 there and 2 here"
+    match = r"data\.shards is 1 there and 2 here"
     refused(study, match, model_dir=str(tmp_path / "study"), **changed(arguments, "data", shards=2))
 
 
