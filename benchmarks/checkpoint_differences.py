@@ -105,7 +105,7 @@ def t5x_rows() -> Iterator[Row]:
                 exact = _t5x_round_trip(params, source.config, ours, kind)
             yield _t5x_row(recorder, reference, source.config, params, None, f"{written} to ours", name, exact)
         if kind == "scanned_first":
-            continue  # never written: T5X itself puts layers second unless told otherwise
+            continue  # never written: T5X itself puts layers second by default
         fresh = jax.device_get(init_params(source.config, jax.random.key(0)))
         with tempfile.TemporaryDirectory() as ours:
             exact = _t5x_round_trip(fresh, source.config, ours, kind)

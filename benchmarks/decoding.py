@@ -1,12 +1,12 @@
-"""Table f: tokens a second of greedy decoding and beam search, beside Hugging Face's `generate`, and how that grows.
+"""Table f: tokens a second of greedy decoding and beam search, next to Hugging Face's `generate`, and their scaling.
 
     python benchmarks/decoding.py --shape=tiny --out=docs/results/performance
 
 exports one random model (the shape's teacher) to a Hugging Face folder and loads it in PyTorch. Its head is changed so
 that the end never comes: every search runs over the whole length, and its first outputs must be the same tokens in both
 libraries before anything is timed. Then all searches are timed in turn, encoder included; what is compiled or set up in
-each one's first call is told apart. The second table is ours alone: the time of one further token by the length that
-the cache is made for. Expect 2 minutes at tiny on two cores.
+each one's first call is reported separately. The second table is ours alone: the time of one further token by the
+length that the cache is made for. Expect 2 minutes at tiny on two cores.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def endless(params: Any, config: T5Config) -> Any:
 
 
 def our_run(config: T5Config, params: Any, tokens: np.ndarray, length: int, search: str) -> Run:
-    """Our decoder on an array that lies on the device, as a loop over batches finds it."""
+    """Our decoder on an array that is already on the device, as in a loop over batches."""
     decode = make_decoder(config, Decoding(max_length=length, eos_id=EOS, **SEARCHES[search]))
     placed = jax.device_put(tokens)
     return lambda: np.asarray(decode(params, placed).tokens)
 
 
 def their_run(model: transformers.PreTrainedModel, tokens: np.ndarray, length: int, search: str) -> Run:
-    """`generate` with its cache, on tensors that lie on the device."""
+    """`generate` with its cache, on tensors that are already on the device."""
     inputs = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
     settings = {"max_new_tokens": length, "do_sample": False, "num_beams": SEARCHES[search].get("beams", 1)}
     settings |= {"early_stopping": False, "length_penalty": 1.0, "use_cache": True}

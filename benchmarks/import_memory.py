@@ -55,7 +55,7 @@ class PeakMemory:
 
 
 class RandomLeaf:
-    """Stands for a large parameter whose layers are drawn when they are asked for."""
+    """Stands in for a large parameter; its layers are drawn when requested."""
 
     def __init__(self, shape: tuple[int, ...], seed: int):
         self.shape, self.seed = shape, seed
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--stored", default="float32", help="type of its tensors")
     parser.add_argument("--dtype", default="bfloat16", help="type of the parameters that it becomes")
     parser.add_argument("--devices", type=int, default=4, help="forced host devices of `load`")
-    parser.add_argument("--folder", help="where the checkpoint is, or shall be")
+    parser.add_argument("--folder", help="where the checkpoint is, or is to be written")
     parser.add_argument("--out", help="where `import` and `export` write; a temporary folder if not given")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Times of several things in turn, what the machine can do at most, and how a benchmark tells what it found."""
+"""Times of several things in turn, what the machine can do at most, and the reports of benchmarks."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: i
 
 @contextlib.contextmanager
 def no_compilation() -> Iterator[None]:
-    """Fails if JAX compiles anything inside: counted by the events that it tells of every compilation."""
+    """Fails if JAX compiles anything inside: counted by its compilation events."""
     seen: list[str] = []
 
     def listen(event: str, seconds: float, **_: Any) -> None:
@@ -81,7 +81,7 @@ def ceilings(times: Times, prefix: str = CEILING) -> dict[str, float]:
 
 
 def timed_row(name: str, seconds: Sequence[float], flops: int, tokens: int) -> dict[str, Any]:
-    """What every row of steps tells of its times: `flops` and `tokens` are those of one run."""
+    """The timing columns of a row: `flops` and `tokens` are those of one run."""
     median = statistics.median(seconds)
     return {
         "name": name,

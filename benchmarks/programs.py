@@ -30,10 +30,10 @@ class Program:
     Attributes:
         run: does it once and waits for it.
         flops: of its matrix products by our formula.
-        counted_flops: of the matrix products in its trace, position biases and rematerialisation included.
+        counted_flops: of the matrix products in its trace, position biases and rematerialization included.
         compile_seconds: of XLA, after tracing.
         trace_seconds: of JAX, before.
-        temporary_bytes: the compiler's own figure of what the program needs beside its arguments and results.
+        temporary_bytes: the compiler's count of what the program needs in addition to arguments and results.
     """
 
     run: Callable[[], Any]

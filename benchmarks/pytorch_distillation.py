@@ -1,6 +1,6 @@
 """The same distillation as a PyTorch user writes it: Hugging Face T5s, forward hooks on q, k and v, AdamW.
 
-Written to be fast: scaled dot products as one batched product, fused AdamW, no synchronisation but for the loss.
+Written to be fast: scaled dot products as one batched product, fused AdamW, no synchronization but for the loss.
 """
 
 import contextlib
@@ -149,7 +149,7 @@ def _keep(taps: Taps, name: str) -> Callable:
 
 
 def _decayed(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; normalisation scales and position biases do not."""
+    """Matrices decay; normalization scales and position biases do not."""
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim == 2 and "relative_attention_bias" not in name].append(parameter)

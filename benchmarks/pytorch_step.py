@@ -1,4 +1,4 @@
-"""Table b: the same distillation step in PyTorch, eager and compiled, beside ours, in one process and in turn.
+"""Table b: the same distillation step in PyTorch, eager and compiled, next to ours, in one process and in turn.
 
     python benchmarks/pytorch_step.py --shape=base --dtype=float32 --out=docs/results/performance
 

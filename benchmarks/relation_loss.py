@@ -3,7 +3,7 @@
     python benchmarks/relation_loss.py --lengths=128,256,512,1024 --relation_heads=12,64
 
 times both forms of every shape in turn, so that whatever else the machine does falls on both, and prints medians as
-Markdown and JSON. Temporaries are the compiler's own figure. The number of tokens is the same at every length. With
+Markdown and JSON. Temporaries are the compiler's own count. The number of tokens is the same at every length. With
 --block_mib the blocked form runs at several block sizes: that is how its defaults were chosen.
 """
 

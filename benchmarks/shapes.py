@@ -138,7 +138,7 @@ def random_batch(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def random_teacher(shape: Shape, shardings=None):
-    """Freshly initialised parameters in the compute type, made where they are sharded."""
+    """Freshly initialized parameters in the compute type, made where they are sharded."""
 
     def init(key: jax.Array):
         return jax.tree.map(lambda leaf: leaf.astype(shape.teacher.dtype), init_params(shape.teacher, key))

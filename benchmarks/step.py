@@ -12,7 +12,7 @@ times in turn, A B C A B C, after two rounds that are not counted:
     matmul            square `jnp.dot` in both types: the ceiling is the best of the sizes
 
 and prints medians, model FLOP/s by our formula (endistill_jax/train/flops.py) as a share of that ceiling, compilation
-and the compiler's figure of temporaries. `overhead` is whole / (teacher + student). It fails if anything is compiled in
+and the compiler's count of temporaries. `overhead` is whole / (teacher + student). It fails if anything is compiled in
 the rounds that are timed. Expect 1 minute at tiny, 3 at small and more at base on two cores. In bfloat16 on CPU the
 ceiling is XLA's own, of the type that the model computes in.
 """

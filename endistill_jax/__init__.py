@@ -5,7 +5,7 @@
     teacher = ed.load("bundled")
     teacher.generate("Return the <extra_id_0> of items in a list.")
 
-What is public is imported when it is first used, so that the import itself takes no time and needs no JAX.
+Public names are imported lazily, so that the import itself is fast and needs no JAX.
 """
 
 import importlib

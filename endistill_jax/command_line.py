@@ -1,4 +1,4 @@
-"""The command line: its flags, its help, and where gin files are found. Imports nothing slow."""
+"""The command line: flags, help, and lookup of gin files. Imports nothing slow."""
 
 import argparse
 import ast
@@ -38,9 +38,9 @@ gin files that come with the package:
 
 A run that was stopped resumes from its last checkpoint when the same command is given again.
 """
-# A flag's value that begins so is gin's; anything else that is no Python literal is a string.
+# Prefixes of gin values; any other value that is not a Python literal is a string.
 GIN_VALUE_BEGINS = tuple("@%([{'\"")
-# In a checkout a link to the folder beside the package, in an installation a folder of its own.
+# In a checkout a link to the folder next to the package, in an installation a folder of its own.
 PACKAGE_FOLDER = pathlib.Path(__file__).resolve().parent
 RUNNABLE = (".", "runs", "studies", "miniend_3b")  # folders of the files that run by themselves
 

@@ -1,4 +1,4 @@
-"""From gin files and flags to one job. Gin reads them, once; what it does not notice is checked before that."""
+"""Parses gin files and flags into one job, and rejects mistakes that gin would miss."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ def read(
     *,
     planning: bool = False,
 ) -> None:
-    """Reads and checks a configuration, in place of any earlier one; `job` then builds what it says.
+    """Reads and checks a configuration, replacing any earlier one; `job` then builds it.
 
     Args:
         gin_files: names of files, see `command_line.find`; later ones win.
@@ -112,7 +112,7 @@ def _leave_open() -> None:
 
 
 def _check(settings: dict[Key, Any]) -> None:
-    """Refuses what gin would find late, or never."""
+    """Rejects mistakes that gin would find late, or never."""
     if not any(key[2] == "job" for key in settings):
         raise UserError(f"{', '.join(_read['files'])}: no job to run; add a line like jobs.run.job = @jobs.distill")
     references = [each for each in gin_config.iterate_references(settings) if each.config_key[1] != CONSTANT]
@@ -178,7 +178,7 @@ class _Unresolved(config_parser.ParserDelegate):
 
 
 def _statements(files: Sequence[str]) -> Iterator[tuple[Key, Any, tuple[str, str]]]:
-    """Key, value, and place with comment of all that files set, to say where a mistake is: gin keeps no places."""
+    """Key, value, and location with comment of all bindings in files, for error messages: gin keeps no locations."""
     for path in (find(name, _read["search_paths"]) for name in files):
         with open(path, encoding="utf-8") as file:
             for each in config_parser.ConfigParser(file, _Unresolved()):
@@ -211,7 +211,7 @@ def _uses(pattern: str) -> str:
 
 @contextlib.contextmanager
 def _in_one_line(source: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turns what gin and Python say of a mistake, in several lines, into one line with its place."""
+    """Turns errors of gin and Python, of several lines, into one line with the location."""
     try:
         yield
     except tokenize.TokenError as error:

@@ -1,4 +1,4 @@
-"""Packages that only part of the work needs: imported when it starts, and named in one line where they are missing."""
+"""Imports of optional dependencies, with a one-line error if they are missing."""
 
 import importlib
 from types import ModuleType

@@ -23,7 +23,7 @@ RESUMES = "the same command resumes from the last checkpoint, if there is one"
 
 
 class _Terminated(BaseException):
-    """SIGTERM came while nothing was running that could save itself."""
+    """SIGTERM arrived while nothing was running that could save its state."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
-    """The job that a command line says, ready to be called. What takes seconds to import comes after cheap checks."""
+    """The job of a command line, ready to be called. Slow imports come after cheap checks."""
     options, flags = command_line.parse(words)
     for name in options.gin_file:
         command_line.find(name, options.gin_search_paths)
@@ -101,7 +101,7 @@ def _import_text_pipeline() -> None:
 
 
 def silence_library_logs() -> None:
-    """Keeps libraries from logging notices; errors are still logged. What the environment already sets stays."""
+    """Silences library notices; errors are still logged. Existing environment variables are kept."""
     for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2"}.items():
         os.environ.setdefault(name, value)
     # Orbax warns of a missing file that is optional, and of every checkpoint without held-out metrics.
@@ -110,7 +110,7 @@ def silence_library_logs() -> None:
 
 @contextlib.contextmanager
 def _held_back_stderr() -> Iterator[None]:
-    """Drops what libraries write to file descriptor 2 meanwhile; if they fail, it is written after all."""
+    """Suppresses what libraries write to file descriptor 2 inside the context, unless they fail."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -153,7 +153,7 @@ def _report(message: str, code: int) -> int:
 
 
 def _end(message: str, code: int) -> int:
-    """Prints what went wrong; where there are several hosts, all of them end here."""
+    """Prints the error; in a multi-host run, ends all hosts."""
     _report(message, code)
     if _joined():
         from endistill_jax.multihost.shutdown import leave
@@ -163,7 +163,7 @@ def _end(message: str, code: int) -> int:
 
 
 def _joined() -> bool:
-    """Whether this process has joined others; asked without importing what takes seconds."""
+    """Whether this process has joined others; avoids slow imports."""
     joined = sys.modules.get("endistill_jax.multihost.initialize")
     return joined is not None and joined.process_count() > 1
 

@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer in one hand: what `endistill_jax.load` returns."""
+"""A trained model with its tokenizer, as returned by `endistill_jax.load`."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ class Model:
         config: its settings.
         params: its parameters, nested dictionaries, layers stacked.
         vocabulary_file: its SentencePiece model; None where there is none, and then texts are given as ids.
-        step: how far it was trained; 0 where that is not known.
+        step: optimizer steps trained; 0 if unknown.
         manifest: of its checkpoint; empty for a foreign one.
     """
 
@@ -60,14 +60,14 @@ class Model:
         """Text to ids and back.
 
         Raises:
-            UserError: if no vocabulary lies beside the model.
+            UserError: if no vocabulary is stored with the model.
         """
         if self.vocabulary_file is None:
             raise UserError("the model has no vocabulary; give load its vocabulary_file, or ids in place of texts")
         return load_tokenizer(self.vocabulary_file.path, extra_ids=self.vocabulary_file.extra_ids)
 
     def batch(self, inputs: Texts, targets: Texts | None = None) -> Batch:
-        """What `apply` reads: each text with an end after it, padded to the longest.
+        """The inputs of `apply`: each text with EOS, padded to the longest.
 
         Raises:
             UserError: if there are not as many targets as inputs.
@@ -93,7 +93,7 @@ class Model:
         Args:
             inputs: texts, or a whole batch.
             targets: texts, one for each input; needed where anything of the decoder is read.
-            reads: what is returned; None for the logits, or the encoder's output where there are no targets.
+            reads: the outputs to return; None for the logits, or the encoder's output where there are no targets.
 
         Raises:
             UserError: if the decoder is read and there are no targets, or a layer does not exist.
@@ -168,7 +168,7 @@ class Model:
         return [self.tokenizer.decode(ids[ids != self.config.pad_id]) for ids in generated]
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
-        """Writes a Hugging Face folder: weights, settings, tokenizer, model card. It appears whole or not at all.
+        """Writes a Hugging Face folder: weights, settings, tokenizer, model card. It appears atomically.
 
         Args:
             folder: must not exist, or be empty.
@@ -200,7 +200,7 @@ def load(
     Args:
         source: "bundled", a model directory (its last step) or `checkpoints/<step>` in it, or a foreign checkpoint.
         dtype: float32 or bfloat16: of its parameters and its computations.
-        vocabulary_file: a SentencePiece model; None takes the one that lies beside the model.
+        vocabulary_file: a SentencePiece model; None uses the one stored with the model.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One mesh for a laptop and a pod: axes `(data, fsdp, tensor)`, and which logical axis lies on which of them."""
+"""One mesh for a laptop and a pod: axes `(data, fsdp, tensor)`, and the mapping of logical axes to them."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ from endistill_jax.models.family import ModelConfig, logical_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# How the parameters of a model lie: split as far as the rules go, or whole but for the split that activations have too.
+# How parameters are placed: sharded by all rules, or replicated except along axes that shard activations too.
 PLACEMENTS = ("sharded", "replicated")
 
-# Logical axis -> mesh axis. Examples are spread over `data` and `fsdp`; `fsdp` also splits every kernel along the
-# residual width, `tensor` along heads, MLP width and vocabulary. Activations keep the residual width whole.
+# Logical axis -> mesh axis. Examples are sharded over `data` and `fsdp`; `fsdp` also shards every kernel along the
+# residual width, `tensor` along heads, MLP width and vocabulary. The residual width of activations is not sharded.
 LOGICAL_RULES = (
     ("batch", ("data", "fsdp")),
-    ("lookup_batch", "data"),  # of what is looked up in the token table, before its parts of the width come together
+    ("lookup_batch", "data"),  # of embedding lookups, before they are gathered along the width
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("joined_kv", "tensor"),
@@ -39,13 +39,13 @@ LOGICAL_RULES = (
 
 
 def logical_rules(placement: str = "sharded") -> tuple[tuple[str, Any], ...]:
-    """Which mesh axis each logical axis of a model lies on.
+    """Logical axis -> mesh axis, for `flax.linen.logical_axis_rules`.
 
-    A "replicated" model is not split along the residual width, so that nothing of it is gathered over `fsdp`. Along
-    heads, MLP width and vocabulary it stays split over `tensor`, where its activations are split too.
+    A "replicated" model is not sharded along the residual width, so nothing is gathered over `fsdp`. Along heads, MLP
+        width and vocabulary it stays sharded over `tensor`, like its activations.
 
     Raises:
-        UserError: for another placement.
+        UserError: `placement` is neither "sharded" nor "replicated".
     """
     if placement not in PLACEMENTS:
         raise UserError(f"placement is {placement!r}; choose one of {', '.join(PLACEMENTS)}")
@@ -62,18 +62,17 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     slices: int | None = None,
 ) -> Mesh:
-    """A mesh over all devices (or the given ones); an axis of -1 takes what the others leave.
+    """A mesh over all devices (or the given ones); an axis of -1 is inferred from the others.
 
-    The slow network between slices carries only what `data` exchanges, a sum of the gradients a step: every slice holds
-    whole rows of the mesh.
+    Only `data` spans slices, so the slow network between them carries one gradient all-reduce per step.
 
     Args:
-        data: parts of the batch with a whole set of parameters each.
-        fsdp: parts of the batch with a part of the parameters each.
-        tensor: parts of heads, MLP width and vocabulary.
-        devices: what the mesh is made of; by default all there are.
-        slices: groups of devices with a fast network inside and a slow one between them. None counts the slices of TPUs
-            and takes other devices for one; processes are groups where the devices do not name any.
+        data: data parallelism with replicated parameters.
+        fsdp: data parallelism with sharded parameters.
+        tensor: shards of heads, MLP width and vocabulary.
+        devices: by default all.
+        slices: groups of devices with a fast network inside and a slow one between them; processes, for devices that
+            report no slices. None detects TPU slices and treats other devices as one.
 
     Raises:
         UserError: if the axes do not multiply to the number of devices, or do not fit the slices.
@@ -92,19 +91,19 @@ def make_mesh(
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:
-    """The slices that devices belong to; 1 where they do not tell."""
+    """Number of slices the devices belong to; 1 if they report none."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None) -> np.ndarray:
-    """Devices [data, fsdp, tensor], neighbours in the fast network next to each other, slices along `data`."""
-    told, processes = count_slices(devices), len({device.process_index for device in devices})
+    """Devices [data, fsdp, tensor], neighbors in the fast network next to each other, slices along `data`."""
+    detected, processes = count_slices(devices), len({device.process_index for device in devices})
     if slices is None:
-        slices = told if devices[0].platform == "tpu" else 1
-    elif slices not in ({told} if told > 1 else {1, processes}):
+        slices = detected if devices[0].platform == "tpu" else 1
+    elif slices not in ({detected} if detected > 1 else {1, processes}):
         raise UserError(
-            f"slices is {slices}, but the {len(devices)} devices form {told} slice(s) in {processes} process(es); "
-            f"choose {told if told > 1 else processes}, or leave it None"
+            f"slices is {slices}, but the {len(devices)} devices form {detected} slice(s) in {processes} process(es); "
+            f"choose {detected if detected > 1 else processes}, or leave it None"
         )
     data, *others = shape
     if data % slices:
@@ -118,15 +117,15 @@ def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None
         [data // slices, *others],
         [slices, 1, 1],
         devices=devices,
-        process_is_granule=told == 1,
+        process_is_granule=detected == 1,
         allow_split_physical_axes=True,
     )
 
 
 @contextlib.contextmanager
 def activation_sharding(mesh: Mesh, placement: str = "sharded") -> Iterator[None]:
-    """While tracing inside it, a model's logical constraints on activations refer to this mesh."""
-    # Flax reads the abstract mesh: under `with mesh:` alone it drops every constraint without a word.
+    """Context for tracing in which a model's logical sharding constraints refer to this mesh."""
+    # Flax reads the abstract mesh: under `with mesh:` alone it silently drops every constraint.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(logical_rules(placement)):
         yield
 
@@ -138,10 +137,10 @@ def param_shardings(config: ModelConfig, mesh: Mesh, placement: str = "sharded",
         config: the model's settings.
         mesh: from `make_mesh`.
         placement: "sharded" or "replicated"; see `logical_rules`.
-        whose: how an error names the model.
+        whose: name of the model in error messages.
 
     Raises:
-        UserError: if the mesh does not divide a width of the model, with the sizes that do.
+        UserError: the mesh does not divide a width of the model; names the sizes that do.
     """
     rules = logical_rules(placement)
     _check_divisible(config, mesh, dict(rules), whose)
@@ -150,7 +149,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, placement: str = "sharded",
 
 
 def _whole_vectors(names: PartitionSpec) -> PartitionSpec:
-    """Logical axes, without those of a vector (a normalisation's scale): to gather it costs more than to keep it."""
+    """Logical axes; none for vectors (normalization scales), which are cheaper to replicate than to gather."""
     return PartitionSpec() if len([name for name in names if name != "layers"]) == 1 else names
 
 
@@ -170,9 +169,9 @@ def _check_divisible(config: ModelConfig, mesh: Mesh, rules: Mapping[str, Any], 
 
 
 def opt_state_shardings(optimizer: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of `optimizer.init(params)`: moments lie like their parameters, everything else is replicated.
+    """Shardings of `optimizer.init(params)`: moments are sharded like their parameters, everything else is replicated.
 
-    Adafactor's row and column statistics have another shape than their parameter and are small: replicated.
+    Adafactor's row and column statistics differ in shape from their parameter and are small, so they are replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -186,17 +185,17 @@ def opt_state_shardings(optimizer: Any, params: Any, shardings: Any, mesh: Mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over `data` and `fsdp`, everything else whole."""
+    """Shards examples over `data` and `fsdp`, and no other axis."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 class HostPart(NamedTuple):
-    """Which rows of every batch a host has: hosts share rows where the axis `tensor` goes over several.
+    """Which rows of every batch a host loads; hosts share rows if the axis `tensor` spans several of them.
 
     Attributes:
         index: of this host's part.
-        count: number of parts, of equally many rows each.
-        leads: whether this host is the first of those with the same part.
+        count: number of equal parts.
+        leads: whether this host is the first with this part.
     """
 
     index: int
@@ -227,23 +226,23 @@ def host_part(mesh: Mesh) -> HostPart:
 
 
 def host_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """This host's rows of a whole batch, for `place_batch`."""
+    """This host's rows of a global batch, for `place_batch`."""
     part = host_part(mesh)
     rows = len(next(iter(batch.values()))) // part.count
     return {name: array[part.index * rows :][:rows] for name, array in batch.items()}
 
 
 def check_rows(setting: str, rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
-    """A batch must be spread evenly over a mesh, and so must its micro-batches.
+    """Checks that a batch, and each of its micro-batches, divides evenly over a mesh.
 
     Args:
-        setting: what gave the number of its rows.
-        rows: of the whole batch.
+        setting: where the batch size comes from, for messages.
+        rows: of the global batch.
         mesh: from `make_mesh`.
-        micro_batches: parts that are taken one after another.
+        micro_batches: number of gradient accumulation steps.
 
     Raises:
-        UserError: naming the setting and what would be right.
+        UserError: naming the setting and valid values.
     """
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = spread * micro_batches
@@ -260,7 +259,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """This host's part of a batch -> global arrays [global_batch, ...] spread over the mesh.
 
     Raises:
-        UserError: if the examples cannot be spread evenly.
+        UserError: the examples do not divide evenly.
     """
     rows = len(next(iter(batch.values()))) * host_part(mesh).count
     check_rows("the number of examples of a batch", rows, mesh)

@@ -1,4 +1,4 @@
-"""Where runs are kept: folders of this machine, and those of Google Cloud Storage (`gs://bucket/folder`)."""
+"""Storage of runs: local folders and Google Cloud Storage (`gs://bucket/folder`)."""
 
 import importlib.util
 import os
@@ -11,46 +11,46 @@ from etils import epath
 from endistill_jax.core.errors import StorageFailure, UserError
 
 BUCKET = "gs://"
-# Of storage that cannot be reached or is overloaded, by the names of RPC systems, TensorFlow and Google's clients. A
-# file that is damaged or missing is none of these.
+# Error names that RPC systems, TensorFlow and Google's clients use for unreachable or overloaded storage; a damaged
+# or missing file has none of them.
 _PASSING = re.compile(
     r"unavailable|deadline_?exceeded|resource_?exhausted|aborted(error)?$|internal(error|servererror)?$|cancelled"
     r"|too_?many_?requests|gateway_?timeout|bad_?gateway|retryerror|connectionerror|timeouterror|transporterror",
     re.IGNORECASE,
 )
-# How TensorStore begins the message of a ValueError.
+# Prefix of TensorStore's ValueError messages.
 _STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|INTERNAL|CANCELLED)\b")
 _DAMAGE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is one with a scheme, such as `gs://bucket/folder`."""
+    """Whether a path has a scheme, such as `gs://bucket/folder`."""
     return "://" in os.fspath(path)
 
 
 def stored_path(path: str | os.PathLike[str]) -> epath.Path:
-    """A path as it is opened: a local one absolute, one of a bucket as it is.
+    """A path as it is opened: absolute if local, unchanged if in a bucket.
 
     Raises:
-        UserError: for another kind of storage.
+        UserError: unsupported storage.
     """
     text = os.fspath(path)
     if not is_remote(text):
         return epath.Path(text).expanduser().resolve()
     if not text.startswith(BUCKET) or not text.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{text} is not a place for files; give a local path, or {BUCKET}BUCKET/FOLDER")
-    return epath.Path(text)  # `resolve` would make a local folder called "gs:" of it
+    return epath.Path(text)  # `resolve` would turn it into a local folder called "gs:"
 
 
 def local_path(path: str | os.PathLike[str], advice: str) -> pathlib.Path:
-    """A path of this machine.
+    """A local path.
 
     Args:
-        path: what the user gave.
-        advice: what to do instead with one that is elsewhere.
+        path: as given by the user.
+        advice: what to do instead if it is remote.
 
     Raises:
-        UserError: if it is on a bucket: pathlib would make a local folder called "gs:" of it.
+        UserError: it is in a bucket; pathlib would turn it into a local folder called "gs:".
     """
     if is_remote(path):
         raise UserError(f"{path} is not local; {advice}")
@@ -58,11 +58,10 @@ def local_path(path: str | os.PathLike[str], advice: str) -> pathlib.Path:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Makes sure that files can go to a folder that is there or will be made, as far as it shows without writing one.
+    """Checks, as far as possible without writing, that a folder exists or can be created, and is writable.
 
     Raises:
-        UserError: for another kind of storage than a local folder or a bucket, a file where the folder should be, or a
-            folder that you may not write to.
+        UserError: unsupported storage, a file where the folder should be, or missing write permission.
     """
     place = stored_path(path)
     if is_remote(path):
@@ -75,7 +74,7 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def check_writable_place(path: str | os.PathLike[str]) -> None:
-    """Makes sure that checkpoints can go to a folder, as `check_folder` does, and that Orbax can write to buckets.
+    """`check_folder` for checkpoints; also checks that Orbax can write to buckets.
 
     Raises:
         UserError: as `check_folder`, or naming what to install.
@@ -89,14 +88,14 @@ def check_writable_place(path: str | os.PathLike[str]) -> None:
 
 
 def reading_failure(what: str, error: Exception) -> UserError | StorageFailure:
-    """What to raise, in one line, for whatever went wrong while something was read.
+    """The one-line error to raise for an exception during reading.
 
     Args:
-        what: and what happened to it, such as "checkpoint /runs/x cannot be restored".
+        what: failed, such as "checkpoint /runs/x cannot be restored".
         error: the exception.
 
     Returns:
-        `StorageFailure` where the storage failed, so that another attempt may do better; else `UserError`.
+        `StorageFailure` if the storage failed and a retry may succeed; else `UserError`.
     """
     reason = " ".join(str(error).split())[:300]
     kind = StorageFailure if is_storage_failure(error) else UserError
@@ -104,7 +103,7 @@ def reading_failure(what: str, error: Exception) -> UserError | StorageFailure:
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether an exception, or what it was raised from, tells that the storage failed: nothing about what is stored."""
+    """Whether an exception, or its cause, means that the storage itself failed, rather than the stored data."""
     return any(_fails(each) for each in _chain(error))
 
 
@@ -113,7 +112,7 @@ def _fails(error: BaseException) -> bool:
         return error.errno is not None or isinstance(error, (ConnectionError, TimeoutError))
     if any(_PASSING.search(kind.__name__) for kind in type(error).__mro__[:2]):
         return True
-    # Not what JAX says of a device's memory, which begins alike.
+    # Excludes JAX's out-of-memory errors, which have the same prefix.
     of_tensorstore = isinstance(error, ValueError) or type(error) is RuntimeError
     return of_tensorstore and bool(_STATUS.search(str(error)))
 

@@ -43,8 +43,8 @@ read_command_line() {
             --spot) SPOT=yes ;;
             --max_restarts=*) MAX_RESTARTS="${1#*=}" && positive_number max_restarts "$MAX_RESTARTS" ;;
             --dry_run) DRY_RUN=yes ;;
-            --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
-            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+            --*) fail "unknown flag $1; the training command goes after --; see --help" ;;
+            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
         esac
         shift
     done
@@ -57,7 +57,7 @@ read_command_line() {
     needs_known_gin_files image
 }
 
-# GKE's name of a TPU generation, as node pools are labelled with.
+# GKE's name of a TPU generation, as node pools are labeled with.
 accelerator() {
     case "${TOPOLOGY%%:*}" in
         v4) echo tpu-v4-podslice ;;

@@ -40,8 +40,8 @@ while (($#)); do
         --max_restarts=*) MAX_RESTARTS="${1#*=}" && positive_number max_restarts "$MAX_RESTARTS" ;;
         --xpk_flag=--?*) XPK_FLAGS+=("${1#*=}") ;;
         --dry_run) DRY_RUN=yes ;;
-        --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
-        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+        --*) fail "unknown flag $1; the training command goes after --; see --help" ;;
+        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
     esac
     shift
 done

@@ -27,7 +27,7 @@ while (($#)); do
         --log=?*) LOG="${1#*=}" ;;
         --max_crashes=*) MAX_CRASHES="${1#*=}" ;;
         --dry_run) DRY_RUN=yes ;;
-        *) fail "unknown argument $1; the training command stands after --; see --help" ;;
+        *) fail "unknown argument $1; the training command goes after --; see --help" ;;
     esac
     shift
 done
@@ -37,7 +37,7 @@ training_arguments "$@"
 needs_program nvidia-smi 'this machine has no NVIDIA driver'
 needs_program "$PYTHON" 'set PYTHON to an interpreter that has endistill-jax[gpu]'
 
-# A CPU would be slow without a word: JAX is told to take GPUs or fail.
+# JAX would silently fall back to the CPU, so it is set to use GPUs or fail.
 command=(env JAX_PLATFORMS=cuda ${GPUS:+"CUDA_VISIBLE_DEVICES=$GPUS"} "$PYTHON" -m endistill_jax.main "${ARGUMENTS[@]}")
 if [[ $DRY_RUN ]]; then
     quoted "${command[@]}"

@@ -30,9 +30,9 @@ read_command_line() {
             --port=*) PORT="${1#*=}" && positive_number port "$PORT" ;;
             --grace_seconds=*) GRACE_SECONDS="${1#*=}" && positive_number grace_seconds "$GRACE_SECONDS" ;;
             --dry_run) DRY_RUN=yes ;;
-            --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
+            --*) fail "unknown flag $1; the training command goes after --; see --help" ;;
             *)
-                [[ ! $PROCESSES ]] || fail "$1: one number is enough; the training command stands after --"
+                [[ ! $PROCESSES ]] || fail "$1: one number is enough; the training command goes after --"
                 PROCESSES="$1"
                 ;;
         esac
@@ -115,7 +115,7 @@ LOG_DIR="${LOG_DIR:-$(mktemp -d "${TMPDIR:-/tmp}/endistill_processes.XXXXXX")}"
 mkdir -p "$LOG_DIR"
 say "logs are in $LOG_DIR"
 PIDS=()
-# A process started with & does not hear Ctrl-C itself.
+# A process started with & does not receive Ctrl-C itself.
 trap 'end_all; exit 130' INT
 trap 'end_all; exit 143' TERM
 start_processes

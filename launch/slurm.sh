@@ -8,10 +8,10 @@
 #   --nodes=1           how many nodes
 #   --gpus_per_node=8   GPUs of each
 #   --cpus_per_node=N   CPU cores of each, for reading the data; default: 4 a GPU
-#   --time=TIME         limit of one turn; before it ends the run saves, and the job goes back into the queue
+#   --time=TIME         limit of one allocation; before it ends the run saves, and the job goes back into the queue
 #   --partition=NAME    default: the cluster's
 #   --sbatch_flag=FLAG  repeatable; handed to sbatch, such as --sbatch_flag=--account=LAB
-#   --log_dir=FOLDER    where the output goes, a file a job, shared by its turns; default: the current folder
+#   --log_dir=FOLDER    where the output goes, a file per job, shared by its requeues; default: the current folder
 #   --dry_run           print the command and submit nothing
 #
 # MODEL_DIR must be on storage that all nodes share. PYTHON names the interpreter on the nodes (default: python).
@@ -35,8 +35,8 @@ while (($#)); do
         --sbatch_flag=--?*) SBATCH_FLAGS+=("${1#*=}") ;;
         --log_dir=?*) LOG_DIR="${1#*=}" ;;
         --dry_run) DRY_RUN=yes ;;
-        --*) fail "unknown flag $1; the training command stands after --; see --help" ;;
-        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+        --*) fail "unknown flag $1; the training command goes after --; see --help" ;;
+        *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
     esac
     shift
 done
@@ -46,7 +46,7 @@ training_arguments "$@"
 needs_program sbatch 'run this on a login node of a SLURM cluster'
 run mkdir -p "$LOG_DIR"
 
-# --signal: 5 minutes before the end of its time the job script, and it alone (B:), is told by SIGUSR1.
+# --signal: 5 minutes before the end of its time only the job script (B:) receives SIGUSR1.
 run sbatch "--job-name=$NAME" "--nodes=$NODES" --ntasks-per-node=1 "--gpus-per-node=$GPUS" \
     "--cpus-per-task=${CPUS:-$((4 * GPUS))}" ${TIME:+"--time=$TIME"} \
     ${PARTITION:+"--partition=$PARTITION"} --requeue --signal=B:USR1@300 --open-mode=append \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The job that launch/slurm.sh submits; SLURM runs it on the first node of every turn.
+# The job that launch/slurm.sh submits; SLURM runs it on the first node of every allocation.
 #
 # One process a node. JAX finds the hosts in SLURM's variables by itself, but would then give each process one GPU, as
 # if there were a process a GPU; JAX_LOCAL_DEVICE_IDS names all GPUs of the node. Preempted jobs are put back into the

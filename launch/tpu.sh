@@ -33,7 +33,7 @@
 #   --create_flag=FLAG  repeatable; handed to `gcloud compute tpus queued-resources create`, such as
 #                       --create_flag=--network=NET, --create_flag=--reserved, --create_flag=--valid-until-duration=6h
 # setup, resume:
-#   --extras=hf         extras of the package beside tpu and gcs; hf for a TEACHER by its name on the Hugging Face hub
+#   --extras=hf         extras of the package in addition to tpu and gcs; hf for a TEACHER by its name on the Hugging Face hub
 #   --source=PACKAGE    what pip installs instead of this checkout: 'endistill-jax[tpu,gcs] @ git+https://...'
 # submit, resume:
 #   --env=NAME=VALUE    repeatable; an environment variable of the training command, such as LIBTPU_INIT_ARGS
@@ -42,7 +42,7 @@
 # setup, submit, resume:
 #   --ssh_attempts=10   how often a connection is tried before giving up
 # resume:
-#   --max_crashes=3     how often the command may end by itself, neither finished nor told to stop, before giving up;
+#   --max_crashes=3     how often the command may end by itself, neither finished nor stopped, before giving up;
 #                       half an hour of running makes up for it. As often in a row may a start fail
 #   --delete_when_done  give the slices back once the run has finished or failed for good
 #
@@ -128,7 +128,7 @@ read_command_line() {
             -h | --help) show_help && exit 0 ;;
             --) shift && break ;;
             --*) flag "$1" ;;
-            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command stands after --" && NAME="$1" ;;
+            *) [[ ! $NAME ]] || fail "$1: one name is enough; the training command goes after --" && NAME="$1" ;;
         esac
         shift
     done

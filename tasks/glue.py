@@ -1,6 +1,6 @@
 """GLUE (Wang et al. 2019) as text to text in T5's format (Raffel et al. 2020, appendix D), with its official metrics.
 
-The name of the task stands first, then each text after its field's name, fields in the alphabet's order, so that MNLI's
+The name of the task comes first, then each text after its field's name, fields in the alphabet's order, so that MNLI's
 hypothesis comes before its premise: `mnli hypothesis: ... premise: ...`. Targets are words; STS-B's are its scores,
 rounded to the nearest fifth (`3.8`). The test splits' labels are hidden: their targets are `<unk>`, and no metric is
 computed from them.

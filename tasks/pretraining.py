@@ -1,6 +1,6 @@
 """Span-corruption tasks: the offline corpus, C4, Wikipedia, and files of the user's own.
 
-A task's name ends in its version: what a name stands for never changes, a new reading of the data gets a new name.
+A task's name ends in its version: its meaning never changes; a change of the data gets a new name.
 """
 
 import functools
@@ -34,7 +34,7 @@ def span_corruption_task(
       name: of the task; versioned names, such as `my_texts_span_corruption_v1`, are a good habit.
       source: whose examples have a string feature `text_field`.
       vocabulary: with enough sentinels (`extra_ids`, or pieces at its end, as mT5's) for the spans of one text.
-      noise_density: share of the tokens that is taken out.
+      noise_density: share of the tokens that is masked.
       mean_span_length: mean number of tokens in a span.
       concatenate: whether texts run on into each other to fill the inputs (see `split_into_chunks`).
       text_field: feature of the source that holds the text.
@@ -92,7 +92,7 @@ def text_files_task(
       extra_ids: sentinels above its own pieces; 0 for a model that ends with sentinels, as mT5's.
       validation: of the validation files; without it a share `held_out` of the documents is held out.
       field: field of the JSON objects that holds the text.
-      documents: what a document of a text file is: a `line`, or what stands between two empty lines (`blank_line`).
+      documents: what a document of a text file is: a `line`, or the text between two empty lines (`blank_line`).
       held_out: share of the documents that is held out where `validation` is not given.
       noise_density: see `span_corruption_task`, as for the settings after it.
 

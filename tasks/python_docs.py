@@ -146,7 +146,7 @@ def names_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
     """Matches a word or dotted name with any of the labels as a part between dots and underscores, in any case.
 
     For `jax` that is `jax.numpy`, `my_jax_array` and `JAX`, but not `ajax`. All labels' names are masked in every text:
-    masking its own alone would tell that the label is none of those still there.
+    masking only its own would reveal that the label is none of those left.
     """
     names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     before, after = r"(?<![A-Za-z0-9_])(?:[A-Za-z0-9_.]*[._])?", r"(?:[._]+[A-Za-z0-9_]+)*_*(?![A-Za-z0-9_])"

@@ -49,7 +49,7 @@ def proportional_mixture(name: str, sizes: Mapping[str, int], *, largest_rate: i
     Args:
       name: of the mixture.
       sizes: number of training examples by name of the task.
-      largest_rate: the limit; what one task can count for beside the others.
+      largest_rate: the limit; cap on a task's size.
 
     Raises:
       UserError: a limit below 1, or the name is taken.

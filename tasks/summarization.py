@@ -43,7 +43,7 @@ class XsumSource(seqio.TfdsDataSource):
         if "://" not in str(self.tfds_dataset.builder.data_dir) and not (prepared.exists() or archive.exists()):
             raise UserError(
                 f"XSum is not at {prepared}, and TFDS cannot download it: put {XSUM_ARCHIVE} at {archive}, made as "
-                "github.com/EdinburghNLP/XSum tells, or read JSONL files with summarization_files_task"
+                "github.com/EdinburghNLP/XSum describes, or read JSONL files with summarization_files_task"
             )
         return super().get_dataset(*args, **kwargs)
 
@@ -54,10 +54,10 @@ def cnn_dailymail_task(
     vocabulary: str | os.PathLike[str] = T5_VOCABULARY,
     extra_ids: int = EXTRA_IDS,
 ) -> seqio.Task:
-    """Registers CNN/DailyMail 3.4.0 (not anonymised, cased); the same call again returns the same task.
+    """Registers CNN/DailyMail 3.4.0 (not anonymized, cased); the same call again returns the same task.
 
-    The period that ends a highlight stands alone, as in version 3.1.0, from which T5's task began: T5's vocabulary
-    loses line ends, and ` . ` is where ROUGE-Lsum can still tell two highlights apart in a prediction.
+    The period that ends a highlight is set apart by spaces, as in version 3.1.0, which T5's task used: T5's vocabulary
+        drops newlines, and ` . ` is where ROUGE-Lsum can still separate two highlights in a prediction.
 
     Args:
       name: of the task; another one for another vocabulary.

@@ -26,7 +26,7 @@ class TextToText:
       labels: every string that can be a target, where these are a closed set.
       counted_as: the name under which it counts in a mean over tasks, where that is not its own. Tasks of one such name
         count as one, as the evaluation sets of one benchmark task do.
-      settings: what the task depends on beside its source, to tell two tasks of one name apart.
+      settings: what the task depends on besides its source, to distinguish two tasks of one name.
     """
 
     source: seqio.DataSource

@@ -1,4 +1,4 @@
-"""The data stream's state as a part of a checkpoint: opaque bytes, one file for each shard of the stream."""
+"""Orbax handler for the data stream's state: opaque bytes, one file per shard of the stream."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from orbax.checkpoint import future
 
 
 class DataStateHandler(ocp.handlers.AsyncCheckpointHandler):
-    """Writes this process's shards beside the other processes', under the same commit as the arrays."""
+    """Writes this process's shards next to those of other processes, in the same commit as the arrays."""
 
     async def async_save(self, directory: epath.Path, args: "DataStateSave") -> list[future.Future]:
         # The folder is made in the background; this kind of future waits for it before it writes.
@@ -20,10 +20,10 @@ class DataStateHandler(ocp.handlers.AsyncCheckpointHandler):
             (directory / name).write_bytes(content)
 
     def restore(self, directory: epath.Path, args: "DataStateRestore") -> dict[str, bytes]:
-        """The shards that are asked for, whichever process saved them.
+        """The requested shards, whichever process saved them.
 
         Raises:
-            FileNotFoundError: if one is not there.
+            FileNotFoundError: if one is missing.
         """
         return {name: (directory / name).read_bytes() for name in args.names}
 
@@ -51,7 +51,7 @@ class DataStateRestore(ocp.args.CheckpointArgs):
     """What to read back.
 
     Attributes:
-        names: of the shards that this process goes on with.
+        names: of the shards that this process resumes with.
     """
 
     names: Sequence[str]

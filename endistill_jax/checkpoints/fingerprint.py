@@ -1,7 +1,7 @@
-"""Content fingerprints: what makes two sets of weights, or two vocabularies, the same, wherever they lie.
+"""Content fingerprints of weights and vocabularies, independent of where they are stored.
 
-A checkpoint remembers the fingerprints of the teacher and of the vocabulary it was trained with, so that a run is never
-resumed with others. Equal sizes or equal paths prove nothing; only the content is compared.
+A checkpoint records the fingerprints of its teacher and vocabulary, so that a run is never resumed with different ones.
+Equal sizes or paths prove nothing; only the content is compared.
 """
 
 import hashlib
@@ -63,9 +63,9 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 
 def fingerprint_vocabulary(vocabulary: Any) -> str:
-    """A SHA-256 of everything that decides how text becomes ids: independent of where the vocabulary's file lies.
+    """A SHA-256 of everything that decides how text becomes ids: independent of where the vocabulary's file is stored.
 
-    For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalisation
+    For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalization
     rules. For bytes: the number of extra ids.
 
     Args:
@@ -78,7 +78,7 @@ def fingerprint_vocabulary(vocabulary: Any) -> str:
     Raises:
         UserError: for a kind of vocabulary whose content is not known here.
     """
-    # The class is told by name: importing SeqIO for isinstance would load TensorFlow.
+    # Compared by class name: importing SeqIO for isinstance would load TensorFlow.
     names = (_SEQIO_NAMES.get(kind.__name__, kind.__name__) for kind in type(vocabulary).__mro__)
     kind = next((name for name in names if name in _CONTENTS), None)
     if kind is None:

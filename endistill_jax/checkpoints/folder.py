@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is whole."""
+"""Atomic writing of folders."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "config.json") -> None:
-    """Makes sure that a folder may be written under this name.
+    """Checks that a folder may be written under this name.
 
     Args:
         path: the name.
@@ -29,7 +29,7 @@ def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "co
         marker: a file by which a folder is known to be what will be written.
 
     Raises:
-        UserError: if something else is in the way, or it cannot be written there.
+        UserError: if the path is taken or not writable.
     """
     if path.exists() or path.is_symlink():
         if not path.is_dir():
@@ -46,7 +46,7 @@ def check_free(path: pathlib.Path, *, overwrite: bool = False, marker: str = "co
 
 @contextlib.contextmanager
 def replace_folder(path: pathlib.Path, *, overwrite: bool, marker: str = "config.json") -> Iterator[pathlib.Path]:
-    """Yields a temporary folder beside `path`; it takes the name on leaving, and is removed if anything fails.
+    """Yields a temporary folder next to `path`; it is renamed on success and removed on failure.
 
     Args:
         path: the final name.
@@ -54,7 +54,7 @@ def replace_folder(path: pathlib.Path, *, overwrite: bool, marker: str = "config
         marker: likewise.
 
     Raises:
-        UserError: if something else is in the way, or the disk gives out.
+        UserError: if the path is taken, or writing fails.
     """
     check_free(path, overwrite=overwrite, marker=marker)
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
@@ -80,7 +80,7 @@ def replace_folder(path: pathlib.Path, *, overwrite: bool, marker: str = "config
 
 
 def _flush(file: pathlib.Path) -> None:
-    # A rename can reach the disk before the content does: without this a power cut leaves whole names, empty files.
+    # A rename can reach the disk before the content: without fsync a power cut leaves names of empty files.
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
 

@@ -1,7 +1,7 @@
-"""The common tongue of foreign checkpoints: one tensor at a time, under our names and in our orientation.
+"""The common interface of foreign checkpoints: one tensor at a time, under our names and in our orientation.
 
-A reader of a format is a `Source`, which says what model it holds and gives its tensors one by one; a writer asks
-`tensors_of` for them one by one. So memory never holds a second copy of a model, whatever the format.
+A reader of a format is a `Source`, which describes its model and yields its tensors one by one; a writer gets them
+one by one from `tensors_of`. So memory never holds a second copy of a model, whatever the format.
 """
 
 import functools
@@ -20,7 +20,7 @@ from endistill_jax.models.family import ModelConfig, Parameter, Params, abstract
 
 
 class VocabularyFile(NamedTuple):
-    """A SentencePiece model beside a checkpoint.
+    """A SentencePiece model stored with a checkpoint.
 
     Attributes:
         path: the file.
@@ -37,10 +37,10 @@ class Source(Protocol):
     Attributes:
         where: its path, for messages.
         config: what model it holds.
-        vocabulary: the vocabulary that lies beside it, if one does.
-        pieces: where there is none, the fingerprint of the pieces that another file tells of; see `pieces`.
-        step: how far it was trained, 0 if it does not say.
-        notes: what was assumed because the checkpoint does not say, a sentence each.
+        vocabulary: the one stored with it, if any.
+        pieces: without one, the fingerprint of the pieces in a tokenizer.json; see `pieces`.
+        step: optimizer steps trained, 0 if unknown.
+        notes: assumptions about what the checkpoint does not specify, a sentence each.
     """
 
     where: str
@@ -65,7 +65,7 @@ class Source(Protocol):
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every tensor of a model, from the model's own initialisation; the layers of one parameter follow each other."""
+    """Every tensor of a model, from the model's own initialization; the layers of one parameter follow each other."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         path = tuple(key.key for key in keys)
@@ -82,8 +82,8 @@ def assemble(source: Source, dtype: Any, shardings: Any = None) -> tuple[Params,
     Args:
         source: where from.
         dtype: float32 or bfloat16, what the parameters become.
-        shardings: tree of `NamedSharding` like the parameters: every tensor goes to the devices that keep a part of
-            it as soon as it is read, and the host holds no more than one. None: NumPy arrays.
+        shardings: tree of `NamedSharding` like the parameters: every tensor is transferred to its devices as soon as
+            it is read, and the host holds no more than one. None: NumPy arrays.
 
     Returns:
         The parameters, layers stacked, and the fingerprint of what was read (before it was cast).
@@ -137,7 +137,7 @@ def tensors_of(params: Mapping[str, Any], config: ModelConfig) -> Callable[[Para
 
 
 def check_finite(tensor: np.ndarray, name: str) -> None:
-    """Looks for NaN and infinity, a block at a time.
+    """Checks for NaN and infinity, a block at a time.
 
     Raises:
         UserError: "<name> holds NaN or infinity".

@@ -1,6 +1,6 @@
-"""Saving and resuming a run, on Orbax: asynchronous, atomic, with a memory of what the run was about.
+"""Saving and resuming a run, on Orbax: asynchronous, atomic, with a manifest of the run's settings.
 
-A step's folder holds three items that become visible together or not at all: `state` (the train state's arrays), `data`
+A step's folder holds three items that are committed atomically: `state` (the train state's arrays), `data`
 (the data stream's position, a file a shard) and `facts` (the manifest, as JSON). The teacher is never in it: only its
 fingerprint is, in the manifest.
 """
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
-from endistill_jax.checkpoints.manifest import Manifest
+from endistill_jax.checkpoints.manifest import Manifest, renamed_metrics
 from endistill_jax.checkpoints.reading import PyTree, read_manifest, unreadable
 from endistill_jax.checkpoints.unfinished import leave_whole_ones
 from endistill_jax.core.errors import StorageFailure, UserError
@@ -36,15 +36,15 @@ class Checkpointer:
         best_mode: str = "min",
         concurrent_gigabytes: int = 96,
     ):
-        """Opens the directory, making it if need be, and sets aside what an interrupted run left half done.
+        """Opens the directory, creating it if needed, and sets aside incomplete steps of an interrupted run.
 
         Args:
             directory: where the steps' folders go; local or a bucket.
             every: save at multiples of this many steps; `force` saves at any.
             keep_last: how many of the latest checkpoints to keep.
-            keep_best: name of the metric whose best checkpoint is kept besides; None keeps none.
-            best_mode: "min" or "max": which end of that metric is best.
-            concurrent_gigabytes: how much is copied and written at a time, at most; no array may be larger.
+            keep_best: name of the metric whose best checkpoint is kept too; None keeps none.
+            best_mode: "min" or "max", whichever is better.
+            concurrent_gigabytes: limit on what is copied and written at a time; no array may be larger.
 
         Raises:
             UserError: for settings that make no sense, or a path that cannot be a directory.
@@ -73,7 +73,7 @@ class Checkpointer:
         self.close()
 
     def all_steps(self) -> list[int]:
-        """The steps that are kept, in order, with the one being written."""
+        """The kept steps in order, including one being written."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
@@ -93,7 +93,7 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> bool:
-        """Starts saving and returns as soon as the arrays are copied; they may be donated to the next step.
+        """Starts saving and returns once the arrays are copied and may be donated to the next step.
 
         Args:
             step: number of finished optimizer steps.
@@ -104,11 +104,11 @@ class Checkpointer:
             force: save even when `step` is not a multiple of `every`.
 
         Returns:
-            Whether a save was started: False when it was not this step's turn, or the step is there already.
+            Whether a save was started: False if none is due at this step, or the step is already saved.
 
         Raises:
             UserError: if the metric named by `keep_best` is missing.
-            Exception: what a previous save ran into in the background.
+            Exception: the failure of an earlier save in the background.
         """
         if metrics is not None and self._keep_best and self._keep_best not in metrics:
             raise UserError(f"keep_best is {self._keep_best!r}, which is not among the metrics {sorted(metrics)}")
@@ -123,10 +123,10 @@ class Checkpointer:
         return self._manager.save(step, args=items, metrics=numbers, force=force)
 
     def manifest(self, step: int) -> Manifest:
-        """What a step was saved with, without reading any array.
+        """The manifest of a step; reads no array.
 
         Raises:
-            UserError: if the step is not there or cannot be read.
+            UserError: the step does not exist or cannot be read.
         """
         self._require(step)
         return read_manifest(self._directory / str(step))
@@ -137,13 +137,13 @@ class Checkpointer:
         abstract_state: PyTree,
         shards: Sequence[str] = (),
     ) -> tuple[PyTree, dict[str, bytes], Manifest]:
-        """Reads a step back, each array straight onto its place.
+        """Restores a step, each array directly onto its devices.
 
         Args:
             step: which.
             abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the same structure as the saved state;
                 the mesh may be another than the one that saved.
-            shards: which shards of the data stream this process goes on with, by name.
+            shards: names of the data stream's shards that this process resumes with.
 
         Returns:
             The state, the positions of those shards, and the manifest.
@@ -165,19 +165,19 @@ class Checkpointer:
             older = [other for other in self.all_steps() if other < step]
             if isinstance(found, StorageFailure) or not older:
                 raise found from error
-            raise UserError(f"{found}; remove that folder to go on from step {older[-1]}") from error
+            raise UserError(f"{found}; remove that folder to resume from step {older[-1]}") from error
         return restored["state"], restored["data"], manifest
 
     def wait(self) -> None:
         """Returns when everything is on disk.
 
         Raises:
-            Exception: what the save in the background ran into.
+            Exception: the failure of the save in the background.
         """
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of threads and files, even if the last save failed (and raises why it did)."""
+        """Waits, then releases threads and files, even if the last save failed (and raises its exception)."""
         try:
             self._manager.wait_until_finished()
         finally:
@@ -194,7 +194,7 @@ def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) 
     worst = math.inf if best_mode == "min" else -math.inf
 
     def rank(metrics: Mapping[str, float]) -> float:
-        value = metrics.get(keep_best, worst)
+        value = renamed_metrics(metrics).get(keep_best, worst)
         # A comparison with NaN is always false: unguarded, a diverged step could rank anywhere.
         return worst if math.isnan(value) else value
 

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what its run was, as plain values, and how that is compared with a run that resumes it.
+"""The manifest of a checkpoint: the settings of its run as plain values, and their comparison on resume.
 
     schema     2; the first checkpoints have none
     run        what changes the mathematics or the order of the data; see `train.training.Training.identity`
-    progress   tokens, seconds, the best evaluation, whether the run came to its end
+    progress   tokens, seconds, the best evaluation, whether the run is complete
     teacher, initial   where the other models were
     held_out   metrics of the step's evaluation, if there was one
 
@@ -56,7 +56,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
-    """Refuses to resume from a checkpoint that was made for something else.
+    """Refuses to resume from a checkpoint of a different run.
 
     Args:
         saved: from a manifest.
@@ -93,7 +93,7 @@ def _from_schema_1(manifest: Manifest) -> Manifest:
     upgraded = manifest | {"schema": SCHEMA}
     run, progress = dict(manifest.get("run", {})), dict(manifest.get("progress", {}))
     if "path" in run:
-        run["objective"] = plain(_objective_of_path(run.pop("path")).described())
+        run["objective"] = plain(objective_of_path(run.pop("path")).described())
     if run.get("evaluation", {}).get("keep_best"):
         chosen = run["evaluation"]["keep_best"]
         run["evaluation"] = run["evaluation"] | {"keep_best": _METRICS_OF_SCHEMA_1.get(chosen, chosen)}
@@ -117,7 +117,7 @@ def renamed_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {present(name): value for name, value in metrics.items()}
 
 
-def _objective_of_path(path: Mapping[str, Any]) -> Any:
+def objective_of_path(path: Mapping[str, Any]) -> Any:
     """The objective that a path of schema 1 was: three sites, each with a weight and one layer, logits and LM loss."""
     from endistill_jax.core.sites import SITES
     from endistill_jax.objectives import CrossEntropy, ForwardKL, InterpolatedTargets, Objective, relations
@@ -149,8 +149,16 @@ def _differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str
                     yield inner, _ABSENT, _shown(here[key])
             elif key in here and key in saved:
                 yield from _differences(saved[key], here[key], inner)
-    elif json.dumps(plain(saved), sort_keys=True) != json.dumps(plain(current), sort_keys=True):
+    elif not _equal(plain(saved), plain(current)):
         yield name, _shown(saved), _shown(current)
+
+
+def _equal(saved: Any, current: Any) -> bool:
+    """Whether two plain values are the same, 1 and 1.0 too."""
+    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in (saved, current)]
+    return (
+        saved == current if all(numbers) else json.dumps(saved, sort_keys=True) == json.dumps(current, sort_keys=True)
+    )
 
 
 def _fields(current: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -38,7 +38,9 @@ def model_card(name: str, config: ModelConfig, manifest: Mapping[str, Any], step
     if "import" in manifest:
         parts.append(f"Converted from `{manifest['import']['source']}`.")
     if manifest.get("held_out"):
-        rows = [f"| {title} | {manifest['held_out'][key]:.4g} |" for key, title in _HELD_OUT.items()]
+        metrics = manifest["held_out"]  # of an encoder alone, the distances from its teacher
+        titles = {key: title for key, title in _HELD_OUT.items() if key in metrics} or {key: key for key in metrics}
+        rows = [f"| {title} | {metrics[key]:.4g} |" for key, title in titles.items()]
         parts.append("## Held-out text\n\n| | |\n|---|---|\n" + "\n".join(rows))
     parts.append(f"Written by endistill-jax {__version__}.")
     return "\n\n".join(parts) + "\n"
@@ -82,7 +84,14 @@ def _training(manifest: Mapping[str, Any], step: int) -> str:
 
 def _objective(objective: Mapping[str, Any]) -> str:
     """Its terms with their coefficients, such as "cross/qk 0.5, cross/vv 0.5, logits 1.0"."""
-    return ", ".join(f"{name} {term['coefficient']}" for name, term in objective["terms"].items())
+    return ", ".join(f"{name} {_coefficient(term['coefficient'])}" for name, term in objective["terms"].items())
+
+
+def _coefficient(saved: Any) -> str:
+    """A number, or a schedule with its settings."""
+    if isinstance(saved, Mapping):
+        return " ".join(f"{name} {value}" if name != "type" else value for name, value in saved.items())
+    return f"{saved:.3g}" if isinstance(saved, (int, float)) else str(saved)
 
 
 def _initial(student_init: Mapping[str, Any] | None) -> str | None:

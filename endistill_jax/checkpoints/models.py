@@ -38,12 +38,12 @@ class TrainedModel:
 
     Attributes:
         source: where it is, as the user named it.
-        config: its settings, as it shall be run.
-        vocabulary_file: what lies beside it, if anything does.
-        step: how far it was trained, if that is known; else 0.
+        config: its settings.
+        vocabulary_file: the one stored with it, if any.
+        step: optimizer steps trained, 0 if unknown.
         manifest: of its checkpoint; empty for a foreign one.
-        notes: what was assumed because the checkpoint does not say, a sentence each.
-        pieces: fingerprint of its vocabulary's pieces, where no SentencePiece model tells of it.
+        notes: assumptions about what the checkpoint does not specify, a sentence each.
+        pieces: fingerprint of its vocabulary's pieces, if there is no SentencePiece model.
     """
 
     source: str
@@ -59,12 +59,11 @@ class TrainedModel:
     _fingerprint: str | None = None
 
     def load(self, shardings: Any = None) -> Params:
-        """Reads the parameters, unless they are there already: nested dictionaries, layers stacked.
+        """Loads the parameters, unless already loaded: nested dictionaries, layers stacked.
 
         Args:
-            shardings: tree of `NamedSharding` like the parameters: every array goes straight onto the devices that keep
-                a part of it, and there too where it lay elsewhere so far. None gives NumPy arrays, or those that are
-                there already.
+            shardings: tree of `NamedSharding` like the parameters: arrays are loaded onto their devices, or moved there
+                if already loaded elsewhere. None gives NumPy arrays, or those already loaded.
 
         Raises:
             UserError: naming what cannot be read.
@@ -81,7 +80,7 @@ class TrainedModel:
         return self.load(param_shardings(self.config, mesh, placement))
 
     def release(self) -> None:
-        """Forgets the parameters; `load` reads them again."""
+        """Frees the parameters; `load` reads them again."""
         self._loaded = None
 
     @property
@@ -98,7 +97,7 @@ class TrainedModel:
 
     @property
     def vocabulary(self) -> str | None:
-        """Fingerprint of the vocabulary it was trained with; None if nothing tells."""
+        """Fingerprint of the vocabulary it was trained with; None if unknown."""
         if "run" in self.manifest:
             return self.manifest["run"]["vocabulary"]
         return fingerprint_of(self.vocabulary_file)
@@ -116,7 +115,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
     Args:
         source: "bundled", the model directory of a run or of an import (its last step) or `checkpoints/<step>` in it, a
             Hugging Face T5 folder, the name of one on the Hugging Face hub, or a T5X checkpoint.
-        dtype: float32 or bfloat16: type of its parameters and of its computations.
+        dtype: float32 or bfloat16, of its parameters and of its computations.
         scan_layers: whether its layers run in a compiled loop.
 
     Raises:
@@ -149,7 +148,7 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         manifest={},
         notes=opened.notes,
         pieces=opened.pieces,
-        # A source that was read is closed, and a model may be read again: then it is opened anew.
+        # A source is closed after reading, so a repeated read opens it again.
         _read=lambda shardings: _read_source(unread.pop() if unread else open_source(path), config, shardings),
     )
 
@@ -159,7 +158,7 @@ def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
 
     Args:
         source: the model directory.
-        config: its settings, as it shall be run.
+        config: its settings.
     """
 
     def read(shardings: Any) -> tuple[Params, str]:
@@ -170,7 +169,7 @@ def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
 
 
 def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
-    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+    """The vocabulary of a model: the one given by the user, or the one stored with it.
 
     Raises:
         UserError: if the model was trained with another one, or has fewer ids.
@@ -189,7 +188,7 @@ def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> 
 
 
 def print_notes(model: TrainedModel) -> None:
-    """Prints what had to be assumed of a model."""
+    """Prints the assumptions made about a model."""
     for note in model.notes:
         print(f"{model.source}: {note}")
 
@@ -214,7 +213,7 @@ def fingerprint_of(file: VocabularyFile | None) -> str | None:
 
 
 def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
-    """Puts a vocabulary into a model directory, in the form that Hugging Face tokenizers have."""
+    """Writes a vocabulary into a model directory, in the format of Hugging Face tokenizers."""
     folder = epath.Path(model_dir).expanduser() / TOKENIZER
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, file)
@@ -240,7 +239,7 @@ def _read_run(directory: str, step: int, manifest: Manifest, config: ModelConfig
     params = restore_params(directory, step, abstract_params=abstract)[0]
     fingerprint = fingerprint or fingerprint_params(params)
     leaves, tree = jax.tree.flatten(params)
-    del params  # so that each leaf is let go when it has been cast
+    del params  # so that each leaf is freed once it is cast
     for index, leaf in enumerate(leaves):
         leaves[index] = leaf.astype(jnp.dtype(config.dtype))
     return jax.tree.unflatten(tree, leaves), fingerprint

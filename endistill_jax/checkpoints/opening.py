@@ -1,4 +1,4 @@
-"""Telling apart what a user may point at: a Hugging Face folder, a name on the hub, a T5X checkpoint."""
+"""Detects the kind of a foreign checkpoint: a Hugging Face folder, a name on the hub, a T5X checkpoint."""
 
 import pathlib
 import re

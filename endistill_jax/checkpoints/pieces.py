@@ -1,7 +1,7 @@
-"""Vocabularies compared piece by piece, where a tokenizer.json is all that tells of one.
+"""Vocabularies compared piece by piece, for models that have only a tokenizer.json.
 
-transformers 5 saves no SentencePiece model. Its tokenizer.json keeps every piece with its id, which tells vocabularies
-apart; how it says that text is normalised cannot be compared with SentencePiece's rules.
+transformers 5 saves no SentencePiece model. Its tokenizer.json has every piece with its id, which distinguishes
+vocabularies; its normalization rules cannot be compared with SentencePiece's.
 """
 
 import hashlib

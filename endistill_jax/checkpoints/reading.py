@@ -22,7 +22,7 @@ _FOLDERS = ("data",)  # a bucket has no folder that is empty, as an imported mod
 
 
 def finished_steps(directory: str) -> list[int]:
-    """The steps in a directory that were saved to the end, in order. Touches nothing; safe beside a running job."""
+    """The steps in a directory that were saved to the end, in order. Read-only; safe during a running job."""
     root = stored_path(directory)
     if not root.is_dir():
         return []
@@ -32,7 +32,7 @@ def finished_steps(directory: str) -> list[int]:
 def restore_params(
     directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
 ) -> tuple[PyTree, Manifest]:
-    """Only the parameters of a finished run, for a teacher or an export; safe while the run is still going.
+    """Restores the parameters of a checkpoint only, for a teacher or an export; safe during a running job.
 
     Args:
         directory: what `Checkpointer` was given.
@@ -80,7 +80,7 @@ def _largest_gigabytes(stored: PyTree) -> int:
 
 
 def read_manifest_of_step(directory: str, step: int) -> Manifest:
-    """What a finished step was saved with; no array is read.
+    """The manifest of a complete step; reads no array.
 
     Raises:
         UserError: if it cannot be read.
@@ -89,7 +89,7 @@ def read_manifest_of_step(directory: str, step: int) -> Manifest:
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
-    """What a step's folder was saved with.
+    """The manifest in a step's folder.
 
     Raises:
         UserError: if it is damaged.
@@ -103,7 +103,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
 
 
 def unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:
-    """What to raise for whatever went wrong while reading a step's folder."""
+    """The exception to raise for a failure to read a step's folder."""
     return reading_failure(f"checkpoint {folder} cannot be restored", error)
 
 
@@ -113,5 +113,5 @@ def _is_finished(folder: epath.Path) -> bool:
         if not all((folder / part).exists() for part in parts):
             return False
         return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
-    except (FileNotFoundError, ValueError):  # not what tells of storage that fails: a checkpoint would seem unfinished
+    except (FileNotFoundError, ValueError):  # not storage failures, which would make a checkpoint look incomplete
         return False

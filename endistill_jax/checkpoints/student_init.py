@@ -1,4 +1,4 @@
-"""A student that starts from its teacher: some of its layers and, where it is narrower, a slice of every width.
+"""Initialization of a student from its teacher: some of its layers and, if narrower, a slice of every width.
 
 Which layers is decided here, by what the user lists or evenly spaced; which indices of a width, and what values are
 multiplied by to keep the sizes of sums, by the family: see `models/cutting.py` and, of T5, `models/t5/cutting.py`.
@@ -24,7 +24,7 @@ KINDS = ("random", "layers", "slice")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentInit:
-    """What a student starts from.
+    """How a student is initialized.
 
     Attributes:
         kind: "random": fresh parameters. "layers": layers of the teacher, whose widths the student must share. "slice":
@@ -75,7 +75,7 @@ class StudentInit:
         return listed
 
     def check(self, teacher: ModelConfig | None, student: ModelConfig) -> None:
-        """Finds what the student cannot take from the teacher.
+        """Checks that the student can be initialized from the teacher.
 
         Raises:
             UserError: naming the setting, both values, and what would be right.
@@ -95,7 +95,7 @@ class StudentInit:
             self.layers(stack, teacher, student)
 
     def facts(self, teacher: ModelConfig | None, student: ModelConfig) -> dict[str, Any]:
-        """The choice with the layers it comes to, as plain data: equal if and only if the student starts alike."""
+        """The settings with resolved layers, as plain data: equal if and only if initial parameters are."""
         if self.kind == "random":
             return {"kind": self.kind}
         return {"kind": self.kind} | {f"{stack}_layers": list(self.layers(stack, teacher, student)) for stack in STACKS}
@@ -115,7 +115,7 @@ def init_from_teacher(
             together; NumPy arrays are cut on the host.
         teacher: the teacher's settings.
         student: the student's settings.
-        mesh: where the student shall lie.
+        mesh: for the student's parameters.
     """
     shardings = param_shardings(student, mesh)
 

@@ -61,7 +61,7 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with sentinels above its pieces, as `seqio.SentencePieceVocabulary` has them.
 
-    A sentinel is recognised at the beginning of a word only: its piece is `▁<extra_id_N>`.
+    A sentinel is recognized at the beginning of a word only: its piece is `▁<extra_id_N>`.
 
     Args:
         model: a serialized SentencePiece model.

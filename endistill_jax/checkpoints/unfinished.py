@@ -1,4 +1,4 @@
-"""What a run finds in its checkpoints' directory before it goes on there: steps that are whole, and remains."""
+"""Cleanup of a checkpoint directory before a run resumes: sets incomplete steps aside."""
 
 import logging
 
@@ -15,7 +15,7 @@ _COMMITTED = "commit_success.txt"
 
 
 def leave_whole_ones(directory: epath.Path) -> None:
-    """Sets aside step folders that a kill left half written or half removed: Orbax would take them for whole ones.
+    """Sets aside step folders that a kill left incomplete: Orbax would take them for complete ones.
 
     Every process must call it, before Orbax looks at the directory.
     """
@@ -36,7 +36,7 @@ def leave_whole_ones(directory: epath.Path) -> None:
 
 
 def _mark_whole(folder: epath.Path) -> None:
-    """Marks a whole checkpoint that was written locally and copied to a bucket: Orbax would remove it as unfinished."""
+    """Marks a complete checkpoint that was copied to a bucket: Orbax would remove it as incomplete."""
     for part in (*(each for each in folder.iterdir() if each.is_dir()), folder):
         if not (part / _COMMITTED).exists():
             (part / _COMMITTED).write_text("copied")

@@ -13,14 +13,14 @@ Batch = Mapping[str, Array]
 
 
 class Segments(NamedTuple):
-    """Segment ids of both sides of a batch: 0 is padding, equal ids may see each other, within a side and across."""
+    """Segment ids of encoder and decoder: 0 is padding; positions with equal ids may attend to each other."""
 
     encoder: Int[Array, "batch source"]
     decoder: Int[Array, "batch target"]
 
 
 class Lengths(NamedTuple):
-    """Size of a batch: examples, and positions of both sides, padding included."""
+    """Number of examples and lengths of both sides, padding included."""
 
     batch: int
     source: int
@@ -46,7 +46,7 @@ def batch_segments(batch: Batch) -> Segments:
 def visible_keys(
     query_segments: Int[Array, "batch query"], key_segments: Int[Array, "batch key"], causal: bool
 ) -> Bool[Array, "batch query key"]:
-    """Which keys each query may see: those of its own non-zero segment, and when causal none after it.
+    """Attention mask: each query sees the keys of its own non-zero segment, and if causal none after it.
 
     Causal compares positions in the arrays, so segments must be contiguous and both sides the same sequence.
     """

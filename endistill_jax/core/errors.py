@@ -1,30 +1,30 @@
-"""What ends a program with one line: a mistake of the user, and what is none."""
+"""Exceptions that end a program with a one-line message and no traceback."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 
 class UserError(ValueError):
-    """A mistake in a setting, a file or a command, told in one line.
+    """A mistake in a setting, a file or a command.
 
-    The message says what is wrong, where, and what would be right. Programs print it alone, without a traceback, and
-    exit with a non-zero code.
+    The one-line message says what is wrong, where, and what would be right. Programs print it without a traceback and
+        exit with a non-zero code.
     """
 
 
 class HostMissing(Exception):
-    """Another host of the run did not come in time, told in one line: no mistake, and the next start may do better."""
+    """Another host of the run did not arrive in time; not the user's mistake, and a restart may succeed."""
 
 
 class StorageFailure(Exception):
-    """Storage that is there could not be read, told in one line: no mistake, and the next start may do better."""
+    """Storage could not be reached; not the user's mistake, and a restart may succeed."""
 
 
 class Stopped(Exception):
     """A run was asked to stop, saved where it was, and ended before its last step.
 
     Attributes:
-        signal_number: the signal that asked.
+        signal_number: the signal that was received.
     """
 
     def __init__(self, message: str, signal_number: int):
@@ -34,11 +34,11 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Says in which of several parts something went wrong, or was stopped.
+    """Adds to an error or interruption in which of several parts it happened.
 
     Args:
-        where: the part, before the message.
-        advice: says what would help, after the message of a mistake; asked only then.
+        where: the part, put before the message.
+        advice: returns what would help, put after the message of a `UserError`; called only then.
     """
     try:
         yield

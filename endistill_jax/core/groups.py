@@ -1,16 +1,16 @@
-"""Attention scores in groups: how many examples, heads and queries are computed at a time."""
+"""Block sizes of attention scores: how many examples, heads and queries are computed at a time."""
 
 import dataclasses
 import math
 
-# Most that the scores of a frozen model's attention take at a time: on a TPU a quarter of a v5e's vector memory, where
-# the position bias finds room beside them; elsewhere a small part of the memory.
+# Memory limit of a frozen model's attention scores: on TPU a quarter of a v5e's vector memory, which leaves room for
+# the position bias; elsewhere a small part of the memory.
 ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """How much is computed at a time: `examples` x `heads` x `queries` rows of scores."""
+    """One block: `examples` x `heads` x `queries` rows of scores."""
 
     examples: int
     heads: int
@@ -18,7 +18,7 @@ class Groups:
 
 
 def choose_groups(examples: int, heads: int, query_length: int, key_length: int, group_bytes: int) -> Groups:
-    """The largest groups whose float32 scores take at most `group_bytes`.
+    """The largest blocks whose float32 scores take at most `group_bytes`.
 
     Several examples are taken together where all their heads fit; else the heads of one example are split up into
     equal parts, down to two, over which a CPU spreads its work; then the rows, by eights, but never a row.

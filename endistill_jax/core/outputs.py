@@ -29,9 +29,9 @@ class Tap(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head that is not applied: its logits are `hidden @ kernel`, multiplied in the type of `hidden`.
+    """An unapplied LM head: its logits are `hidden @ kernel`, multiplied in the dtype of `hidden`.
 
-    Whoever needs only the logits of some tokens at a time applies it to those.
+    Lets the caller compute logits for a block of tokens at a time.
 
     Attributes:
         hidden: the decoder's output, scaled if the model scales it.
@@ -52,13 +52,13 @@ class Head(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns of what it was asked for.
+    """Outputs of a forward pass, as requested.
 
     Attributes:
-        encoded: the encoder's output, after its final normalization; None if nothing reads it.
+        encoded: the encoder's output, after its final normalization; None if unused.
         head: the unapplied head; None unless asked for.
-        taps: by (site, layer), as they were asked for.
-        hidden: the residual stream after a layer, by (stack, layer) as asked for.
+        taps: by (site, layer), as requested.
+        hidden: the residual stream after a layer, by (stack, layer) as requested.
     """
 
     encoded: Float[Array, "batch source d_model"] | None = None
@@ -74,7 +74,7 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reads:
-    """What is read of a model, so that nothing else is computed. Negative layers count from a stack's top.
+    """The outputs to compute; nothing else is. Negative layers count from a stack's top.
 
     Attributes:
         taps: (site, layer) -> which vectors of that attention module, such as "qkv".
@@ -102,7 +102,7 @@ class Reads:
 
     @property
     def decoder(self) -> bool:
-        """Whether anything of the decoder is read."""
+        """Whether any output of the decoder is requested."""
         stacks = {SITES[site].stack for site, _ in self.taps} | {stack for stack, _ in self.hidden}
         return self.head or "decoder" in stacks
 
@@ -111,7 +111,7 @@ LOGITS = Reads(head=True)
 
 
 def union(reads: Iterable[Reads]) -> Reads:
-    """All that any of them reads."""
+    """The union of several requests."""
     total = Reads()
     for each in reads:
         total |= each
@@ -119,7 +119,7 @@ def union(reads: Iterable[Reads]) -> Reads:
 
 
 def resolve_layer(layer: int, depth: int, what: str) -> int:
-    """A layer's index from 0, where negative ones count from the top.
+    """Resolves a layer index; negative ones count from the top.
 
     Raises:
         UserError: there is no such layer.

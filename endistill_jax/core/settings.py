@@ -1,4 +1,4 @@
-"""Settings that list things: in a gin file a single thing, or (3), is no tuple, and nothing says so by itself."""
+"""Validation of settings. Gin accepts a scalar, or `(3)`, where a tuple is meant; this module rejects it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,16 +10,16 @@ DTYPES = ("float32", "bfloat16")  # of parameters and computations
 
 
 def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
-    """A setting that lists things, as a tuple.
+    """Validates a setting that lists things and returns it as a tuple.
 
     Args:
-        value: what the user gave.
+        value: as given by the user.
         where: the setting's name, for the message.
-        wanted: what it lists and how that is written, such as "layers, such as (0, 3) or (3,)".
-        fits: whether a thing may be in the list.
+        wanted: the expected items with an example, such as "layers, such as (0, 3) or (3,)".
+        fits: whether an item is valid.
 
     Raises:
-        UserError: no tuple or list, or something in it does not fit.
+        UserError: not a tuple or list, or an invalid item.
     """
     if not isinstance(value, (tuple, list)) or not all(map(fits, value)):
         raise UserError(f"{where} is {value!r}; give a tuple of {wanted}")
@@ -27,7 +27,7 @@ def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = 
 
 
 def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
-    """A setting that lists whole numbers from 0, such as seeds; on a command line `0,1` is a text.
+    """A setting that lists non-negative integers, such as seeds; on a command line `0,1` is a string.
 
     Raises:
         UserError: anything else.
@@ -36,17 +36,17 @@ def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    """Whether a value is an integer, no bool and no float, and not less than `least`."""
+    """Whether a value is an integer (not a bool or float) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a finite number above 0, and no bool."""
+    """Whether a value is a finite number above 0 (not a bool)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def require(settings: Any, name: str, fits: bool, wanted: str) -> None:
-    """A setting of a dataclass must be as it is said.
+    """Raises unless a setting of a dataclass is valid.
 
     Raises:
         UserError: naming the setting, its value, and what would be right.

@@ -1,4 +1,4 @@
-"""The attention sites: the one table of which stack they are in, where their vectors come from, what they may see."""
+"""The attention sites: which stack they are in, where their vectors come from, and how they are masked."""
 
 from typing import Literal, NamedTuple
 

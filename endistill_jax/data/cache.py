@@ -1,4 +1,4 @@
-"""Where prepared data lie between runs, and how two processes agree on who prepares them."""
+"""Cache of prepared data between runs, and its lock."""
 
 import contextlib
 import fcntl

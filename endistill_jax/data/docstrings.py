@@ -142,7 +142,7 @@ def standard_library() -> pathlib.Path:
 
 
 def installed_closure(roots: Iterable[str] = ROOT_DISTRIBUTIONS) -> dict[str, importlib.metadata.Distribution]:
-    """The installed ones among `roots` and all they require (extras left out), by normalised name, sorted."""
+    """The installed ones among `roots` and all they require (extras left out), by normalized name, sorted."""
     found: dict[str, importlib.metadata.Distribution] = {}
     pending = list(roots)
     while pending:

@@ -33,7 +33,7 @@ class InputFile:
     """A file of texts: in `.jsonl` and `.json` every line is an object with the text in a field; `.gz` is unpacked."""
 
     def __init__(self, path: str | os.PathLike[str], *, field: str = "inputs"):
-        """Reads nothing yet.
+        """Does not read the file yet.
 
         Raises:
             UserError: no such file.
@@ -44,7 +44,7 @@ class InputFile:
             raise UserError(f"there is no file {path}")
 
     def facts(self) -> dict[str, str | int]:
-        """What tells the file from another: SHA-256 of its unpacked content, and its number of lines.
+        """Identity of the file: SHA-256 of its unpacked content, and its number of lines.
 
         Raises:
             UserError: if it cannot be read.

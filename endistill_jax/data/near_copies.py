@@ -1,7 +1,7 @@
 """Removal of near-copies between the training and the held-out texts of a corpus.
 
-Docstrings are full of templates: the same paragraph on `axis` or on the arguments of a distribution stands in hundreds
-of them. Splitting by content alone leaves such paragraphs on both sides, and held-out figures would reward memory.
+Docstrings are full of templates: the same paragraph on `axis` or on the arguments of a distribution is in hundreds
+of them. Splitting by content alone leaves such paragraphs on both sides, and held-out metrics would reward memory.
 """
 
 import re

@@ -40,10 +40,10 @@ def make_iterator(
       batch_size: global; every host gets its own `batch_size / part_count` rows.
       seed: decides order and corruption. The same arguments give the same batches.
       pack: whether several short examples share a row (adds segment ids and positions).
-      shuffle: whether examples are shuffled, within a buffer and anew every epoch. Files are read in their own order,
+      shuffle: whether examples are shuffled, within a buffer, again for every epoch. Files are read in their own order,
         sixteen at a time.
       shuffle_buffer: examples in that buffer. They are part of the state, and must be there before the first batch.
-      repeat: True for training: an endless stream, every epoch corrupted anew. False for evaluation: one pass over one
+      repeat: True for training: an endless stream, newly corrupted each epoch. False for evaluation: one pass over one
         shard, the whole source; the last batch is filled up with rows of zeros (loss weight 0), so that no example is
         lost.
       shards: of a training stream, a part of what it is; as many as parts by default.
@@ -122,7 +122,7 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
-    """Makes sure that a task, or any task of a mixture, has a split; reads no example.
+    """Checks that a task, or any task of a mixture, has a split; reads no example.
 
     Raises:
       UserError: naming the splits there are.

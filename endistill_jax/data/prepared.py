@@ -21,7 +21,7 @@ def read_prepared_from(folder: str) -> None:
 
 
 def check_prepared(task: seqio.Task | seqio.Mixture) -> None:
-    """Makes sure that TensorFlow Datasets would not have to download and prepare anything for a task.
+    """Checks that TensorFlow Datasets would not have to download and prepare anything for a task.
 
     Raises:
       UserError: naming what is not prepared, and where it was looked for.

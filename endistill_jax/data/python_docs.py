@@ -2,7 +2,7 @@
 
 `python_docs/stdlib` reads the standard library and the language topics of `help()` (about 2 MB); `python_docs/packages`
 adds the docstrings of the installed packages that this project depends on (about 24 MB). The texts depend on what is
-installed, so a prepared corpus lies in a folder named after Python's version and the packages' versions.
+installed, so a prepared corpus is stored in a folder named after Python's version and the packages' versions.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class PythonDocsConfig(tfds.core.BuilderConfig):
     """What is read.
 
     Attributes:
-      packages: whether installed distributions are read beside the standard library.
+      packages: whether installed distributions are read in addition to the standard library.
       folder: read the source files below this folder instead of anything installed.
       files: number of files a split is written to, so that as many hosts can each read their own.
     """
@@ -138,7 +138,7 @@ def _known_config(name: str) -> PythonDocsConfig:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """TFDS prints notices and progress bars of its own; nothing is downloaded here that they could tell of."""
+    """Silences TFDS's notices and progress bars, which concern downloads; there are none here."""
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         yield
 

@@ -1,6 +1,6 @@
 """Span corruption, the denoising task of T5 (Raffel et al., arXiv 1910.10683, section 3.1.4), on TensorFlow ops.
 
-Spans of a text are taken out. Each is replaced by one sentinel in the inputs; the targets are the spans, each after its
+Spans of a text are masked. Each is replaced by one sentinel in the inputs; the targets are the spans, each after its
 sentinel. The first sentinel has the highest id of the vocabulary, the next ones descend. Both end with EOS.
 
     text     Thank you for inviting me to your party last week

@@ -90,7 +90,7 @@ def matching_files(globs: str | Sequence[str]) -> list[str]:
 
 
 def read_documents(path: tf.Tensor, *, field: str, documents: Documents) -> tf.data.Dataset:
-    """Documents of one file, its kind told by its name. `path` is a scalar string."""
+    """Documents of one file, its kind determined by its name. `path` is a scalar string."""
     lines = read_lines(path)
     is_json = tf.strings.regex_full_match(path, r".*\.jsonl?(\.gz)?")
     # Only one of the two reads: which one is known when the file's name is.

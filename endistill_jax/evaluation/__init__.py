@@ -1,1 +1,1 @@
-"""Held-out figures: denoising loss with its references, and n-gram models to compare with."""
+"""Held-out metrics: denoising loss with its references, and n-gram models to compare with."""

@@ -1,10 +1,10 @@
-"""Held-out denoising loss, so that it cannot flatter: without sentinels, beside n-grams, with shuffled inputs.
+"""Held-out denoising loss with references: without sentinels, next to n-gram models, with shuffled inputs.
 
 Sentinels and the end of a sequence are easy to predict and frequent, so a loss over all target tokens looks good long
-before a model has learned any language. Beside it there are, all in nats a token: the loss on non-sentinel tokens
+before a model has learned any language. Reported with it are, all in nats per token: the loss on non-sentinel tokens
 (targets that are neither sentinel nor end of sequence), the unigram's and bigram's loss on those same tokens, and the
 *shuffled-input gap*: how much the loss grows when each example is given another example's input. A model without a gap
-is a language model that does not read.
+is a language model that ignores its input.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ _REFERENCES = ("unigram_nats", "bigram_nats")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoisingReport:
-    """How well a model fills in what was taken out of held-out text. Losses are in nats a token, each a ratio of sums.
+    """Denoising metrics on held-out text. Losses are in nats per token, each a ratio of sums.
 
     Attributes:
         loss: over all target tokens (`decoder_loss_weights`), as in training.
         token_loss: over non-sentinel tokens, the targets that are neither sentinel nor end of sequence.
-        accuracy: share of all target tokens that are the model's first choice.
-        token_accuracy: the same over those.
+        accuracy: share of all target tokens that are the argmax of the logits.
+        token_accuracy: the same over non-sentinel tokens.
         shuffled_input_loss: over those, when each example is given the input of the next (the last, the first's).
-        shuffled_input_gap: `shuffled_input_loss - token_loss`; near zero means that the input is not read.
+        shuffled_input_gap: `shuffled_input_loss - token_loss`; near zero means that the input is ignored.
         unigram_loss: of the unigram reference on the same tokens; None without one.
         bigram_loss: of the bigram reference on the same tokens; None without one.
         tokens: number of target tokens.
-        non_sentinel_tokens: their number.
+        non_sentinel_tokens: number of non-sentinel tokens.
     """
 
     loss: float
@@ -63,11 +63,11 @@ class DenoisingReport:
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, float]) -> "DenoisingReport":
-        """The report that has these scalars; names that are not its own are left out."""
+        """The report with these scalars; unknown names are ignored."""
         return cls(**{field.name: scalars.get(field.name) for field in dataclasses.fields(cls)})
 
     def summary(self) -> str:
-        """The losses in words."""
+        """The losses in one line."""
         return (
             f"held-out loss {self.loss:.3f}, on non-sentinel tokens {self.token_loss:.3f}, "
             f"shuffled-input gap {self.shuffled_input_gap:.3f}"
@@ -75,7 +75,7 @@ class DenoisingReport:
 
 
 def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int) -> DenoisingStep:
-    """Builds the jitted evaluation step; make it once for a model and keep it, or it compiles again.
+    """Builds the jitted evaluation step; reuse it, as each new one compiles again.
 
     Args:
         apply_logits: (params, batch) -> logits [batch, target, vocab], without dropout; see `model_logits`.
@@ -85,7 +85,7 @@ def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[i
     Returns:
         A pure function (params, batch) -> float32 scalars: for `tokens` and `non_sentinel` tokens the weight,
         `.../loss` and `.../correct`, and `non_sentinel/unigram_nats` and so on for the references in the batch. Sums
-        are over the global batch, wherever its parts are, and `params` may be sharded in any way.
+        are over the global batch, however it and `params` are sharded.
     """
     excluded = np.unique([*sentinel_ids, eos_id])
 
@@ -128,10 +128,10 @@ def evaluate_denoising(
 ) -> DenoisingReport:
     """Runs over held-out examples once with their own input and once with another's.
 
-    The numbers depend on the examples and their order alone: not on the batch size, nor on rows without weight, which
-    may fill up the last batch (or any). With several processes all give the same whole batches, and `place` keeps each
-    one's rows: else another's input would depend on the number of processes. Neighbors should be unrelated texts, or
-    the other input is too good: shuffle once, with a fixed seed.
+    The metrics depend only on the examples and their order, not on the batch size or on padding rows without weight.
+        With several processes all pass the same global batches, and `place` keeps each one's rows; otherwise shuffled
+        inputs would depend on the number of processes. Neighbors should be unrelated texts, or the gap is
+    underestimated: shuffle once, with a fixed seed.
 
     Args:
         step: from `make_denoising_step`.
@@ -140,7 +140,7 @@ def evaluate_denoising(
             `decoder_input_tokens`, `decoder_target_tokens`, `decoder_loss_weights` [batch, target]. Segment ids and
             positions may be there as long as no row holds two examples.
         ngrams: the references, fitted on training targets.
-        place: puts a whole batch where the step wants it, such as on a mesh; the batch may hold two more float32 arrays
+        place: puts a global batch onto the step's devices, such as a mesh; the batch may hold two more float32 arrays
             [batch, target].
 
     Raises:

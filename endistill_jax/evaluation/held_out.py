@@ -1,4 +1,4 @@
-"""Held-out denoising figures with their references, prepared once and used by every model of a job."""
+"""Held-out denoising metrics with their references, prepared once and used by every model of a job."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from endistill_jax.models.family import ModelConfig
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
 from endistill_jax.train.experiment import Data
 
-# Held-out texts are corrupted the same way in every run, so that figures of different seeds are of the same examples.
+# Held-out texts are corrupted the same way in every run, so that metrics of different seeds are on the same examples.
 EVALUATION_SEED = 0
 REFERENCE_TOKENS = 2_000_000
 
@@ -33,8 +33,8 @@ class HeldOut:
 
     Attributes:
         mesh: where models are evaluated.
-        batches: unpacked NumPy batches of the held-out split, whole ones on every host, so that no figure depends on
-            how many hosts there are.
+        batches: unpacked NumPy batches of the held-out split, complete on every host, so that no metric depends on
+            the number of hosts.
         ngrams: unigram and bigram references.
         sentinel_ids: ids that the loss on non-sentinel tokens leaves out.
     """
@@ -46,12 +46,12 @@ class HeldOut:
     _steps: dict[tuple[ModelConfig, str], Callable] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, config: ModelConfig, params: Any, placement: str = "sharded") -> DenoisingReport:
-        """The figures of one model, its parameters on the host or on the mesh; compiled once for a configuration.
+        """The metrics of one model, its parameters on the host or on the mesh; compiled once for a configuration.
 
         Args:
             config: its settings.
             params: its parameters.
-            placement: how they lie, or shall lie, on the mesh; see `sharding.logical_rules`.
+            placement: how they are sharded; see `sharding.logical_rules`.
         """
         if (config, placement) not in self._steps:
             logits = self._logits(config, placement)
@@ -68,7 +68,7 @@ class HeldOut:
         )
 
     def on(self, mesh: Mesh) -> "HeldOut":
-        """The same evaluation on another mesh; nothing is read again."""
+        """The same evaluation on another mesh; reuses the data."""
         return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
 
     def _logits(self, config: ModelConfig, placement: str) -> ApplyLogits:
@@ -80,7 +80,7 @@ class HeldOut:
 
 
 def eval_spec(data: Data) -> dict[str, Any]:
-    """What held-out figures depend on besides the model, as plain values."""
+    """The eval_spec: what held-out metrics depend on besides the model, as plain values."""
     from endistill_jax.data.registry import resolve_task
 
     lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
@@ -88,10 +88,10 @@ def eval_spec(data: Data) -> dict[str, Any]:
 
 
 def check_metric(name: str | None) -> None:
-    """Makes sure that a metric is among the held-out figures.
+    """Checks that a metric is among the held-out metrics.
 
     Raises:
-        UserError: naming those that are.
+        UserError: naming the valid ones.
     """
     known = [field.name for field in dataclasses.fields(DenoisingReport)]
     if name is not None and name not in known:
@@ -112,7 +112,7 @@ def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
             batch_size=batch_size,
             seed=EVALUATION_SEED,
             pack=False,
-            # Shuffled once: a neighbour's input must be a really wrong one.
+            # Shuffled once: a neighbor's input must be unrelated.
             shuffle=True,
             repeat=False,
         )

@@ -2,7 +2,7 @@
 
 `targets` and `predictions` are equally long sequences of label indices, numbers or texts. A prediction that is no label
 is `NO_LABEL` and never right. Where no target is known, as in GLUE's test splits, whose labels are hidden, the metrics
-on labels and numbers return nothing at all, rather than a figure that means nothing.
+on labels and numbers return nothing at all, rather than a meaningless number.
 """
 
 import contextlib
@@ -83,9 +83,9 @@ def spearman_corrcoef(targets: Sequence[float], predictions: Sequence[float]) ->
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`: F-measures of `rouge-score`, as T5 computes them.
 
-    No stemming. For `rougeLsum` a sentence ends at a line end or at a period that stands alone (` . `). A figure is the
+    No stemming. For `rougeLsum` a sentence ends at a line end or at a period between spaces (` . `). A score is the
     middle of `BootstrapAggregator`'s interval, the median over 1,000 resamplings of the examples of their mean; these
-    are drawn from a fixed seed here, so that the same texts always give the same figure.
+    are drawn from a fixed seed here, so that the same texts always give the same score.
     """
     check_packages([rouge])
     from rouge_score import rouge_scorer, scoring
@@ -100,13 +100,13 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
 
 
 def check_packages(metric_fns: Iterable[Callable[..., Any]]) -> None:
-    """Makes sure that what metrics are computed with is installed: before a model is trained, not when it is judged.
+    """Checks that the packages of metrics are installed: before a model is trained, not when it is evaluated.
 
     Args:
         metric_fns: metrics of this module, partial applications of them, or others.
 
     Raises:
-        UserError: naming what is not.
+        UserError: naming the missing ones.
     """
     for metric_fn in metric_fns:
         while isinstance(metric_fn, functools.partial):
@@ -153,7 +153,7 @@ def _one_sentence_a_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _fixed_random_numbers() -> Iterator[None]:
-    # rouge-score resamples with NumPy's global generator, whose state is given back as it was.
+    # rouge-score resamples with NumPy's global generator, whose state is restored.
     state = np.random.get_state()
     np.random.seed(0)
     try:

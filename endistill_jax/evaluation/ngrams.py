@@ -1,6 +1,6 @@
-"""Unigram and bigram reference losses: what a denoiser gets for free, without reading its input.
+"""Unigram and bigram reference losses: what a denoiser gets without reading its input.
 
-Counted on the training targets and scored on held-out ones, with the same events as the model they stand beside: every
+Counted on the training targets and scored on held-out ones, over the same events as the model's loss: every
 target token of the vocabulary, given (for the bigram) the decoder input token at the same position, which may be a
 sentinel or the start token.
 
@@ -8,7 +8,7 @@ sentinel or the start token.
     p2(w | v) = a(v) * c(v, w) / c(v) + (1 - a(v)) * p1(w)
 
 The weights `a` are Jelinek and Mercer's: one for each power of two of the context's count `c(v)`, fitted by expectation
-maximisation to the training tokens with each token left out of the counts that predict it (deleted interpolation). A
+maximization to the training tokens with each token left out of the counts that predict it (deleted interpolation). A
 context never seen has weight 0. With positive smoothing no probability is zero.
 """
 
@@ -59,7 +59,7 @@ class NgramModel:
 class NgramCounter:
     """Counts target tokens and (previous, target) pairs of batches, in bounded memory, for `fit`.
 
-    Feed it one pass over training examples: repeated examples make pairs look surer than they are. Memory is at most
+    Feed it one pass over training examples: repeated examples bias the pair counts. Memory is at most
     16 bytes for each distinct pair kept, of which there are never more than tokens counted.
 
     Args:
@@ -80,11 +80,11 @@ class NgramCounter:
 
     @property
     def full(self) -> bool:
-        """Whether `max_tokens` is reached, so that reading further batches is of no use."""
+        """Whether `max_tokens` is reached; further batches are ignored."""
         return self.tokens >= self.max_tokens
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a batch's targets where `decoder_loss_weights` is not zero; packed batches are as good as others.
+        """Counts a batch's targets where `decoder_loss_weights` is not zero; batches may be packed.
 
         Args:
             batch: `decoder_input_tokens`, `decoder_target_tokens` and `decoder_loss_weights`, each [batch, target].
@@ -118,11 +118,11 @@ class NgramCounter:
         self._pending, self._pending_size = [], 0
 
     def fit(self, *, smoothing: float = 0.5, iterations: int = 50) -> NgramModel:
-        """Turns the counts so far into a model; counting may go on afterwards.
+        """Fits a model to the counts so far; counting may continue afterwards.
 
         Args:
             smoothing: added to every unigram count; positive.
-            iterations: of expectation maximisation, fewer when the weights stand still.
+            iterations: of expectation maximization, fewer once the weights have converged.
 
         Raises:
             UserError: nothing was counted, or smoothing is not positive.
@@ -139,7 +139,7 @@ class NgramCounter:
         np.add.at(context_counts, contexts, self._counts)
         np.add.at(target_counts, targets, self._counts)
         mass = smoothing * self.vocab_size
-        # What the rest of the training tokens say of each token.
+        # Leave-one-out estimates from the rest of the training tokens.
         left_out_unigram = (target_counts[targets] - 1 + smoothing) / (self.tokens - 1 + mass)
         left_out_bigram = (self._counts - 1) / np.maximum(context_counts[contexts] - 1, 1)
         bucket_weights = _interpolation_weights(
@@ -156,14 +156,14 @@ class NgramCounter:
 
 
 def _bucket(counts: np.ndarray) -> np.ndarray:
-    """floor(log2(count)), with count 0 beside count 1."""
+    """floor(log2(count)), with counts 0 and 1 in one bucket."""
     return np.log2(np.maximum(counts, 1)).astype(np.int64)
 
 
 def _interpolation_weights(
     bigram: np.ndarray, unigram: np.ndarray, counts: np.ndarray, buckets: np.ndarray, iterations: int
 ) -> np.ndarray:
-    """The mixture weights, one a bucket, that maximise the left-out likelihood; all but `iterations` [pairs].
+    """The mixture weights, one a bucket, that maximize the left-out likelihood; all but `iterations` [pairs].
 
     Each round sets a weight to the mean share of the bigram in its bucket's probabilities. Returns float64 [64].
     """

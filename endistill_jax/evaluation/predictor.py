@@ -1,4 +1,4 @@
-"""What SeqIO's evaluator asks of a model, texts for inputs and log-likelihoods of targets, on a mesh and many hosts."""
+"""SeqIO's `predict_fn` and `score_fn` for a model on a mesh, on one or several hosts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +21,8 @@ Indexed = list[tuple[int, Any]]
 class Predictor:
     """Generates and scores for one model; jitted once, for any parameters of its settings.
 
-    Every host gives the same examples, computes its rows of each batch, and gets the results of all. Batches hold
-    examples of like lengths in any order; rows that fill one up are computed and forgotten.
+    Every host passes the same examples, computes its rows of each batch, and gets the results of all. Batches hold
+        examples of similar lengths in any order; padding rows are computed and discarded.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Predictor:
             mesh: where.
             batch_size: rows of a batch, over all hosts.
             inputs_length: longest input, in tokens.
-            seed: of what is drawn, where the decoding draws.
-            placement: how the parameters lie; see `sharding.logical_rules`.
+            seed: for sampling.
+            placement: how the parameters are sharded; see `sharding.logical_rules`.
 
         Raises:
-            UserError: if decoding, mesh and batch do not go together with the model or each other.
+            UserError: decoding, mesh or batch do not fit the model or each other.
         """
         spread = mesh.shape["data"] * mesh.shape["fsdp"]
         if batch_size % spread:
@@ -127,7 +127,7 @@ def _padded_with_zeros(tokens: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def fetch(arrays: Any) -> Any:
-    """Whole NumPy arrays on every host, of arrays that are spread over the mesh."""
+    """Gathers sharded arrays into complete NumPy arrays on every host."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)
     return jax.tree.map(lambda array: multihost_utils.process_allgather(array, tiled=True), arrays)

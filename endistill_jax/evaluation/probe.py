@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, term by term of an objective, whether or not it is trained on them.
+"""Distance of a student from its teacher by each term of an objective, whether or not it is trained on them.
 
 Relations in nats a row, distributions over the vocabulary in nats a token, without dropout, over held-out text. What a
 student is not trained on shows here: a term that stays where it began.
@@ -28,7 +28,7 @@ PREFIX = "probe/"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """How far a student is from its teacher on held-out text.
+    """Distances of a student from its teacher on held-out text.
 
     Attributes:
         terms: of each term of the objective by name (`cross/qk`, `logits`), its sum over all batches divided by its
@@ -57,21 +57,21 @@ def make_probe_step(
     implementation: LossImplementation | None = None,
     teacher_sharding: str = "sharded",
 ) -> ProbeStep:
-    """Builds the jitted step of a probe; make it once for a pair of models and keep it, or it compiles again.
+    """Builds the jitted step of a probe; reuse it, as each new one compiles again.
 
     Args:
         objective: the terms; the target is the teacher, also where targets are interpolated in training.
         student: settings of the student; it runs without dropout.
         teacher: settings of the teacher.
         mesh: where both are placed.
-        implementation: in which form the losses are computed; by default chosen by platform and shape.
+        implementation: implementation of the losses; by default chosen by platform and shape.
         teacher_sharding: how the teacher's parameters are sharded; see `sharding.logical_rules`.
 
     Returns:
         (params, teacher_params, batch) -> by the terms' names their sum and weight over the batch, float32 scalars.
 
     Raises:
-        UserError: a term has parameters of its own, which a student does not bring with it.
+        UserError: a term has parameters of its own, which are not part of a student.
     """
     student = dataclasses.replace(student, dropout_rate=0.0)
     carried = jax.eval_shape(lambda: init_objective(objective, jax.random.key(0), student, teacher))
@@ -112,7 +112,7 @@ def evaluate_probe(
         params: the student's, on the mesh.
         teacher_params: the teacher's, on the mesh.
         batches: NumPy batches of one shape.
-        place: puts a whole batch where the step wants it.
+        place: puts a global batch onto the step's devices.
 
     Raises:
         UserError: a term has no row or token in any batch.

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given targets, several of one input for what its encoder computes once."""
+"""Log-likelihoods of given targets; several targets of one input share its encoder pass."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ScoreStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def make_score_step(config: ModelConfig, mesh: Mesh, placement: str = "sharded") -> ScoreStep:
-    """Builds the jitted function (params, inputs, targets) -> log-likelihoods; make it once for a model and keep it.
+    """Builds the jitted function (params, inputs, targets) -> log-likelihoods; reuse it.
 
     `inputs` are int32 [batch, source] and `targets` int32 [batch, choices, target], both padded with the model's
     `pad_id`; the result is float32 [batch, choices]: the sum over the tokens of a target, its end included, of their
@@ -41,7 +41,7 @@ def make_score_step(config: ModelConfig, mesh: Mesh, placement: str = "sharded")
             return -jnp.sum(jnp.where(target != config.pad_id, nats, 0.0), axis=-1)
 
         with activation_sharding(mesh, placement):
-            # Mapped over choices alone: what does not depend on them, the encoder and all it gives, is computed once.
+            # vmapped over choices only: the encoder does not depend on them and runs once.
             return jax.vmap(of_one_choice, in_axes=1, out_axes=1)(targets)
 
     return step

@@ -1,4 +1,4 @@
-"""What an evaluation finds, and what a training run asks of whatever judges its model meanwhile."""
+"""Interfaces of evaluations and their reports."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -7,34 +7,34 @@ from endistill_jax.models.family import ModelConfig
 
 
 class Report(Protocol):
-    """What one evaluation found."""
+    """The result of an evaluation."""
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The figures by name, the same in every run of the same parameters."""
+        """The metrics by name, deterministic for given parameters."""
 
     def summary(self) -> str:
         """The most important of them as a part of one line."""
 
 
 class Evaluation(Protocol):
-    """Something that judges models."""
+    """Evaluates models."""
 
     def evaluate(self, config: ModelConfig, params: Any) -> Report:
-        """The figures of one model, its parameters on the host or on the mesh."""
+        """The metrics of one model, its parameters on the host or on the mesh."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointReport:
-    """What several evaluations found of one model.
+    """The reports of several evaluations of one model.
 
     Attributes:
-        reports: of each, in order; no two have a figure of the same name.
+        reports: in order; metric names must not repeat.
     """
 
     reports: tuple[Report, ...]
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The figures of all of them."""
+        """The metrics of all reports."""
         return {name: value for report in self.reports for name, value in report.scalars(prefix).items()}
 
     def summary(self) -> str:
@@ -53,13 +53,13 @@ class JointEvaluation:
     evaluations: tuple[Evaluation, ...]
 
     def evaluate(self, config: ModelConfig, params: Any) -> JointReport:
-        """The figures of one model, its parameters on the host or on the mesh."""
+        """The metrics of one model, its parameters on the host or on the mesh."""
         return JointReport(reports=tuple(each.evaluate(config, params) for each in self.evaluations))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a model did on one task.
+    """The results of a model on one task.
 
     Attributes:
         task: name of the task.

@@ -31,7 +31,7 @@ class TaskEvaluator:
             split: which of its splits.
             lengths: of `inputs` and `targets`, in tokens; longer ones are cut.
             max_examples: at most so many are read.
-            by_rank: score every label of the task and take the likeliest, instead of generating.
+            by_rank: score every label of the task and take the most likely, instead of generating.
 
         Raises:
             UserError: no example in the split.
@@ -113,7 +113,7 @@ class TaskEvaluator:
             eval_split=self._split,
             sequence_length=self._lengths,
             num_examples=num_examples,
-            # The way in which SeqIO hands out what it decoded and postprocessed.
+            # SeqIO's hook for decoded and postprocessed outputs.
             logger_cls=[lambda output_dir: self._keep],
             log_dir="unused",
             async_compute_metrics=False,
@@ -162,7 +162,7 @@ def check_tasks(task: Any, *, split: str, lengths: Mapping[str, int], scored_by:
     """The tasks of a SeqIO task or mixture that can be evaluated on a split; reads none of their examples.
 
     Raises:
-        UserError: nothing to evaluate, labels that `lengths` cut short, none to rank, or a metric whose package is not
+        UserError: nothing to evaluate, labels truncated by `lengths`, none to rank, or a metric whose package is not
             installed.
     """
     from endistill_jax.data.text_pipeline import seqio

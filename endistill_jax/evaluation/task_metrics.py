@@ -21,7 +21,7 @@ MEAN = "mean"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What a model did on each task.
+    """The results of a model on each task.
 
     Attributes:
         results: of each task.
@@ -56,14 +56,14 @@ class TaskReport:
 
 @dataclasses.dataclass(kw_only=True)
 class TaskMetrics:
-    """The examples of one or several tasks, and how a model is judged on them.
+    """The examples of one or several tasks, and how a model is evaluated on them.
 
     Attributes:
         mesh: where models are evaluated.
         data: lengths and batch.
         decoding: how text is generated.
         evaluators: one a task.
-        seed: of what is drawn, where the decoding draws.
+        seed: for sampling.
     """
 
     mesh: Mesh
@@ -85,7 +85,7 @@ class TaskMetrics:
         Args:
             config: its settings.
             params: its parameters.
-            placement: how they lie, or shall lie, on the mesh; see `sharding.logical_rules`.
+            placement: how they are sharded; see `sharding.logical_rules`.
             at_result: called as soon as a task is done.
         """
         predictor = self.predictor(config, placement)
@@ -115,7 +115,7 @@ class TaskMetrics:
         return self._predictors[config, placement]
 
     def check_metric(self, name: str | None) -> None:
-        """Makes sure that a metric will be among the scalars.
+        """Checks that a metric will be among the scalars.
 
         Raises:
             UserError: naming those that will.
@@ -139,10 +139,10 @@ class TaskMetrics:
 
 
 def check_task_metrics(data: Data, scored_by: str) -> None:
-    """Finds what would go wrong in an evaluation, as far as it shows without an example.
+    """Validates the settings of an evaluation, without reading any example.
 
     Raises:
-        UserError: naming the setting and what would be right.
+        UserError: naming the setting and valid values.
     """
     from endistill_jax.data.registry import resolve_task
 
@@ -156,7 +156,7 @@ def scoring_spec(data: Data, scored_by: str, decoding: Decoding | None) -> dict[
 
 
 def likeliest(data: Data) -> Decoding:
-    """The likeliest token, up to `targets_length` of them."""
+    """Greedy decoding of up to `targets_length` tokens."""
     return Decoding(max_length=data.targets_length)
 
 
@@ -169,8 +169,8 @@ def prepare_task_metrics(
         data: which task, split, lengths and batches.
         mesh: where models will be evaluated.
         scored_by: "generation", "rank" or "both"; see `make_evaluators`.
-        decoding: how text is generated; None for the likeliest token, up to `targets_length` of them.
-        seed: of what is drawn, where the decoding draws.
+        decoding: how text is generated; None for greedy decoding of up to `targets_length` tokens.
+        seed: for sampling.
 
     Raises:
         UserError: as of `check_task_metrics`, and for a split without examples.

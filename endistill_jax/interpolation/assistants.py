@@ -1,11 +1,11 @@
 """Teacher assistants: the shapes between a large teacher and a small student, for interpolated distillation.
 
-Between teacher and student lie n assistants, the i-th at the share f = i / (n + 1) of the way. Every size of its shape
-has a geometric mean to come near to, and so have its non-embedding parameters P:
+There are n assistants between teacher and student, the i-th at the fraction f = i / (n + 1). The target of every size
+of its shape, and of its non-embedding parameters P, is a geometric mean:
 
     size_f = size_teacher ^ (1 - f) * size_student ^ f          P_f likewise
 
-Sizes are whole:
+Sizes are rounded:
 
     depth                   of encoder and decoder each, rounded to the nearest
     d_model, mlp_dim        multiples of the largest power of two up to 128 that divides both ends' and is at most a
@@ -16,9 +16,9 @@ Sizes are whole:
     all else                the student's: kind of MLP and head, vocabulary, relative positions, execution
 
 Of each width the multiples below and above its mean are candidates, with each head_dim, and of their combinations the
-one is taken whose parameters are nearest to P_f. No size turns back on the way, so that a stage may start from a slice
-of its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's kind has
-as many parameters.
+one is taken whose parameters are nearest to P_f. Sizes are monotonic along the chain, so that a stage may start from a
+slice of its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's
+kind has as many parameters.
 
 How far one stage should reach is not known for encoder-decoders. The default bound of 2.5 on the ratio of non-embedding
 parameters follows the law of capacity gap of Zhang et al. (arXiv 2311.07052), by which the best teacher of a student is
@@ -67,8 +67,8 @@ def plan_assistants(
         teacher: shape of the teacher.
         student: shape of the student; assistants are of its kind.
         number: how many; None takes the fewest whose rounded shapes keep the bound, none where the student itself does.
-        largest_ratio: bound on the ratio of non-embedding parameters of every two neighbours; unused with a `number`.
-        relation_heads: numbers that shall divide the joined heads, as they do in teacher and student.
+        largest_ratio: bound on the ratio of non-embedding parameters of every two neighbors; unused with a `number`.
+        relation_heads: numbers that must divide the joined heads, as they do in teacher and student.
 
     Raises:
         UserError: a student that is not smaller than its teacher, a number below 1, a bound that is not above 1, or too
@@ -111,10 +111,10 @@ def ratios(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: Mod
 
 
 def check_assistants(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: ModelConfig) -> None:
-    """Every model must have fewer non-embedding parameters than the one that teaches it.
+    """Checks that every model has fewer non-embedding parameters than its teacher.
 
     Raises:
-        UserError: naming the two that do not, and their sizes.
+        UserError: naming the first pair that violates this, and their sizes.
     """
     names = ("the teacher", *(f"assistant {number}" for number in range(1, len(assistants) + 1)), "the student")
     models = zip(names, (teacher, *assistants, student), strict=True)
@@ -193,7 +193,7 @@ def _shapes(
     units: dict[str, int],
     head_dim: int,
 ) -> Iterator[ModelConfig]:
-    """All shapes of the nearest depths and of the widths around their means, none outside of its neighbours' sizes."""
+    """All shapes of the nearest depths and of the widths around their means, none outside of its neighbors' sizes."""
     depths = {name: math.floor(means[name] + 0.5) for name in _DEPTHS}
     choices = [_around(means[name], before[name], end[name], units[name]) for name in _WIDTHS]
     for widths in itertools.product(*choices):
@@ -201,7 +201,7 @@ def _shapes(
 
 
 def _around(mean: float, one: float, other: float, unit: int) -> list[int]:
-    """The multiples of `unit` next to `mean` that lie between two sizes, both included."""
+    """The multiples of `unit` nearest to `mean` between two sizes, inclusive."""
     least, most = min(one, other), max(one, other)
     mean = min(max(mean, least), most)
     return [size for size in {math.floor(mean / unit) * unit, math.ceil(mean / unit) * unit} if least <= size <= most]

@@ -1,11 +1,11 @@
-"""What is kept of a finished run that nothing but its parameters is needed of: a model directory within its folder.
+"""Params-only checkpoints of finished runs: a model directory within the run's folder.
 
     <model_dir>/product/checkpoints/<step>    parameters and manifest, without optimizer state or data positions
     <model_dir>/product/tokenizer/
 
-The product is written, read back and compared before any checkpoint of the run is removed, at every start that finds
-checkpoints beside it, so that whenever the process ends one of the two is whole. Everything that opens the run's model
-directory finds the product.
+The params-only checkpoint is written, read back and compared before any checkpoint of the run is removed, at every
+start that finds checkpoints next to it, so one of the two is complete whenever the process ends. Everything that opens
+the run's model directory finds it.
 """
 
 import math
@@ -22,10 +22,10 @@ from endistill_jax.train.training import Training, last_manifest
 
 
 def keep_product(training: Training) -> None:
-    """Leaves of a finished run's checkpoints the last step's parameters; goes on where it was interrupted.
+    """Reduces a finished run's checkpoints to the last step's parameters; resumes where it was interrupted.
 
     Raises:
-        UserError: a checkpoint that cannot be read, or a product that is not what was written; nothing was removed.
+        UserError: a checkpoint cannot be read, or the copy differs from it; nothing was removed.
     """
     checkpoints = stored_path(training.model_dir) / CHECKPOINTS
     written = bool(finished_steps(f"{_folder(training.model_dir)}/{CHECKPOINTS}"))
@@ -42,7 +42,7 @@ def keep_product(training: Training) -> None:
 
 
 def remedy(model_dir: str) -> str | None:
-    """What to do about a damaged product; None where there is none, or no checkpoint beside it."""
+    """Advice for a damaged product; None if there is none, or no checkpoint next to it."""
     product = stored_path(_folder(model_dir))
     if not (product.exists() and finished_steps(f"{model_dir}/{CHECKPOINTS}")):
         return None
@@ -50,15 +50,15 @@ def remedy(model_dir: str) -> str | None:
 
 
 def product_fingerprint(model_dir: str) -> str | None:
-    """The fingerprint of a run's product, as its manifest tell it; None where the run has its checkpoints."""
+    """The fingerprint of a run's product, from its manifest; None if the run still has its checkpoints."""
     return last_manifest(model_dir)[1].get(PRODUCT, {}).get("fingerprint")
 
 
 def check_not_damaged(model_dir: str) -> None:
-    """A product that is no longer whole is no reason to begin anew.
+    """Refuses to start from scratch because a product is incomplete.
 
     Raises:
-        UserError: for a folder that has parts of a product, and nothing to make it from.
+        UserError: the folder has parts of a product, and no checkpoint to make it from.
     """
     product = stored_path(model_dir) / PRODUCT
     if product.exists() and not last_manifest(model_dir)[1]:
@@ -82,7 +82,7 @@ def _write(training: Training) -> None:
 
 
 def _compare(training: Training) -> None:
-    """Reads a product and compares it with what its manifest say was written."""
+    """Reads a product and compares it with the fingerprint in its manifest."""
     folder = _folder(training.model_dir)
     try:
         product = open_model(folder)

@@ -1,4 +1,4 @@
-"""Settings of interpolated distillation: which assistants, and what each stage does in its own way."""
+"""Settings of interpolated distillation: assistants, and per-stage overrides."""
 
 import dataclasses
 import functools
@@ -24,14 +24,14 @@ LISTED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """Overrides of one stage; None stands for what all of them have.
+    """Overrides of one stage; None keeps the common setting.
 
     Attributes:
-        objective: what its student is trained with.
-        optimizer: how its student is updated.
-        run: how long, on which mesh, what is kept. Its `steps` are the stage's, unless `Interpolation` sets them; its
+        objective: of the stage.
+        optimizer: optimizer and learning-rate schedule.
+        run: length, mesh, logging and checkpoints. Its `steps` are the stage's, unless `Interpolation` sets them; its
             seed is that of the chain's run.
-        init: what its student starts from.
+        init: how its student is initialized.
     """
 
     objective: Objective | None = None
@@ -52,9 +52,9 @@ class Interpolation:
         steps: of each stage, the first stage first; None takes those of each stage's run.
         equal_compute: choose the steps so that all stages together take the operations of a direct distillation of
             as many steps as the job's run has.
-        shares: with `equal_compute`, how the stages' steps are to each other, such as (1, 1, 2); None makes them equal.
-        stages: by number of the stage, from 1 (-1 is the last), what it does in its own way.
-        keep: what is kept of a finished stage that teaches the next: "params" its parameters alone, "all" its
+        shares: with `equal_compute`, ratios of the stages' steps, such as (1, 1, 2); None makes them equal.
+        stages: per-stage overrides by number of the stage, from 1 (-1 is the last).
+        keep: what is kept of a finished stage that teaches the next: "params" a params-only checkpoint, "all" its
             checkpoints, as of any run. The last stage's are always kept.
     """
 
@@ -90,7 +90,7 @@ class Interpolation:
             )
 
     def by_stage(self, count: int) -> dict[int, StageSettings]:
-        """What stages do in their own way, by number from 1.
+        """Per-stage overrides, by number from 1.
 
         Raises:
             UserError: for a stage that does not exist, or is given twice.

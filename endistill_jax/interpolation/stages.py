@@ -1,4 +1,4 @@
-"""The stages of interpolated distillation as plain settings: which teacher, which student, how long, and what it costs.
+"""The stages of interpolated distillation as plain settings: teacher, student, length and cost of each.
 
 A chain goes from the teacher over its assistants to the student. Each stage is an ordinary distillation, whose student
 is the next stage's teacher.
@@ -76,7 +76,7 @@ def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Int
             vocabulary and its way of execution; stages have its settings where they have none of their own; and
             `equal_compute` compares with it.
         teacher: the teacher's shape, as it is run; assistants are run alike when they teach.
-        interpolation: how many, and what each does in its own way.
+        interpolation: assistants and per-stage overrides.
 
     Raises:
         UserError: no such assistants, settings of a stage that does not exist, steps of another number of stages.
@@ -133,7 +133,7 @@ def equal_compute_steps(
     Args:
         step_costs: operations of one step of each stage.
         total: operations of all steps together, such as those of a direct distillation.
-        shares: how the numbers of steps are to each other; None makes them equal.
+        shares: ratios of the numbers of steps; None makes them equal.
 
     Raises:
         UserError: shares that do not fit, or a total that is too small for a step of each.

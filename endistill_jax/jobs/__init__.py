@@ -54,13 +54,13 @@ def run(
 
     Args:
         job: a job with all its settings bound, such as `@jobs.distill`.
-        dry_run: passed on to the job: print what would be done, and do nothing.
-        plan: passed on to the job: compile its step for chips that are not here, and do nothing else.
+        dry_run: passed to the job: print what would be done, and do nothing.
+        plan: passed to the job: AOT-compile its step for a topology, and do nothing else.
         data_dir: where TensorFlow Datasets keeps prepared data, local or on a bucket; None for its own default, which
             the environment variable TFDS_DATA_DIR sets.
 
     Raises:
-        UserError: if a plan is asked of a job that has none, or there is no such folder.
+        UserError: the job does not support plans, or there is no such folder.
     """
     if plan is not None:
         if "plan" not in inspect.signature(job).parameters:

@@ -1,4 +1,4 @@
-"""Foreign checkpoints: from Hugging Face or T5X to a model directory of our own, and back."""
+"""Import and export of Hugging Face and T5X checkpoints."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def export(
     embedding_copies: bool = True,
     dry_run: bool = False,
 ) -> None:
-    """Writes a trained model for other programs, whole or not at all.
+    """Exports a trained model, atomically.
 
     Args:
         model: the model directory of a run or of an import (its last checkpoint) or `checkpoints/<step>` in it,
@@ -59,11 +59,11 @@ def export(
         folder: where. A Hugging Face folder must not exist, or be empty; a T5X folder receives `checkpoint_<step>`.
         format: "huggingface" (weights, tokenizer, model card), "t5x", or "t5x_scanned" (the layers of a stack in one
             array, as `scalable_t5` has them).
-        vocabulary_file: SentencePiece model that becomes the tokenizer; None takes the one that lies beside the model.
+        vocabulary_file: SentencePiece model that becomes the tokenizer; None uses the one stored with the model.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
         dtype: of the written tensors, float32 or bfloat16.
-        dropout_rate: written for whoever trains the model further; None keeps what it was trained with.
-        embedding_copies: write the embedding under all names that loaders look for, not only as `shared.weight`.
+        dropout_rate: written to the configuration for further training; None keeps that of the training.
+        embedding_copies: write the embedding under all names that loaders expect, not only as `shared.weight`.
         dry_run: print what would be done, and do nothing.
 
     Raises:
@@ -97,7 +97,7 @@ def export(
             model_card=card,
         )
         if vocabulary is None:
-            print("no vocabulary lies beside the model: the folder has no tokenizer; give one with vocabulary_file")
+            print("no vocabulary is stored with the model: the folder has no tokenizer; give one with vocabulary_file")
     else:
         scanned = format == "t5x_scanned"
         t5x.save(folder, trained.params, trained.config, step=trained.step, dtype=dtype, scanned=scanned)
@@ -114,19 +114,19 @@ def import_checkpoint(
     mesh: tuple[int, int, int] = (-1, 1, 1),
     dry_run: bool = False,
 ) -> None:
-    """Turns a foreign checkpoint into an Orbax checkpoint with its configuration and tokenizer beside it.
+    """Turns a foreign checkpoint into an Orbax checkpoint with its configuration and tokenizer.
 
-    The model is read from the checkpoint's files alone: nothing about it need be given. Jobs take foreign checkpoints
-    directly as well; an import pays where a model is loaded often, or from several hosts.
+    Everything about the model is read from the checkpoint's files. Jobs accept foreign checkpoints directly too; an
+        import pays off if a model is loaded often, or from several hosts.
 
     Args:
         source: a Hugging Face T5 folder, the name of one on the hub, or a T5X checkpoint.
         model_dir: receives `checkpoints/<step>`, `model.json` and `tokenizer/`; must not exist, or be empty. It appears
-            whole or not at all.
-        vocabulary_file: SentencePiece model; None takes the one that lies beside the checkpoint, if one does.
+            atomically.
+        vocabulary_file: SentencePiece model; None uses the one stored with the checkpoint, if any.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
-        dtype: float32 or bfloat16: type of the written parameters.
-        mesh: sizes of the axes data, fsdp and tensor on which the parameters lie meanwhile, on this host's devices.
+        dtype: float32 or bfloat16, of the written parameters.
+        mesh: sizes of the axes data, fsdp and tensor to shard the parameters over during import, on this host.
         dry_run: print what would be done, and do nothing.
 
     Raises:
@@ -148,7 +148,7 @@ def import_checkpoint(
     print(f"{source}: {format_count(numbers)} parameters\n  {opened.config}")
     print_notes(opened)
     if vocabulary is None:
-        print("no vocabulary lies beside it: exports will have no tokenizer; give one with vocabulary_file")
+        print("no vocabulary is stored with it: exports will have no tokenizer; give one with vocabulary_file")
     if dry_run:
         print(f"would write {model_dir} in {dtype}")
         return

@@ -1,4 +1,4 @@
-"""The demonstration: does a small student learn more from a teacher than from the text alone?"""
+"""The demo: does distillation beat training on the text alone?"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def demo(
         The rows of the table; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     seeds = whole_numbers(seeds, "demo.seeds")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -52,7 +52,7 @@ def demo(
         experiment,
         objective=presets.scratch(),
         optimizer=scratch_optimizer or experiment.optimizer,
-        teacher=None,
+        teacher=None if experiment.init.kind == "random" else experiment.teacher,  # both start alike
     )
 
     def trainings(arm: str, of: Experiment) -> list[Training]:
@@ -75,7 +75,7 @@ def demo(
         return None
 
     first = arms["distilled"][0]
-    first.load_teacher()  # what is wrong with it shows before the corpus is read
+    first.load_teacher()  # fails before the corpus is read
     held_out = prepare_held_out(experiment.data, first.mesh())
     report = held_out.evaluate(teacher.config, teacher.params, experiment.teacher_sharding)
     rows = [model_row(f"teacher ({teacher.source})", teacher.config, report, None, None)]

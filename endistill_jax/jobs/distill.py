@@ -1,12 +1,19 @@
 """Distillation: a small student, an objective, and a frozen teacher; without one, pretraining."""
 
-from endistill_jax.evaluation.held_out import prepare_held_out
+import jax
+
+from endistill_jax.core.errors import UserError
+from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
+from endistill_jax.evaluation.probe import PREFIX, Probe
 from endistill_jax.jobs.plan import PlanOptions, plan_experiment
-from endistill_jax.reports.results import model_row, print_results, reference_rows
+from endistill_jax.models.family import abstract_params, count_params
+from endistill_jax.objectives import Objective
+from endistill_jax.reports.results import DENOISING_COLUMNS, model_row, print_results, reference_rows
+from endistill_jax.reports.table import Column
 from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.training import open_training
+from endistill_jax.train.training import Training, open_training
 
 
 def distill(
@@ -16,16 +23,16 @@ def distill(
 
     Args:
         model_dir: receives checkpoints, metrics and the final table.
-        experiment: what is trained.
+        experiment: the training setup.
         dry_run: print what would be done, and do nothing.
-        plan: compile the step for chips that are not here, report what it needs there, and do nothing else.
+        plan: AOT-compile the step for a topology, report its requirements, and do nothing else.
 
     Returns:
         The student's parameters and held-out metrics; None after a dry run or a plan.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved.
     """
     if plan is not None:
         plan_experiment(plan, experiment)
@@ -39,8 +46,10 @@ def distill(
         return None
     rows, teacher = [], training.teacher
     if teacher is not None:
-        training.load_teacher()  # what is wrong with it shows before the corpus is read
+        training.load_teacher()  # fails before the corpus is read
     held_out = prepare_held_out(experiment.data, training.mesh())
+    if not experiment.student.depth("decoder"):
+        return _distill_encoder(training, held_out)
     result = train(training, held_out)
     if teacher is not None:
         report = held_out.evaluate(teacher.config, teacher.params, experiment.teacher_sharding)
@@ -48,4 +57,30 @@ def distill(
     name = "model" if teacher is None else "student"
     rows.append(model_row(name, experiment.student, result.report, result.tokens, result.seconds))
     print_results(model_dir, [*rows, *reference_rows(result.report)], "Held-out denoising, nats a token")
+    return result
+
+
+def _distill_encoder(training: Training, held_out: HeldOut) -> TrainingResult:
+    """Trains an encoder alone, which has no loss on text: it is evaluated by how far it is from its teacher."""
+    student, objective, teacher = training.student, training.objective, training.teacher
+    own = objective.init_params(jax.random.key(0), student, teacher.config)
+    terms = tuple(term for term in objective.terms if term.name not in own)
+    if not terms:
+        raise UserError("every term has parameters of its own, and none can evaluate an encoder; add presets.encoder's")
+    metrics = [f"{PREFIX}{term.name}" for term in terms]
+    if training.run.keep_best not in (None, *metrics):
+        raise UserError(f"Run.keep_best is {training.run.keep_best!r}; an encoder has {', '.join(metrics)}")
+    probe = Probe(
+        objective=Objective(terms=terms),
+        teacher=teacher,
+        mesh=held_out.mesh,
+        batches=held_out.batches,
+        teacher_sharding=training.experiment.teacher_sharding,
+    )
+    result = train(training, probe)
+    size = {"model": "student", "parameters": count_params(abstract_params(student))}
+    row = size | result.report.scalars() | {"train_tokens": result.tokens, "seconds": result.seconds}
+    columns = [column for column in DENOISING_COLUMNS if column.key in row]
+    columns[2:2] = [Column(key=name, title=name, kind="loss") for name in result.report.scalars()]
+    print_results(training.model_dir, [row], f"Held-out text, distance from {teacher.source}, nats a row", columns)
     return result

@@ -1,4 +1,4 @@
-"""Evaluation of a trained model on the tasks of a mixture, by SeqIO's evaluator, with what it predicted."""
+"""Evaluation of a trained model on a SeqIO task or mixture; writes metrics and predictions."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_mod
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.report import TaskResult
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.models.family import check_batches
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.reports.files import json_text, write_atomically
@@ -44,7 +45,7 @@ def evaluate(
     tensorboard: bool = True,
     dry_run: bool = False,
 ) -> list[dict[str, Any]] | None:
-    """Computes the metrics of every task of a mixture, and keeps the predictions.
+    """Computes the metrics of every task of a mixture, and writes the predictions.
 
     Args:
         model_dir: receives `results.md` and `results.json`, `metrics.jsonl`, TensorBoard scalars, for each task
@@ -52,20 +53,20 @@ def evaluate(
         model: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run (its
             last checkpoint) or `checkpoints/<step>` in it.
         data: the task or mixture; of it `eval_split`, `eval_batch_size`, `eval_batches` and the lengths.
-        scored_by: "generation"; "rank" takes the likeliest label where a task has labels; "both" does both there.
-        decoding: how text is generated; None for the likeliest token, up to `targets_length` of them.
-        dtype: float32 or bfloat16: type of parameters and computations.
-        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
-        placement: how the parameters lie on the mesh: "sharded" or "replicated".
-        seed: of what is drawn, where the decoding draws.
-        tensorboard: write TensorBoard scalars beside metrics.jsonl.
+        scored_by: "generation"; "rank" takes the most likely label where a task has labels; "both" does both there.
+        decoding: how text is generated; None for greedy decoding of up to `targets_length` tokens.
+        dtype: float32 or bfloat16, of parameters and computations.
+        mesh: sizes of the axes data, fsdp and tensor; -1 is inferred from the number of devices.
+        placement: how the parameters are sharded: "sharded" or "replicated".
+        seed: for sampling.
+        tensorboard: write TensorBoard scalars in addition to metrics.jsonl.
         dry_run: print what would be done, and do nothing.
 
     Returns:
         The rows of the table, one a metric; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
+        UserError: invalid settings, before anything is created.
     """
     trained = open_model(model, dtype)
     print_notes(trained)
@@ -78,20 +79,20 @@ def evaluate(
         print(f"{model}: {trained.config}\nwould evaluate {task.name}, {data.eval_split}, on {dict(devices.shape)}")
         return None
     metrics = prepare_task_metrics(data, devices, scored_by=scored_by, decoding=decoding, seed=seed)
-    metrics.predictor(trained.config, placement)  # what does not fit shows before the model is read
-    heard = jax.process_index() == 0
-    if heard:
+    metrics.predictor(trained.config, placement)  # fails before the model is read
+    is_primary = jax.process_index() == 0
+    if is_primary:
         write_run_files(model_dir)
 
     def keep(result: TaskResult) -> None:
-        if heard:
+        if is_primary:
             keep_predictions(model_dir, result)
             if is_submitted(result, data, scored_by):
                 submit(model_dir, result)
 
     params = trained.load_on(devices, placement)
     report = metrics.evaluate(trained.config, params, placement, at_result=keep)
-    if heard:
+    if is_primary:
         with MetricWriter(model_dir, tensorboard=tensorboard) as writer:
             writer.write(trained.step, report.scalars())
     rows = [
@@ -139,6 +140,7 @@ def _check(trained: TrainedModel, data: Data, scored_by: str, decoding: Decoding
     vocabulary = task.output_features["targets"].vocabulary
     agree("vocabulary and model", {"vocabulary": fingerprint_vocabulary(vocabulary), "step": trained.step})
     check_vocabularies(vocabulary, trained.config, None)
+    check_batches(trained.config, vocabulary.eos_id)
     check_same_vocabulary(vocabulary, trained, "the model")
     if decoding is not None:
         decoding.validate(trained.config)

@@ -1,4 +1,4 @@
-"""Fine-tuning: trained models learn tasks, and are judged by the tasks' own metrics."""
+"""Fine-tuning of trained models on tasks, evaluated by the tasks' own metrics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,13 +22,13 @@ from endistill_jax.train.finetuning import (
 
 
 def finetune(*, model_dir: str, model: str | ModelConfig, finetuning: Finetuning, dry_run: bool = False) -> Rows | None:
-    """Trains a model further on a task's targets, once for every learning rate and seed, and prints its metrics.
+    """Fine-tunes a model on a task, once for every learning rate and seed, and prints its metrics.
 
     Args:
         model_dir: receives the table and, where there are several runs, a folder `lr_..._seed_...` for each.
         model: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run; or
             the shape of a model, which is then trained from scratch.
-        finetuning: the task and how it is learned.
+        finetuning: the task and how to train on it.
         dry_run: print what would be done, and do nothing.
 
     Returns:
@@ -36,8 +36,8 @@ def finetune(*, model_dir: str, model: str | ModelConfig, finetuning: Finetuning
         dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     trainings = plan_runs(model_dir, open_initial(model), finetuning)
     check_runs(trainings, finetuning)
@@ -74,15 +74,15 @@ def downstream(
     Args:
         model_dir: receives the table, and the runs in `<model>/<task>/`.
         models: name -> what to start from; see `finetune`.
-        tasks: name -> how it is learned.
+        tasks: name -> how to train on it.
         dry_run: print what would be done, and do nothing.
 
     Returns:
         The rows of the table, one a model, a list of one number a seed where there are several; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     _check_downstream(models, tasks)
     opened = {name: _open(name, model) for name, model in models.items()}
@@ -110,10 +110,10 @@ def downstream(
         rows[model]["parameters"] = best["parameters"]
         for name in ("learning_rate", "best_step", "seconds", "model"):
             rows[model][f"{task}/{name}"] = best[name]
-    told = list(rows.values())
+    table = list(rows.values())
     splits = ", ".join(dict.fromkeys(how.data.eval_split for how in tasks.values()))
-    print_results(model_dir, told, f"Fine-tuned, {splits}", (Column(key="model", title="model"), *columns.values()))
-    return told
+    print_results(model_dir, table, f"Fine-tuned, {splits}", (Column(key="model", title="model"), *columns.values()))
+    return table
 
 
 def _check_downstream(models: Mapping[str, Any], tasks: Mapping[str, Finetuning]) -> None:

@@ -1,11 +1,10 @@
-"""Inference: a file of texts in, what a model makes of them out, line by line.
+"""Inference: generates text for every line of a file.
 
-Each good line of the input gives one line of the output, in order: an object with its number `line`, `inputs`,
-`prediction`, `score` (see `Decoded.scores`), and `cut` if the input was too long. Beside the output, in
-`<output_file>.run.json`, is kept what it was made with. The same command goes on where a run was broken off, and ends
-with the same file.
+Each valid line of the input gives one line of the output, in order: an object with its number `line`, `inputs`,
+`prediction`, `score` (see `Decoded.scores`), and `cut` if the input was too long. The settings are stored next to the
+output, in `<output_file>.run.json`. The same command resumes an interrupted run, and produces the same file.
 
-On several hosts every one reads the input, which must be the same; the output is read and written by the first alone.
+On several hosts each reads the input, which must be the same; only the primary host reads and writes the output.
 """
 
 import dataclasses
@@ -28,8 +27,8 @@ from endistill_jax.sharding import make_mesh
 from endistill_jax.train.training import check_vocabularies
 
 CHOICES = {"bad_lines": ("skip", "fail"), "long_inputs": ("cut", "fail")}
-# Lines are read, and sorted by length, so many batches at a time. Those of which some were written are computed again,
-# all of them, so that a run that goes on has the very batches of one that was never broken off.
+# Number of batches whose lines are read and sorted by length together. A resumed run recomputes such a group in full
+# if any of its lines are missing, so its batches are those of an uninterrupted run.
 WINDOW_BATCHES = 8
 CUT = "cut"
 
@@ -40,7 +39,7 @@ class Reading:
 
     Attributes:
         field: of the JSON objects of a `.jsonl` file, the one with the text.
-        prefix: stands before every text, such as "summarize: ".
+        prefix: prepended to every text, such as "summarize: ".
         inputs_length: longest input in tokens, its end included.
         long_inputs: "cut" longer ones and count them, or "fail".
         bad_lines: "skip" a line that is empty, no UTF-8, no JSON object with the field, or half a surrogate pair in it,
@@ -87,20 +86,20 @@ def infer(
         decoding: how text is generated.
         reading: how lines become inputs.
         batch_size: rows of a batch, over all hosts.
-        vocabulary_file: SentencePiece model, or "bytes"; None takes the one that lies beside the model.
+        vocabulary_file: SentencePiece model, or "bytes"; None uses the one stored with the model.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
-        dtype: float32 or bfloat16: type of parameters and computations.
-        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
-        placement: how the parameters lie on the mesh: "sharded" or "replicated".
-        seed: of what is drawn, where the decoding draws.
+        dtype: float32 or bfloat16, of parameters and computations.
+        mesh: sizes of the axes data, fsdp and tensor; -1 is inferred from the number of devices.
+        placement: how the parameters are sharded: "sharded" or "replicated".
+        seed: for sampling.
         dry_run: print what would be done, and do nothing.
 
     Returns:
         How many lines the output has; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, or an output that was made with others, before anything is written;
-            and at a bad line or long input where these shall fail.
+        UserError: invalid settings, or an output made with different ones, before anything is written; later a bad
+            line or long input if set to "fail".
     """
     from endistill_jax.data.input_lines import InputFile
 
@@ -113,16 +112,25 @@ def infer(
     if dry_run:
         print(f"{model}: {trained.config}\nwould read {input_file} and write {output_file}, {decoding}, {reading}")
         return None
-    facts = {"vocabulary": fingerprint_vocabulary(vocabulary), "batch_size": batch_size, "dtype": dtype, "seed": seed}
-    facts |= {"decoding": dataclasses.asdict(decoding), "reading": dataclasses.asdict(reading), "input": file.facts()}
+    manifest = {
+        "vocabulary": fingerprint_vocabulary(vocabulary),
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    manifest |= {
+        "decoding": dataclasses.asdict(decoding),
+        "reading": dataclasses.asdict(reading),
+        "input": file.facts(),
+    }
     if jax.process_index() == 0:
-        log.check(facts, unknown=("model",))  # before the model is read
+        log.check(manifest, unknown=("model",))  # before the model is read
     params = trained.load(predictor.shardings)
-    done = _begin(log, facts | {"model": trained.fingerprint})
+    done = _begin(log, manifest | {"model": trained.fingerprint})
     encoder = _Encoder(vocabulary, reading, after=done.last)
     windows = encoder.windows(file, batch_size * WINDOW_BATCHES)
     answers = ((rows[-1].number, list(_answers(predictor, params, vocabulary, rows))) for rows in windows)
-    done = _write(log, done, answers, of=facts["input"]["lines"])
+    done = _write(log, done, answers, of=manifest["input"]["lines"])
     print(
         f"{output_file}: {done.records} lines written, {encoder.bad} bad lines skipped, "
         f"{done.marked[CUT]} inputs cut to {reading.inputs_length} tokens"
@@ -130,34 +138,34 @@ def infer(
     return done.records
 
 
-def _begin(log: RecordLog, facts: dict[str, Any]) -> Done:
-    """Opens the output, and tells all hosts what the first one finds there; of `length` only that one knows.
+def _begin(log: RecordLog, manifest: dict[str, Any]) -> Done:
+    """Opens the output and broadcasts its progress to all hosts; `length` is valid on the primary host only.
 
     Raises:
-        UserError: it was made with other facts, or the hosts do not agree on these.
+        UserError: it was made with a different manifest, or the hosts disagree on it.
     """
-    agree("model and settings", facts)
+    agree("model and settings", manifest)
     found = Done(marked={CUT: 0})
     if jax.process_index() == 0:
-        found = log.read(facts, count=(CUT,))
-        log.start(facts, found)
+        found = log.read(manifest, count=(CUT,))
+        log.start(manifest, found)
     last, records, cut = map(int, gather([found.last, found.records, found.marked[CUT]])[0])
     if last:
-        _say(f"goes on after line {last}")
+        _say(f"resumes after line {last}")
     return Done(last=last, records=records, marked={CUT: cut})
 
 
 def _write(log: RecordLog, done: Done, answers: Iterable[tuple[int, list[dict[str, Any]]]], of: int) -> Done:
-    """Adds the records that are not there yet.
+    """Appends the missing records.
 
     Args:
         log: the output.
-        done: what it has.
-        answers: of some lines at a time, the number of the last, and the records of all.
-        of: how many lines there are.
+        done: the progress so far.
+        answers: for each group of lines, the number of the last line and all records.
+        of: the total number of lines.
 
     Returns:
-        What it has then.
+        The progress at the end.
     """
     records, cut = done.records, done.marked[CUT]
     for number, answered in answers:
@@ -177,7 +185,7 @@ def _answers(predictor: Predictor, params: Any, vocabulary: Any, rows: list["_Ro
 
 
 def find_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> Any:
-    """The vocabulary that goes with a model: what the user gives, or what lies beside it.
+    """The vocabulary of a model: the one given by the user, or the one stored with it.
 
     Raises:
         UserError: if there is none, or it is not the model's.
@@ -193,7 +201,9 @@ def find_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> An
     else:
         found = choose_vocabulary(model, file, extra_ids)
         if found is None:
-            raise UserError(f"no vocabulary lies beside {model.source}; give its SentencePiece model: vocabulary_file")
+            raise UserError(
+                f"no vocabulary is stored with {model.source}; give its SentencePiece model: vocabulary_file"
+            )
         vocabulary = load_vocabulary(found.path, extra_ids=found.extra_ids)
     check_vocabularies(vocabulary, model.config, None)
     return vocabulary
@@ -208,7 +218,7 @@ class _Row:
 
 
 class _Encoder:
-    """Turns lines into ids, some at a time; counts the bad ones, and names those after line `after`."""
+    """Tokenizes lines in groups; counts bad lines, and reports those after line `after`."""
 
     def __init__(self, vocabulary: Any, reading: Reading, *, after: int):
         self._vocabulary, self._reading, self._after = vocabulary, reading, after

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import DenoisingReport
 from endistill_jax.evaluation.held_out import HeldOut, eval_spec, prepare_held_out
@@ -47,8 +48,8 @@ def interpolate(
         The result of each stage, the student's last; None after a dry run or a plan.
 
     Raises:
-        UserError: for settings that do not fit and checkpoints that are damaged, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved.
+        UserError: invalid settings and checkpoints that are damaged, before anything is created.
+        Stopped: a signal stopped the run; progress is saved.
     """
     if experiment.teacher is None:
         raise UserError("interpolate.experiment has no teacher; give it a jobs.Teacher")
@@ -98,8 +99,8 @@ def _teacher_report(model_dir: str, chain: Chain, evaluation: Callable[[Mesh], H
     if finished and file.exists():
         known = json.loads(file.read_text())
         if known["of"] == of | {"teacher": first["run"]["teacher"]}:
-            return DenoisingReport.from_scalars(known["metrics"])
-    chain.load_teacher(1)  # what is wrong with it shows before the corpus is read
+            return DenoisingReport.from_scalars(renamed_metrics(known.get("metrics") or known["figures"]))
+    chain.load_teacher(1)  # fails before the corpus is read
     sharding = training.experiment.teacher_sharding
     report = evaluation(training.mesh()).evaluate(training.teacher.config, training.teacher.params, sharding)
     known = {"of": of | {"teacher": training.teacher.fingerprint}, "metrics": report.scalars()}

@@ -1,4 +1,4 @@
-"""Planning a training: compiles its step for chips that are not here, and reports what it needs there."""
+"""Planning: AOT-compiles a training step for a topology and reports memory, time and cost."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ from endistill_jax.train.training import as_teacher
 
 
 def plan_experiment(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:
-    """Compiles an experiment's step for each topology, prints what is found, and writes it after each compilation.
+    """Compiles an experiment's step for each topology, and prints and writes a report after each compilation.
 
     Returns:
-        What was planned, in a sweep the best first.
+        The plans; for a sweep the best first.
 
     Raises:
-        UserError: settings that fit nowhere, before anything is compiled; and if nothing of what was compiled fits.
+        UserError: invalid settings, before anything is compiled; later if no plan fits.
     """
     experiment = with_teacher_config(experiment)
     _check(experiment)
@@ -66,11 +66,12 @@ def with_teacher_config(experiment: Experiment) -> Experiment:
 def _check(experiment: Experiment) -> None:
     teacher = experiment.teacher and experiment.teacher.config
     experiment.objective.validate(experiment.student, teacher)
+    experiment.init.check(teacher, experiment.student)
     make_schedule(experiment.optimizer, experiment.run.steps)
 
 
 def _plan(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:
-    """As `plan_experiment`, of settings that were checked, and whether or not anything fits."""
+    """`plan_experiment` for validated settings; does not raise if nothing fits."""
     data, run = experiment.data, experiment.run
     requests = [
         StepRequest(
@@ -168,7 +169,7 @@ def _plan_all(options: PlanOptions, requests: list[StepRequest]) -> Iterator[Pla
 
 
 def _implementation(run: Run, topology: Topology) -> LossImplementation:
-    """The losses' form on the topology's own platform, also where the CPU's compiler stands for it."""
+    """The loss implementation for the topology's platform, even if the CPU compiler is used as a proxy."""
     platform = topology.chip.platform
     return dataclasses.replace(
         run.losses,

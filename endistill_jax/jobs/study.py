@@ -1,4 +1,4 @@
-"""A study: ways to train a student, compared over seeds by held-out figures and by the same fine-tuning."""
+"""A study: ways to train a student, compared over seeds by held-out metrics and fine-tuning."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def study(
         arms: name -> how the student is trained.
         seeds: one run of every arm for each.
         baseline: the arm that differences are taken to, seed by seed.
-        tasks: name -> how every student is fine-tuned and judged: once, with the seed of its training.
+        tasks: name -> how every student is fine-tuned and evaluated: once, with the seed of its training.
         probe: the terms that are measured between the teacher and every student on held-out text; None measures none.
         probe_batches: how many of the held-out batches the probe reads.
         dry_run: print what would be done, and do nothing.
@@ -66,8 +66,8 @@ def study(
         What `study.json` holds, see `studies.figures`; None after a dry run.
 
     Raises:
-        UserError: for settings that do not fit, before anything is created.
-        Stopped: when a signal asked the run to stop; what was done is saved, and the same command resumes.
+        UserError: invalid settings, before anything is created.
+        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     tasks = tasks or {}
     seeds = whole_numbers(seeds, "study.seeds")
@@ -89,24 +89,24 @@ def study(
         return None
 
     teacher.load_on(mesh, sharding)  # what is wrong with it shows before the rest
-    judged = eval_spec_of(runs[0], teacher, probe, probe_batches)
-    check_judged_alike(model_dir, earlier, judged)
+    eval_spec = eval_spec_of(runs[0], teacher, probe, probe_batches)
+    check_judged_alike(model_dir, earlier, eval_spec)
     ended, left = split_by_end(runs)
     ended_runs = [run_to_end(each, None) for each in ended]
-    figures, evaluations = earlier and earlier["teacher_figures"], None
+    teacher_report, evaluations = earlier and earlier["teacher_figures"], None
     if earlier is None or left:
         evaluations = prepare_evaluations(runs, teacher, probe, probe_batches)
-        figures = figures or teacher_metrics(teacher, evaluations.held_out, sharding)
+        teacher_report = teacher_report or teacher_metrics(teacher, evaluations.held_out, sharding)
     raw: dict[str, Any] = {
         "baseline": baseline,
         "seeds": list(seeds),
         "arms": {name: each.settings() for name, each in first.items()},
         "teacher": {"source": teacher.source, "dtype": teacher.config.dtype} | teacher.config.architecture(),
         **{name: _settings(value) for name, value in (("data", data), ("run", experiment.run), ("tasks", tasks))},
-        "judged_by": judged,
+        "judged_by": eval_spec,
         "versions": code_facts(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "teacher_figures": figures,
+        "teacher_figures": teacher_report,
         "runs": ended_runs,  # what has ended comes first, so that none of it is missing while the rest is run
     }
     _write(model_dir, raw)
@@ -119,7 +119,7 @@ def study(
 
 
 def _write(model_dir: str, raw: dict[str, Any]) -> None:
-    """Writes what is known so far: before any run has ended how runs are judged, and nothing to report."""
+    """Writes what is known so far: before any run has ended only how runs are evaluated."""
     if jax.process_index() == 0:
         write_raw(model_dir, raw)
         if raw["runs"]:
@@ -172,6 +172,8 @@ def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) 
     for training in run.trainings:
         with naming(f"study.probe with the student of {training.label}"):
             probe.validate(training.student, teacher.config)
+            if own := probe.init_params(jax.random.key(0), training.student, teacher.config):
+                raise UserError(f"{', '.join(own)} has parameters of its own, which no student brings; leave it out")
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:

@@ -1,11 +1,11 @@
-"""Some of the layers and of the indices of every width of a model: what a smaller model starts from.
+"""Selects layers and indices of every width of a model, to initialize a smaller one.
 
 Every parameter's axes have logical names (`embed`, `joined_kv`, `heads`, `mlp`, `vocab`, `layers`, `relpos_buckets`).
 One set of indices is chosen for each name, and the small model's parameter is the large one's, taken along each axis at
 the set of that axis: the same channels, heads and units everywhere.
 
 Of n things, k evenly spaced ones are round(i * (n - 1) / (k - 1)) for i = 0 .. k - 1, halves rounded up: the first and
-the last are among them. One alone is the first.
+the last are among them. A single one is the first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def take(leaf: Any, axes: Sequence[str | None], indices: Mapping[str, np.ndarray
 
 
 def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
-    # An axis that stays whole is left alone: nothing then crosses between its shards.
+    # Axes taken in full are skipped, which avoids communication between their shards.
     if np.array_equal(indices, np.arange(leaf.shape[axis])):
         return leaf
     xp = np if isinstance(leaf, np.ndarray) else jnp

@@ -1,7 +1,7 @@
-"""A model family: what everything outside `models/` asks of one, and the functions that ask it.
+"""The interface of model families, and the functions that dispatch to it.
 
-A family is a folder here whose module `family` has a `FAMILY`. A model's settings name their family, so whoever has
-the settings of a model needs nothing else: `apply(config, params, batch)` runs it, whichever it is.
+A family is a folder here whose module `family` has a `FAMILY`. A model's settings name their family, so
+`apply(config, params, batch)` runs any model, given its settings.
 
 Parameters are nested dictionaries of float32 arrays. A subtree called `layers` holds what the layers of a stack have
 alike: there every leaf has the layers on its first axis.
@@ -30,8 +30,8 @@ class ModelConfig(Protocol):
     """The settings of a model: a frozen, hashable dataclass with these fields or properties, and any of its own.
 
     Attributes:
-        family: what the model is an instance of.
-        vocab_size: rows of the token table.
+    family: of the model.
+    vocab_size: rows of the token table.
         inner_dim: width of a tap: all heads side by side; what relation heads must divide.
         dropout_rate: 0 draws nothing at random.
         dtype: of activations and matrix products.
@@ -65,7 +65,7 @@ class ModelConfig(Protocol):
         ...
 
     def architecture(self) -> dict[str, Any]:
-        """The settings that decide parameters and function, as plain data; `config_from_plain` is the inverse.
+        """The settings that affect parameters or outputs, as plain data; `config_from_plain` is the inverse.
 
         What was added later is left out where it has its default, so that models from before stay equal.
         """
@@ -130,15 +130,15 @@ class HuggingFaceFormat(Protocol):
     """How Hugging Face folders keep a family's models.
 
     Attributes:
-        model_types: what config.json may say under `model_type`.
-        ignored: tensors that are passed over.
+        model_types: supported values of `model_type` in config.json.
+        ignored: tensors that are skipped.
     """
 
     model_types: tuple[str, ...]
     ignored: frozenset[str]
 
     def config_from_json(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
-        """The settings that a config.json says.
+        """The settings in a config.json.
 
         Raises:
             UserError: naming the file, `where`, and what is wrong in it.
@@ -166,7 +166,7 @@ class HuggingFaceFormat(Protocol):
         ...
 
     def copies(self, config: Any) -> dict[str, tuple[str, str]]:
-        """Further names that hold the same: name -> the tensor's own, and what to say if they differ."""
+        """Aliases: name -> the tensor's own name, and the error message if their values differ."""
         ...
 
     def usage(self, config: Any) -> str:
@@ -217,7 +217,7 @@ class Family(Protocol):
         ...
 
     def read_source(self, config: Any, params: Any, tokens: jax.Array) -> Any:
-        """Encodes int [batch, source] tokens once for a whole search; the result has `segments`, 0 at padding."""
+        """Encodes int [batch, source] tokens once per search; the result has `segments`, 0 at padding."""
         ...
 
     def init_cache(self, config: Any, batch_size: int, max_length: int, beams: int = 1) -> Any:
@@ -244,7 +244,7 @@ class Family(Protocol):
         ...
 
     def check_cut(self, teacher: Any, student: Any, *, equal_widths: bool) -> None:
-        """Finds what a student of this family cannot take from a teacher of it.
+        """Checks that a student of this family can be initialized from a teacher of it.
 
         Args:
             teacher: the teacher's settings.
@@ -282,7 +282,7 @@ def apply(
         batch: by SeqIO's feature names; see `core.batch`. Token 0 is padding, whatever the model's `pad_id`.
         reads: what is returned.
         dropout_key: None runs without dropout.
-        frozen: the parameters are constants: compiled differently, computed alike.
+        frozen: the parameters are constants: compiled differently, with the same result.
         attention_bytes: most that the float32 scores of an attention module take at a time on a device; None leaves it
             to the settings.
 
@@ -342,10 +342,10 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_batches(config: ModelConfig, eos_id: int) -> None:
-    """Makes sure that SeqIO's batches say to a model what they mean.
+    """Checks that a model's special tokens are those of SeqIO's batches.
 
-    There padding is 0 whatever the model's `pad_id`: it is masked, and its id is never looked at. But every target
-    begins with 0 and ends with the vocabulary's end, which the model must mean by these too.
+    There padding is 0 whatever the model's `pad_id`; it is masked, so its id does not matter. But every target starts
+        with 0 and ends with the vocabulary's EOS, which must be the model's `decoder_start_id` and `eos_id`.
 
     Args:
         config: the model's settings.
@@ -385,7 +385,6 @@ def family_names() -> list[str]:
     return [name for name in folders if importlib.util.find_spec(f"{__package__}.{name}.family")]
 
 
-@functools.lru_cache  # a run asks for it a dozen times, and tracing a model takes a second
-@functools.cache  # tracing a model costs a second or more, and a run asks a dozen times
+@functools.cache  # called a dozen times per run, and tracing a model takes a second or more
 def _abstract_boxed(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))

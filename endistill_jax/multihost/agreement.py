@@ -1,7 +1,7 @@
-"""Several hosts agree on what they do before anything is computed, or stop, each of them naming the difference.
+"""Checks that all hosts run with the same settings before anything is computed; on a mismatch all of them stop.
 
-What they tell each other goes through the key-value store of JAX's coordination service, not through devices: hosts
-that would compute other shapes, or never come, make nobody hang.
+Values are exchanged through the key-value store of JAX's coordination service, not through devices, so a host with
+different shapes, or one that never arrives, cannot make the others hang.
 """
 
 import glob
@@ -24,18 +24,18 @@ from endistill_jax.checkpoints.manifest import flattened
 from endistill_jax.core.errors import HostMissing, UserError
 from endistill_jax.multihost.initialize import client, process_count, process_index
 
-# For the others to come: loading a model, which they may do at other speeds, is in between.
+# Timeout for the other hosts, which may load a model more slowly.
 AGREE_SECONDS = 1800
-# Their versions decide what is computed, or which batches a task gives.
+# Packages whose version affects results or the order of batches.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "sentencepiece")
 
 _topics = itertools.count()
 
 
 def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) -> None:
-    """Returns once every process has come here with the same facts; at once where there is only one.
+    """Blocks until every process has called this with the same facts; a no-op in a single process.
 
-    Every process must call it in the same order.
+    Every process must make its calls in the same order.
 
     Args:
         topic: what the facts are about, for messages.
@@ -44,36 +44,36 @@ def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) 
 
     Raises:
         UserError: on every process, naming each difference and which processes have which value.
-        HostMissing: naming a process that did not come.
+        HostMissing: naming a process that did not report in time.
     """
     if process_count() == 1:
         return
     prefix = f"endistill/{next(_topics)}/{topic}"
     client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flattened(facts)))
     until = time.monotonic() + seconds
-    told = []
+    reported = []
     for index in range(process_count()):
         left = max(1, round(1000 * (until - time.monotonic())))
         try:
-            told.append(json.loads(client().blocking_key_value_get(f"{prefix}/{index}", left)))
+            reported.append(json.loads(client().blocking_key_value_get(f"{prefix}/{index}", left)))
         except jax.errors.JaxRuntimeError as error:
             raise HostMissing(
-                f"process {index} of {process_count()} did not tell its {topic} within {seconds:.0f} s; see its output"
+                f"process {index} of {process_count()} sent no {topic} within {seconds:.0f} s; see its output"
             ) from error
-    if differences := describe_differences(told):
+    if differences := describe_differences(reported):
         raise UserError(f"the hosts disagree on their {topic}: {'; '.join(differences)}")
 
 
-def describe_differences(told: Sequence[Mapping[str, str]]) -> list[str]:
-    """A phrase for every fact that not all processes have alike: each value, and which processes have it.
+def describe_differences(reported: Sequence[Mapping[str, str]]) -> list[str]:
+    """One phrase per fact that differs between processes: each value, and which processes have it.
 
     Args:
-        told: facts by name, as texts, of each process in order.
+        reported: facts of each process in order, values as strings.
     """
     phrases = []
-    for name in sorted(set().union(*told)):
+    for name in sorted(set().union(*reported)):
         processes: dict[str, list[int]] = {}
-        for index, facts in enumerate(told):
+        for index, facts in enumerate(reported):
             processes.setdefault(facts.get(name, "absent"), []).append(index)
         if len(processes) > 1:
             values = (f"{_shortened(value)} on {_named(indices)}" for value, indices in processes.items())
@@ -91,10 +91,10 @@ def _named(indices: Sequence[int]) -> str:
 
 
 def agree_on_folder(folder: str) -> None:
-    """Makes sure that all processes see one and the same folder, and not each its own of that name.
+    """Checks that all processes see the same folder, rather than a local one of the same name each.
 
     Raises:
-        UserError: naming who sees another one.
+        UserError: naming the processes that see a different one.
     """
     if process_count() == 1:
         return
@@ -102,7 +102,7 @@ def agree_on_folder(folder: str) -> None:
     if process_index() == 0:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(uuid.uuid4().hex)
-    agree("start", {})  # the mark is written
+    agree("start", {})  # barrier: the mark is written
     try:
         agree("folder, which must be one that all of them share", {folder: mark.read_text() if mark.exists() else None})
     finally:
@@ -111,7 +111,7 @@ def agree_on_folder(folder: str) -> None:
 
 
 def code_facts() -> dict[str, Any]:
-    """What runs: the version and a digest of this package's source, Python, and the packages it computes with."""
+    """Versions of this package (with a digest of its source), Python, and the packages that affect results."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,14 +1,14 @@
-"""Several hosts: how the processes of a run find each other.
+"""Connects the processes of a multi-host run.
 
-A process of a run on several hosts is told of the others by three environment variables, the same on all of them but
-for the last, or finds them where JAX knows the cluster (Cloud TPU slices, GKE, tasks of SLURM):
+Three environment variables describe the run, all but the last the same on every host. Where JAX detects the cluster
+by itself (Cloud TPU slices, GKE, SLURM tasks) they are not needed:
 
     ENDISTILL_COORDINATOR     host:port of process 0, reachable from all
-    ENDISTILL_NUM_PROCESSES   how many there are; 1 alone means: by itself, whatever the cluster says
+    ENDISTILL_NUM_PROCESSES   how many there are; 1 alone disables cluster detection
     ENDISTILL_PROCESS_ID      which one this is, from 0
 
-ENDISTILL_CONNECT_SECONDS is how long it waits for them, 300 if it is not set: more where slices come one by one.
-What they then agree on is in `agreement`, how they end in `ending`.
+ENDISTILL_CONNECT_SECONDS is the connection timeout, 300 by default; raise it where slices are provisioned one by one.
+See `agreement` for the consistency checks that follow, and `shutdown` for how processes end.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def connect_seconds() -> int:
     """How long to wait for the other hosts.
 
     Raises:
-        UserError: the variable is no number of seconds.
+        UserError: the variable is not a number of seconds.
     """
     given = os.environ.get(CONNECT_SECONDS) or "300"
     if not given.isdecimal() or int(given) < 1:
@@ -41,11 +41,11 @@ def connect_seconds() -> int:
 
 
 def initialize() -> None:
-    """Joins the other hosts of the run, if there are any; before JAX looks for devices. Does nothing a second time.
+    """Joins the other hosts of the run, if any. Must run before JAX looks for devices; later calls are no-ops.
 
     Raises:
-        UserError: variables that do not fit each other.
-        HostMissing: the service by which hosts meet cannot be started, or the cluster does not tell who they are.
+        UserError: the variables are inconsistent.
+        HostMissing: the coordination service cannot be started, or cluster detection fails.
             Where hosts do not come, this process ends with code 1 and says so: JAX does not return.
     """
     if jax.distributed.is_initialized():
@@ -54,7 +54,7 @@ def initialize() -> None:
     if settings is None or settings.get("num_processes") == 1:
         return
     seconds = connect_seconds()
-    # Its handler of SIGTERM would take the place of ours: hosts agree to stop at a step that is logged.
+    # JAX's SIGTERM handler would replace ours, with which hosts agree to stop at a logged step.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX would abort with a stack trace.
     alone = threading.Timer(seconds, _give_up, (settings, seconds))
@@ -63,7 +63,7 @@ def initialize() -> None:
     try:
         jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
     except ValueError as error:
-        # The variables were checked: it is the cluster, such as a metadata server that does not answer after a reboot.
+        # The variables are valid, so the cluster is at fault, e.g. a metadata server not answering after a reboot.
         raise HostMissing(f"could not find other hosts ({error}); {NUM_PROCESSES}=1 runs by itself") from error
     except RuntimeError as error:
         raise HostMissing(f"could not join other hosts: {' '.join(str(error).split())[:200]}") from error
@@ -81,7 +81,7 @@ def _give_up(settings: Mapping[str, Any], seconds: float) -> None:
 
 
 def _from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; None for a process that is alone.
+    """Arguments of `jax.distributed.initialize`; None for a single process.
 
     Raises:
         UserError: variables that are missing or malformed.
@@ -109,27 +109,27 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
         "coordinator_address": variables[COORDINATOR],
         "num_processes": count,
         "process_id": index,
-        "cluster_detection_method": "deactivate",  # which would give a task of SLURM one of its GPUs alone
+        "cluster_detection_method": "deactivate",  # else JAX would give a SLURM task only one of its GPUs
     }
 
 
 def _in_cluster(variables: Mapping[str, str]) -> bool:
-    """Whether JAX finds the other hosts by itself: tasks of a step of SLURM, and TPU hosts of GKE or Cloud TPU."""
+    """Whether JAX detects the cluster by itself: tasks of a SLURM step, and TPU hosts of GKE or Cloud TPU."""
     if "SLURM_STEP_NODELIST" in variables:
         return int(variables.get("SLURM_NTASKS", "1")) > 1
     if not variables.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
         return False
     if workers := variables.get("TPU_PROCESS_ADDRESSES") or variables.get("TPU_WORKER_HOSTNAMES"):
         return "," in workers or int(variables.get("MEGASCALE_NUM_SLICES") or 1) > 1
-    # Importing JAX sets this where there is no TPU; a user sets it where a TPU host has no metadata server.
+    # Set by JAX on import where there is no TPU, and by users where a TPU host has no metadata server.
     return "TPU_SKIP_MDS_QUERY" not in variables
 
 
 def _state() -> Any:
     """JAX's own record of how processes joined: `client`, `num_processes`, `process_id`.
 
-    The one place where this package uses what JAX keeps to itself, as Orbax does too: up to 0.12 JAX has no public name
-    for the key-value store of its coordination service, nor for these numbers before there are devices.
+    The only use of JAX internals in this package (Orbax does the same): up to 0.12 JAX has no public API for the
+        key-value store of its coordination service, nor for these numbers before backends are initialized.
     """
     from jax._src import distributed
 
@@ -137,24 +137,24 @@ def _state() -> Any:
 
 
 def client() -> Any:
-    """JAX's client of the coordination service, None in a process that joined no others."""
+    """JAX's client of the coordination service; None in a single-process run."""
     return _state().client
 
 
 def process_count() -> int:
-    """How many processes joined; unlike `jax.process_count`, known before there are devices."""
+    """Number of processes; unlike `jax.process_count`, does not initialize backends."""
     return _state().num_processes
 
 
 def process_index() -> int:
-    """Which of them this is; unlike `jax.process_index`, known before there are devices."""
+    """Index of this process; unlike `jax.process_index`, does not initialize backends."""
     return _state().process_id
 
 
 @contextlib.contextmanager
 def first_process_prints() -> Iterator[None]:
-    """Meanwhile nothing that other processes than the first print to standard output is seen."""
-    # The first of JAX's numbering, which jobs go by: TPUs have one of their own.
+    """Silences standard output on every process but the primary one."""
+    # By `jax.process_index`, as jobs do: TPUs may number processes differently.
     if process_count() == 1 or jax.process_index() == 0:
         yield
         return
@@ -163,7 +163,7 @@ def first_process_prints() -> Iterator[None]:
 
 
 def require_one_process(job: str) -> None:
-    """Refuses several processes for a job that would do the same in each of them.
+    """Refuses multi-process runs of a job that would only repeat the same work in each process.
 
     Raises:
         UserError: if there are several.

@@ -1,9 +1,9 @@
-"""Several hosts end together: one that fails tells the others, which would wait minutes for it in a collective.
+"""Shuts all hosts down together: a failing process notifies the others, which would else hang in a collective.
 
-The first failure is kept in the key-value store of JAX's coordination service, which every process looks at once a
-second. While a checkpoint is being written all of them still have to answer, so a process that fails within a training
-first closes what it has open, for at most `GRACE_SECONDS`, and the others wait for that. A process that is killed tells
-nothing: JAX ends the others when it misses its heartbeats (100 s), or at once if it was process 0.
+The first failure is stored in the key-value store of JAX's coordination service, which every process polls once a
+second. A checkpoint being written still needs all processes, so one that fails during training first closes what it
+has open, for at most `GRACE_SECONDS`, and the others wait for that. A process that is killed cannot notify anyone:
+JAX ends the others when its heartbeats stop (100 s), or at once if it was process 0.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ _FAILED, _GONE, _ENDED = "endistill/failed", "endistill/gone", "endistill/ended"
 
 
 def watch() -> None:
-    """From now on this process ends when another one of the run has failed. A process that is alone watches nothing."""
+    """From now on this process ends when another one of the run fails. A no-op in a single-process run."""
     if process_count() > 1:
         threading.Thread(target=_watch, name="endistill-watch", daemon=True).start()
 
 
 def leave(line: str, code: int) -> int:
-    """Ends this process and all others of the run, after a failure; returns the code in a process that is alone.
+    """Ends this process and all others of the run after a failure; in a single-process run returns the code.
 
     Args:
         line: what went wrong; the others print it with the number of this process.
@@ -46,7 +46,7 @@ def leave(line: str, code: int) -> int:
 
 @contextlib.contextmanager
 def telling_others() -> Iterator[None]:
-    """Tells the others of an exception as soon as it is there, before anything that surrounds this one is closed."""
+    """Notifies the others of an exception as soon as it is raised, before enclosing contexts are closed."""
     try:
         yield
     except Stopped:  # all hosts agreed on that
@@ -70,7 +70,7 @@ def _watch() -> None:
 
 
 def _follow(process: int, line: str, code: int) -> None:
-    """Ends this process once the one that failed is gone, or has had its time."""
+    """Ends this process once the failed one is gone, or its grace period is over."""
     until = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < until and not _told(_GONE):
         time.sleep(LOOK_SECONDS / 4)
@@ -80,7 +80,7 @@ def _follow(process: int, line: str, code: int) -> None:
 
 
 def _quit(code: int) -> None:
-    """Ends at once: a regular exit would wait for hosts that wait for this one."""
+    """Exits immediately: a regular exit would wait for hosts that wait for this one."""
     _tell(f"{_ENDED}/{process_index()}", "1")
     if process_index() == 0:  # the store ends with process 0, and JAX aborts whoever still uses it
         until = time.monotonic() + 5
@@ -93,12 +93,14 @@ def _quit(code: int) -> None:
 
 
 def _tell(key: str, value: str) -> None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):  # somebody was first, or it was shut down
+    with contextlib.suppress(
+        jax.errors.JaxRuntimeError, AttributeError
+    ):  # another process was first, or the service is shut down
         client().key_value_set(key, value)
 
 
 def _told(key: str) -> str | None:
     try:
         return client().key_value_try_get(key)
-    except (jax.errors.JaxRuntimeError, AttributeError):  # not there, or the service was shut down meanwhile
+    except (jax.errors.JaxRuntimeError, AttributeError):  # no such key, or the service is shut down
         return None

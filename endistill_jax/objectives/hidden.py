@@ -69,13 +69,15 @@ class HiddenDistance(Term):
 
         student, teacher = states(inputs.student, "student"), states(inputs.teacher, "teacher")
         if self.project:
-            student = student @ inputs.params["kernel"]
+            kernel = inputs.params["kernel"]
+            # Accelerators would otherwise round float32 factors to fewer bits.
+            student = jnp.einsum("bld,de->ble", student, kernel, precision=jax.lax.Precision.HIGHEST)
         if self.distance == "l2":
             distances = jnp.mean(jnp.square(student - teacher), axis=-1)
         else:
-            squares = (jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher))
-            # Bounded before the root, whose gradient at 0, as at padding, is infinite.
-            scales = [jax.lax.rsqrt(jnp.maximum(square, 1e-12)) for square in squares]
+            squares = [jnp.sum(jnp.square(x), axis=-1) for x in (student, teacher)]
+            # A vector of zeros, as at padding, has no direction: a distance of 1, and no gradient.
+            scales = [jnp.where(x > 1e-12, jax.lax.rsqrt(jnp.where(x > 1e-12, x, 1.0)), 0.0) for x in squares]
             distances = 1 - jnp.sum(student * teacher, axis=-1) * scales[0] * scales[1]
         return jnp.sum(jnp.where(real, distances, 0.0))
 

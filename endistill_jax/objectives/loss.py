@@ -54,7 +54,7 @@ def loss_and_sums(
         that of the loss weights: float32 scalars in nats.
     """
     teacher = jax.lax.stop_gradient(teacher)
-    if share is not None and teacher.head is not None:
+    if share is not None and teacher.head is not None and student.head is not None:
         teacher = teacher._replace(head=joined_head(teacher.head, student.head, share))
     factors = objective.factors(weights, step)
     loss, sums = jnp.zeros((), jnp.float32), {}

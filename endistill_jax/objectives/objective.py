@@ -15,7 +15,8 @@ from endistill_jax.objectives.term import ModelShape, Role, Term
 
 # Metrics of a step that are no term.
 RESERVED = ("loss", "cross_entropy", "teacher_cross_entropy", "teacher_share", "gradient_norm", "update_norm")
-RESERVED += ("parameter_norm", "learning_rate", "tokens")
+RESERVED += ("parameter_norm", "learning_rate", "tokens", "step", "timing")
+RESERVED_PREFIXES = ("gradient_norm/", "held_out/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,20 @@ class Objective:
         for name in self.term_names:
             if self.term_names.count(name) > 1:
                 raise UserError(f"Objective.terms has {name!r} twice; give one of them a label of its own")
-            if name in RESERVED:
+            if name in RESERVED or name.startswith(RESERVED_PREFIXES):
                 raise UserError(f"Objective.terms has {name!r}, which is another metric's name; give it another label")
         for term in self.terms:
             coefficient = term.coefficient
-            if not callable(coefficient) and not 0 <= coefficient < float("inf"):
-                raise UserError(f"{term.name}: coefficient is {coefficient}; it must be a finite number, 0 or more")
+            if callable(coefficient):
+                # Only its fields can tell a manifest, and a plan's process, which function it is.
+                if not dataclasses.is_dataclass(coefficient):
+                    raise UserError(
+                        f"{term.name}: coefficient is {coefficient!r}; give a number, or a Ramp of the step"
+                    )
+            elif not 0 < coefficient < float("inf"):
+                raise UserError(
+                    f"{term.name}: coefficient is {coefficient}; give a finite number above 0, or leave the term out"
+                )
 
     @property
     def term_names(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from endistill_jax.core.settings import require_choice
 from endistill_jax.core.sites import SITES, RowMasks, row_masks
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
-from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
+from endistill_jax.objectives.term import ModelShape, Ramp, Role, Term, TermInputs
 
 RELATIONS = ("qq", "kk", "vv", "qk")
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
@@ -196,17 +196,18 @@ def relations(
     site: str,
     names: tuple[str, ...],
     *,
-    coefficient: float = 1.0,
+    coefficient: float | Ramp = 1.0,
     relation_heads: int = 16,
     teacher_layer: int = -1,
     student_layer: int = -1,
 ) -> tuple[RelationKL, ...]:
     """A term for each of a site's relations, which share its coefficient equally."""
+    share = coefficient.scaled(1 / len(names)) if isinstance(coefficient, Ramp) else coefficient / len(names)
     return tuple(
         RelationKL(
             site=site,
             relation=name,
-            coefficient=coefficient / len(names),
+            coefficient=share,
             relation_heads=relation_heads,
             teacher_layer=teacher_layer,
             student_layer=student_layer,

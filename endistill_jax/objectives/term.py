@@ -53,6 +53,10 @@ class Ramp:
     def __call__(self, step: jax.Array) -> jax.Array:
         return self.start + (self.end - self.start) * jnp.clip(step.astype(jnp.float32) / self.steps, 0.0, 1.0)
 
+    def scaled(self, factor: float) -> "Ramp":
+        """The same, times a number."""
+        return dataclasses.replace(self, start=self.start * factor, end=self.end * factor)
+
 
 Coefficient = float | Callable[[jax.Array], jax.Array]
 

@@ -63,6 +63,9 @@ class TokenTerm(Term):
         return dense_token_sums((self,), inputs.student.head, teacher, targets, weights)[self.name]
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        for role, model in (("student", student), ("teacher", teacher if self.needs_teacher else None)):
+            if model is not None and not model.depth("decoder"):
+                raise UserError(f"{self.name}: the {role} is an encoder alone, and has no distribution over tokens")
         if self.needs_teacher and teacher is not None and teacher.vocab_size != student.vocab_size:
             raise UserError(
                 f"{self.name}: the vocabularies of teacher and student have {teacher.vocab_size} and "

@@ -1,1 +1,1 @@
-"""What a training step costs on chips that are not here: compiled ahead of time, its memory and traffic read off."""
+"""AOT-compiles a training step for a topology and reads off its memory, traffic and cost."""

@@ -1,4 +1,4 @@
-"""Facts about accelerators, as their makers publish them. The one table of such figures."""
+"""The table of published accelerator specifications."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ class Chip:
         memory: bytes of its own memory.
         peak_flops: bfloat16 operations a second.
         memory_bandwidth: bytes a second between chip and memory.
-        link_bandwidth: bytes a second that it sends to its neighbours, all links together, one direction.
+        link_bandwidth: bytes a second that it sends to its neighbors, all links together, one direction.
         network_bandwidth: bytes a second that it sends to another slice or host, its share of the host's.
-        source: where the figures are from.
+        source: of the specifications.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _gpu(name: str, gb: int, teraflops: float, memory_gb: float, links_gb: float
 
 
 # TPUs' links: the "interchip interconnect bandwidth" in Gbit/s, one direction; the "bidirectional" GB/s of later pages
-# count both. Data centre network: what the page gives for a chip, or for a pod over its chips; v4's gives none.
+# count both. Data center network: what the page gives for a chip, or for a pod over its chips; v4's gives none.
 CHIPS = {
     chip.name: chip
     for chip in (

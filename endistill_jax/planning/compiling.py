@@ -1,4 +1,4 @@
-"""Runs one compilation in a bounded process: whatever becomes of it, there is an answer."""
+"""Runs one compilation in a process with limits on time and memory."""
 
 import dataclasses
 import importlib.util
@@ -19,13 +19,13 @@ from endistill_jax.planning.topologies import Topology, environment
 
 WORKER = (sys.executable, "-m", "endistill_jax.planning.worker")
 LIBTPU = "libtpu"
-# How often a running compilation's memory is looked at.
+# Polling interval of a running compilation's memory.
 _POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What one compilation may take on the machine that plans.
+    """Limits of one compilation on the planning host.
 
     Attributes:
         seconds: its time.
@@ -37,7 +37,7 @@ class Bounds:
 
 
 def check_compilers(topologies: Sequence[Topology]) -> None:
-    """Finds out before anything starts whether the compilers are here.
+    """Checks that the compiler is installed.
 
     Raises:
         UserError: naming what to install.
@@ -51,7 +51,7 @@ def check_compilers(topologies: Sequence[Topology]) -> None:
 
 
 def compile_bounded(request: StepRequest, bounds: Bounds, worker: Sequence[str] = WORKER) -> dict[str, Any]:
-    """What the worker finds; of a worker that ended without an answer, how it ended.
+    """Runs the worker and returns its result; for a worker that ended without one, how it ended.
 
     Args:
         request: the step.
@@ -59,8 +59,8 @@ def compile_bounded(request: StepRequest, bounds: Bounds, worker: Sequence[str] 
         worker: the words of the worker's command, without its files.
 
     Returns:
-        `status`: "compiled", or "refused", "too big", "failed", as the worker says; "crashed", "out of time" and
-        "out of host memory" are told of it. `reason` says more. A compiled one has what `worker.compile_step` returns.
+        `status`: "compiled", or "refused", "too big", "failed", as the worker reports; "crashed", "out of time" and
+        "out of host memory" if it did not. `reason` has details. A compiled one has what `worker.compile_step` returns.
     """
     with tempfile.TemporaryDirectory(prefix="plan_") as folder:
         files = {name: pathlib.Path(folder) / name for name in ("request", "result", "output")}
@@ -113,7 +113,7 @@ def _wait(process: subprocess.Popen, bounds: Bounds) -> tuple[str, str] | None:
 
 
 def _resident(process_id: int) -> int:
-    """Bytes of memory that a process holds; 0 where the system does not tell."""
+    """Resident memory of a process in bytes; 0 if the system does not report it."""
     try:
         pages = pathlib.Path(f"/proc/{process_id}/statm").read_text(encoding="ascii").split()[1]
     except (OSError, IndexError):

@@ -1,12 +1,12 @@
-"""From a compiled step to a range of step times, and from that to tokens a day, chip-hours and cost.
+"""Estimates the range of step times of a compiled step, and from it tokens per day, chip-hours and cost.
 
-    computing    operations of a chip / (peak x utilisation)
+    computing    operations of a chip / (peak x utilization)
     exchanging   bytes that a chip sends / (its bandwidth x the share of it that is used)
     reading      bytes of the step's arguments / bandwidth of the chip's memory: each of them once
     least time   the longest of the three, each at its best: all exchange hidden behind computation
     most time    the sum of the first two, each at its worst: none hidden
 
-Nothing here was measured on such chips; the assumptions are stated with every figure.
+Nothing here was measured on such chips; the assumptions are stated with every estimate.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ DAY = 86400.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What an estimate rests on, shares of the published peaks.
+    """Assumptions of an estimate, as shares of the published peaks.
 
     Attributes:
         best_utilisation: of the matrix units, where all goes well.
@@ -43,7 +43,7 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """A figure at its least and at its most."""
+    """An estimate with its lower and upper bound."""
 
     least: float
     most: float
@@ -71,7 +71,7 @@ class Load:
 
 
 def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions()) -> Range | None:
-    """How long a step takes; None where the chip's figures are unknown."""
+    """The duration of a step; None if the chip's specifications are unknown."""
     if chip.peak_flops is None:
         return None
     best, worst = (
@@ -105,7 +105,7 @@ def _exchanging(load: Load, chip: Chip, share: float) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """What a whole run takes.
+    """Throughput, time and cost of a run.
 
     Attributes:
         tokens_a_day: positions of both sides, padding included.

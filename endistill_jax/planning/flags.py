@@ -1,4 +1,4 @@
-"""The flags of `--plan`, and what they say. Imports nothing slow, for `--help`."""
+"""The flags of `--plan`. Imports nothing slow, for `--help`."""
 
 import argparse
 import dataclasses
@@ -18,10 +18,10 @@ FLAGS = ("--plan", "--topology", "--sweep", "--price", "--plan_dir", "--plan_sec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What the command line says of a plan.
+    """Planning options of the command line.
 
     Attributes:
-        topologies: where the run might go.
+        topologies: to compile for.
         sweep: what to vary; None plans the run as it is configured.
         price: of a chip-hour.
         folder: receives plan.md and plan.json, of a sweep sweep.md and sweep.json.
@@ -51,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan",
         action="store_true",
-        help="compile the training step for chips that are not here, and tell memory, traffic, time and cost; nothing "
+        help="AOT-compile the training step for a topology, and report memory, traffic, time and cost; nothing "
         "that is only read or written when training needs to be given. For TPUs this needs the extra `plan`",
     )
     group.add_argument(
@@ -66,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="AXIS[=A,B]",
-        help="try mesh, batch (examples a chip), remat and teacher (its placement), all or those named, and rank what "
+        help="try mesh, batch (examples a chip), remat and teacher (its sharding), all or those named, and rank what "
         "fits; such as --sweep=batch=16,32 --sweep=mesh=1x16x1,4x4x1 --sweep=remat. Repeatable",
     )
     group.add_argument("--price", type=float, metavar="X", help="of one chip for one hour, in any currency")
@@ -80,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_options(options: argparse.Namespace) -> PlanOptions:
-    """What was asked for.
+    """The options of the parsed flags.
 
     Raises:
         UserError: no topology, one that does not exist, a sweep that cannot be read, a number below 0.

@@ -1,7 +1,7 @@
-"""Reading the text of a compiled program: its instructions, and how often each of them runs.
+"""Parses the HLO text of a compiled program: its instructions, and how often each of them runs.
 
-A loop's body runs as often as the loop turns, which XLA notes beside it (`known_trip_count`), or else the constant that
-its condition compares with tells. So what is counted here has a scan of 24 layers 24 times.
+The body of a loop counts as often as its trip count, which XLA annotates (`known_trip_count`), or which follows from
+the constant in its condition. So a scan over 24 layers counts 24 times.
 """
 
 import collections
@@ -35,21 +35,21 @@ class Program:
 
     def executions(self) -> dict[str, int]:
         """How often each computation runs in one run of the program; of a branch, every side counts as taken."""
-        turns: dict[str, int] = collections.defaultdict(int)
-        turns[self.entry] = 1
+        counts: dict[str, int] = collections.defaultdict(int)
+        counts[self.entry] = 1
         for name in self._callers_first():
             for instruction in self.computations[name].values():
                 for called, times in self._calls(instruction):
-                    turns[called] += turns[name] * times
-        return dict(turns)
+                    counts[called] += counts[name] * times
+        return dict(counts)
 
     def counted(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
         """Every instruction that runs, with its computation and how often."""
-        turns = self.executions()
+        counts = self.executions()
         for name, instructions in self.computations.items():
-            if turns.get(name):
+            if counts.get(name):
                 for instruction in instructions.values():
-                    yield instruction, instructions, turns[name]
+                    yield instruction, instructions, counts[name]
 
     def _calls(self, instruction: Instruction) -> list[tuple[str, int]]:
         opcode, attributes = instruction.opcode, instruction.attributes
@@ -62,11 +62,11 @@ class Program:
         return [(name, times) for name in dict.fromkeys(names) if name in self.computations]
 
     def trip_count(self, loop: Instruction) -> int:
-        """Turns of a `while`; 1 if nothing tells, see `uncounted_loops`."""
+        """Trip count of a `while`; 1 if unknown, see `uncounted_loops`."""
         return self._turns(loop) or 1
 
     def uncounted_loops(self) -> int:
-        """Loops of which nothing tells how often they turn; what is in them counts once."""
+        """Number of loops with unknown trip count, whose bodies count once."""
         return sum(each.opcode == "while" and self._turns(each) is None for each, _, _ in self.counted())
 
     def _turns(self, loop: Instruction) -> int | None:
@@ -107,7 +107,7 @@ def parse_program(text: str) -> Program:
                 entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             if root in current:
-                current[root] = current.pop(root)  # what a computation returns stands last
+                current[root] = current.pop(root)  # the root of a computation is its last entry
             current = None
         elif found := _INSTRUCTION.match(line):
             current[found[2]] = parse_instruction(found[2], found[3])

@@ -1,4 +1,4 @@
-"""The lines of a compiled program's text: what an instruction is, its arrays and their sizes."""
+"""Parses single HLO instructions: opcode, operands, arrays and their sizes."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ class Instruction:
 
 
 def parse_instruction(name: str, text: str) -> Instruction:
-    """From what stands behind `name =`: type, opcode, operands in parentheses, attributes."""
+    """Parses the text after `name =`: type, opcode, operands in parentheses, attributes."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     opening = text.index("(", end)
     closing = _closing(text, opening)

@@ -1,7 +1,7 @@
-"""How often a loop of a compiled program turns, where the compiler does not note it: from its counter.
+"""Trip counts of loops in a compiled program, derived from the counter if the compiler does not annotate them.
 
-A counter has where it begins, by how much it grows in a turn (2 where the compiler unrolled the loop once) and the
-constant that the loop's condition compares it with. All three may stand behind copies and inside fusions.
+A counter has an initial value, an increment per iteration (2 if the compiler unrolled the loop once) and the constant
+that the loop's condition compares it with. All three may be behind copies and inside fusions.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class _Value:
 
 
 def count_turns(loop: Instruction, owner: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """Turns of a `while`: as noted beside it, else from its counter; None if neither tells.
+    """Trip count of a `while`: as annotated, else from its counter; None if neither is known.
 
     Args:
         loop: the instruction.
@@ -74,12 +74,12 @@ def count_turns(loop: Instruction, owner: Computation, computations: Mapping[str
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """Finds where values come from."""
+    """Traces values to their origin."""
 
     computations: Mapping[str, Computation]
 
     def element(self, made: _Value, place: int) -> _Value:
-        """What stands at a place of a tuple."""
+        """An element of a tuple."""
         return self.operand(made, place) if made.opcode == "tuple" else made
 
     def operand(self, value: _Value, index: int) -> _Value:

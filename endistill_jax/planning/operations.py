@@ -1,7 +1,8 @@
-"""Operations of the matrix products that a compiled program really does, loops' turns counted.
+"""FLOPs of the matrix products in a compiled program, with the trip counts of loops.
 
-Besides the model's own operations these are what is recomputed, what every chip does for itself, and what the compiler
-added. A convolution counts only pairs that exist: a TPU's compiler writes products of batches as strided convolutions.
+Besides the model's own operations they include recomputation, work replicated on every chip, and operations added by
+the compiler. A convolution counts only pairs that exist, as the TPU compiler turns batched products into strided
+convolutions.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A step that was compiled, or was not: what was found, and what follows from it."""
+"""A planned step: the result of its compilation and derived estimates."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ class PlannedStep:
     """One step and its answer.
 
     Attributes:
-        request: what was asked.
+        request: the step.
         result: what `compile_bounded` returned.
         run_tokens: positions that the whole run reads.
         price: of a chip-hour; None if it is unknown.
@@ -34,7 +34,7 @@ class PlannedStep:
 
     @property
     def compiled(self) -> bool:
-        """Whether there are figures."""
+        """Whether it compiled."""
         return self.result["status"] == COMPILED
 
     @property
@@ -58,7 +58,7 @@ class PlannedStep:
 
     @property
     def status(self) -> str:
-        """ "fits", "too big", or what else became of it; "proxy" where the CPU's compiler stood for another."""
+        """ "fits", "too big", or another outcome; "proxy" if the CPU compiler was used instead."""
         if not self.compiled:
             return self.result["status"]
         if not self.fits:

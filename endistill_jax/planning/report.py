@@ -1,4 +1,4 @@
-"""What a plan says: one step in full, several as a table, both as Markdown and JSON."""
+"""Reports of plans: one step in full, several as a table, both as Markdown and JSON."""
 
 import os
 from collections.abc import Sequence
@@ -44,28 +44,28 @@ def describe_plan(plan: PlannedStep) -> str:
         f"## {topology.name}: {topology.chips} chips, {plan.status}" + (f" ({plan.reason})" if plan.reason else ""),
         "",
     ]
-    facts = [("mesh", _mesh(plan)), ("batch", _batch(plan)), ("settings", _settings(plan))]
+    entries = [("mesh", _mesh(plan)), ("batch", _batch(plan)), ("settings", _settings(plan))]
     if plan.compiled:
-        facts += _sizes(plan) + _memory(plan) + _work(plan)
-    facts.append(("model FLOPs a step, by formula", f"{plan.model_flops:.4g}"))
+        entries += _sizes(plan) + _memory(plan) + _work(plan)
+    entries.append(("model FLOPs a step, by formula", f"{plan.model_flops:.4g}"))
     if plan.run is not None:
-        facts += _times(plan)
+        entries += _times(plan)
     if "host_memory" in result:
         seconds = f"{result['compile_seconds']:.0f} s, " if plan.compiled else ""
-        facts.append(("compiling took, on this machine", f"{seconds}{result['host_memory'] / GIB:.1f} GiB of memory"))
+        entries.append(("compiling took, on this machine", f"{seconds}{result['host_memory'] / GIB:.1f} GiB of memory"))
     columns = [Column(key="name", title=""), Column(key="value", title="")]
-    lines.append(markdown_table([{"name": name, "value": value} for name, value in facts], columns))
+    lines.append(markdown_table([{"name": name, "value": value} for name, value in entries], columns))
     if plan.compiled and result["collectives"]:
-        lines += ["Collectives of one chip in one step, turns of loops counted:", "", _collectives(plan)]
+        lines += ["Collectives of one chip in one step, times the trip counts of loops:", "", _collectives(plan)]
     if result.get("uncounted_loops"):
         lines += [
-            f"{result['uncounted_loops']} loops do not tell how often they turn: what is in them counts once.",
+            f"{result['uncounted_loops']} loops have an unknown trip count: what is in them counts once.",
             "",
         ]
     if topology.is_proxy:
         lines += [f"A proxy: {PROXY}.", ""]
     if plan.seconds is not None:
-        lines += [f"Assumed: {plan.assumptions}. Figures of the chip: {topology.chip.source}.", ""]
+        lines += [f"Assumed: {plan.assumptions}. Specifications of the chip: {topology.chip.source}.", ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What one compilation is asked for: all that the training step depends on, as plain data that can be sent."""
+"""The request of one compilation: everything the training step depends on, as picklable data."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ class StepRequest:
     """A training step on a topology.
 
     Attributes:
-        topology: where it shall run.
-        student: the model that is trained.
-        teacher: the frozen model; None if the objective needs none.
-        objective: what is compared.
-        optimizer: how the student is updated.
-        steps: updates of the whole run.
+        topology: to compile for.
+        student: settings of the student.
+        teacher: settings of the teacher; None if the objective needs none.
+        objective: the terms of the loss.
+        optimizer: optimizer and learning-rate schedule.
+        steps: updates of the run.
         lengths: size of the global batch.
         eval_rows: of an evaluation's batch, which the mesh must spread too; None where there is none.
         packed: whether the batch has segment ids and positions.

@@ -1,7 +1,7 @@
-"""Which mesh, which batch, what to recompute, where the teacher lies: tries them and keeps the largest batch that fits.
+"""Sweeps mesh, batch, remat and teacher sharding, and keeps the largest batch that fits.
 
-Batches are tried from the largest down, and of the kinds of recomputation the one that keeps least comes first: what
-did not fit with it fits with no other. So most of what cannot fit is never compiled.
+Batches are tried from the largest down, and the remat policy that keeps least first: what does not fit with it fits
+with no other. So most variants that cannot fit are never compiled.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from endistill_jax.planning.topologies import Topology
 from endistill_jax.sharding import PLACEMENTS
 
 AXES = ("mesh", "batch", "remat", "teacher")
-REMATS = ("full", "dots", "none")  # what keeps least first
+REMATS = ("full", "dots", "none")  # by memory, ascending
 BATCHES = (128, 64, 32, 16, 8)
 DEFAULTS = {"batch": BATCHES, "remat": REMATS, "teacher": PLACEMENTS}
 
@@ -28,7 +28,7 @@ class Sweep:
         mesh: sizes of data, fsdp and tensor.
         batch: examples a chip.
         remat: of the student.
-        teacher: placements of the teacher.
+        teacher: shardings of the teacher.
     """
 
     mesh: tuple[tuple[int, int, int], ...] | None = None
@@ -88,14 +88,14 @@ def run_sweep(sweep: Sweep, request: StepRequest, plan: Callable[[StepRequest], 
     """
     chips = request.topology.chips
     meshes = usual_meshes(request.topology) if sweep.mesh == () else sweep.mesh or (request.mesh,)
-    placements = _choices(sweep.teacher, "teacher", request.teacher_sharding)
+    teacher_shardings = _choices(sweep.teacher, "teacher", request.teacher_sharding)
     remats = sorted(_choices(sweep.remat, "remat", request.student.remat), key=REMATS.index)
     batches = [request.lengths.batch]
     if sweep.batch is not None:
         batches = sorted({chips * each for each in sweep.batch or BATCHES}, reverse=True)
-    for mesh, placement in itertools.product(meshes, placements):
-        if placement != placements[0] and (request.teacher is None or mesh[1] == 1):
-            continue  # nothing is split over one part: both placements are one
+    for mesh, teacher_sharding in itertools.product(meshes, teacher_shardings):
+        if teacher_sharding != teacher_shardings[0] and (request.teacher is None or mesh[1] == 1):
+            continue  # nothing is sharded over one device: both are the same
         possible = batches
         for remat in remats:
             for batch in possible:
@@ -103,7 +103,7 @@ def run_sweep(sweep: Sweep, request: StepRequest, plan: Callable[[StepRequest], 
                     dataclasses.replace(
                         request,
                         mesh=mesh,
-                        teacher_sharding=placement,
+                        teacher_sharding=teacher_sharding,
                         student=dataclasses.replace(request.student, remat=remat),
                         lengths=request.lengths._replace(batch=batch),
                     )

@@ -1,6 +1,6 @@
-"""Names of slices and hosts, and the devices they stand for.
+"""Names of slices and hosts, and their devices.
 
-    v5e:4x4       a TPU slice by its shape          2*v5e:4x4     two of them, joined by the data centre network
+    v5e:4x4       a TPU slice by its shape          2*v5e:4x4     two of them, joined by the data center network
     v5e-16        the same slice by its size        v5litepod-16  as Cloud TPU calls it
     h100:8        a host with eight GPUs            gpu:8, cpu:8  any such host, whose chips are not known
 
@@ -32,7 +32,7 @@ class Topology:
     Attributes:
         chip: their kind.
         shape: chips of one slice along each of its axes; of a host, their number.
-        slices: such slices, joined by the data centre network.
+        slices: such slices, joined by the data center network.
     """
 
     chip: Chip
@@ -58,7 +58,7 @@ class Topology:
 
     @property
     def is_proxy(self) -> bool:
-        """Whether there is no compiler for it here, so that the CPU's stands for it."""
+        """Whether the CPU compiler is used as a proxy, as there is none for it here."""
         return self.chip.platform != "tpu"
 
 
@@ -125,7 +125,7 @@ def environment(topology: Topology) -> dict[str, str]:
         }
     return {
         "JAX_PLATFORMS": "cpu",
-        # libtpu is loaded to compile only: it shall look for no machine, and not mind another process that does so too.
+        # libtpu only compiles here: it must not look for TPUs, and must tolerate another process using it.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": topology.cloud_name,

@@ -1,7 +1,7 @@
 """One compilation in a process of its own: `python -m endistill_jax.planning.worker REQUEST RESULT`.
 
 Reads a pickled `StepRequest`, compiles its step and writes what was found as JSON. It is a program, not a function,
-because compilers for chips that are not here can end the process, or take all its memory.
+because AOT compilers can crash the process, or exhaust its memory.
 """
 
 import json
@@ -38,7 +38,7 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
     Returns:
         `mesh`, sizes by axis; `student_params` and `teacher_params`, numbers; in bytes `held`, what is kept between
         steps by owner and shapes, and `memory`, what the compiler plans; `flops` of matrix products; `collectives`,
-        fields of `Traffic`; `uncounted_loops`, whose trip count nothing says; `trace_seconds` and `compile_seconds`.
+        fields of `Traffic`; `uncounted_loops`, with unknown trip counts; `trace_seconds` and `compile_seconds`.
 
     Raises:
         UserError: settings that do not fit each other or the topology.
@@ -132,7 +132,7 @@ def _bytes_a_device(tree: Any) -> int:
 
 
 def main(request_file: str, result_file: str) -> None:
-    """Answers one request; what the settings or the compiler refuse is an answer too."""
+    """Handles one request; errors of settings or compiler are results too."""
     request = pickle.loads(pathlib.Path(request_file).read_bytes())
     try:
         result = compile_step(request) | {"status": "compiled", "reason": ""}

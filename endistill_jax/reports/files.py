@@ -1,4 +1,4 @@
-"""Small files that are either whole or not there: atomic writing, and JSON that any reader accepts."""
+"""Atomic writing of small files, and JSON that any reader accepts."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from endistill_jax.storage import stored_path
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old file or the new one and never a part.
 
-    It is written to a file beside `path`, which then takes its place (`os.replace` locally, a rename in object stores).
+    It is written to a file next to `path`, which then replaces it (`os.replace` locally, a rename in object stores).
 
     Args:
         path: the file; its folder is made when missing.

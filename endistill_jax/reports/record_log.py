@@ -1,4 +1,4 @@
-"""A JSONL file of numbered records that grows in order and can be gone on with: no record is lost or written twice."""
+"""A resumable JSONL file of numbered records: none is lost or written twice."""
 
 import json
 import os
@@ -17,10 +17,10 @@ class Done(NamedTuple):
     """What an earlier attempt has written.
 
     Attributes:
-        last: number of the last whole record, 0 if there is none.
-        records: how many whole records.
-        marked: of these, how many have a true value under each key that was asked for.
-        length: bytes up to the end of the last whole record.
+        last: number of the last complete record, 0 if there is none.
+        records: number of complete records.
+        marked: how many of them have a true value under each requested key.
+        length: bytes up to the end of the last complete record.
     """
 
     last: int = 0
@@ -30,13 +30,13 @@ class Done(NamedTuple):
 
 
 class RecordLog:
-    """Records with rising numbers under `line`, and beside them, in `<file>.run.json`, what they were made with."""
+    """Records with ascending numbers under `line`, and in `<file>.run.json` the manifest of their settings."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens nothing yet.
+        """Does not open the file yet.
 
         Args:
-            path: a local file, which need not be there.
+            path: a local file, which need not exist.
 
         Raises:
             UserError: it is a folder, or in an object store, where no file can grow.
@@ -44,40 +44,42 @@ class RecordLog:
         self._path = local_path(path, "give a local file, since records are added to it as they are made")
         if self._path.is_dir():
             raise UserError(f"{path} is a folder; give a file in it")
-        self._facts_path = self._path.with_name(f"{self._path.name}.run.json")
+        self._manifest_path = self._path.with_name(f"{self._path.name}.run.json")
 
-    def check(self, facts: Mapping[str, Any], *, unknown: Iterable[str] = ()) -> None:
-        """Makes sure that what is there already, if anything is, is from the same job; reads no record.
+    def check(self, manifest: Mapping[str, Any], *, unknown: Iterable[str] = ()) -> None:
+        """Checks that an existing file is from the same job; reads no record.
 
         Args:
-            facts: what the records are made with; plain values in nested dictionaries.
-            unknown: names of those facts that are still to be found out.
+            manifest: settings of the records; plain values in nested dictionaries.
+            unknown: names of entries that are not known yet.
 
         Raises:
-            UserError: the file was made with other facts (each difference is named), or is none of these.
+            UserError: the file has a different manifest (each difference is named), or none.
         """
-        if not self._facts_path.exists():
+        if not self._manifest_path.exists():
             if self._path.exists():
                 raise UserError(f"{self._path} is there already, and not from this job; give another output file")
             return
         try:
-            saved = json.loads(self._facts_path.read_text(encoding="utf-8"))
+            saved = json.loads(self._manifest_path.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError(f"{self._facts_path} is damaged; remove it and {self._path} to start anew") from None
+            raise UserError(
+                f"{self._manifest_path} is damaged; remove it and {self._path} to start from scratch"
+            ) from None
         saved = {name: value for name, value in saved.items() if name not in unknown}
-        check_same(saved, json.loads(json_text(facts)), str(self._path))
+        check_same(saved, json.loads(json_text(manifest)), str(self._path))
 
-    def read(self, facts: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
-        """What is there already; changes nothing.
+    def read(self, manifest: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
+        """The existing records; read-only.
 
         Args:
-            facts: what the records are made with; see `check`.
+            manifest: see `check`.
             count: keys whose true values are counted.
 
         Raises:
             UserError: as of `check`, and for a line that is no record.
         """
-        self.check(facts)
+        self.check(manifest)
         last = records = length = 0
         marked = dict.fromkeys(count, 0)
         with self._path.open("rb") if self._path.exists() else open(os.devnull, "rb") as file:
@@ -94,14 +96,14 @@ class RecordLog:
                 records, length = records + 1, length + len(raw)
         return Done(last, records, marked, length)
 
-    def start(self, facts: Mapping[str, Any], done: Done) -> None:
-        """Writes the facts, and takes away a record that was cut off."""
-        write_atomically(self._facts_path, json_text(facts, indent=2) + "\n")
+    def start(self, manifest: Mapping[str, Any], done: Done) -> None:
+        """Writes the manifest, and removes a truncated record."""
+        write_atomically(self._manifest_path, json_text(manifest, indent=2) + "\n")
         with self._path.open("ab") as file:
             file.truncate(done.length)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Adds records; they are on the disk when this returns."""
+        """Appends records; they are on disk when this returns."""
         text = "".join(json_text(record) + "\n" for record in records)
         with self._path.open("ab") as file:
             file.write(text.encode())

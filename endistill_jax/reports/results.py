@@ -1,4 +1,4 @@
-"""The table a training job ends with."""
+"""The result table of a training job."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def model_row(
 
 
 def reference_rows(report: DenoisingReport) -> list[dict[str, Any]]:
-    """What n-grams reach on the same tokens, without reading the input."""
+    """The n-gram references on the same tokens."""
     rows = {"unigram": report.unigram_loss, "bigram": report.bigram_loss}
     return [{"model": name, "token_loss": loss} for name, loss in rows.items() if loss is not None]
 
@@ -51,7 +51,7 @@ def merge_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def print_results(
     model_dir: str, rows: list[dict[str, Any]], title: str, columns: Sequence[Column] = DENOISING_COLUMNS
 ) -> None:
-    """Prints the table and writes it as results.md and results.json, on the first host only."""
+    """Prints the table and writes it as results.md and results.json, on the primary host only."""
     if jax.process_index() == 0:
         print_table(rows, columns, title=title)
         write_table(model_dir, "results", rows, columns, title=title)

@@ -1,4 +1,4 @@
-"""What a model directory tells of how its run was started: `command.sh` and `config.gin`."""
+"""`command.sh` and `config.gin`, which record in a model directory how its run was started."""
 
 import contextlib
 import contextvars
@@ -17,7 +17,7 @@ class Launch:
 
     Attributes:
         command: the words of a command that starts it again.
-        config: gives the configuration that the job was called with, as text.
+        config: returns the configuration of the job as text.
     """
 
     command: Sequence[str]
@@ -29,7 +29,7 @@ _launch: contextvars.ContextVar[Launch | None] = contextvars.ContextVar("launch"
 
 @contextlib.contextmanager
 def started_by(launch: Launch) -> Iterator[None]:
-    """Says how the jobs that run inside were started."""
+    """Context that records how the jobs inside were started."""
     token = _launch.set(launch)
     try:
         yield
@@ -38,14 +38,14 @@ def started_by(launch: Launch) -> Iterator[None]:
 
 
 def write_run_files(model_dir: str | os.PathLike[str]) -> None:
-    """Writes `command.sh` and `config.gin` to a model directory, when there is something to tell.
+    """Writes `command.sh` and `config.gin` to a model directory, if the command is known.
 
-    A job that is called from plain Python was started by no command that is known here: nothing is written then.
+    Writes nothing for a job that is called from plain Python.
     """
     launch = _launch.get()
     if launch is None:
         return
     command = shlex.join(launch.command)
-    script = f"#!/bin/sh\n# Written by endistill-jax {__version__}; goes on where the run stopped, if it did.\n"
+    script = f"#!/bin/sh\n# Written by endistill-jax {__version__}; resumes the run if it was stopped.\n"
     write_atomically(f"{os.fspath(model_dir)}/command.sh", f"{script}cd {shlex.quote(os.getcwd())} && {command}\n")
     write_atomically(f"{os.fspath(model_dir)}/config.gin", launch.config())

@@ -1,6 +1,6 @@
 """Result tables: rows of plain numbers to a terminal, to Markdown and to JSON.
 
-A cell is a number, a text, None (nothing to tell), or a list of numbers, one a seed, shown as mean and spread. Numbers
+A cell is a number, a text, None (empty), or a list of numbers, one a seed, shown as mean and spread. Numbers
 are rounded for reading only; the JSON file holds the rows as they are.
 """
 
@@ -84,9 +84,9 @@ def format_cell(value: Any, kind: str) -> str:
         if not value:
             return _MISSING
         mean, deviation = spread(value)
-        told = _format_number(mean, kind)
+        text = _format_number(mean, kind)
         deviation_kind = "loss" if kind == "difference" else kind  # it has no sign
-        return told if len(value) == 1 else f"{told} ± {_format_number(deviation, deviation_kind)}"
+        return text if len(value) == 1 else f"{text} ± {_format_number(deviation, deviation_kind)}"
     return _format_number(value, kind)
 
 

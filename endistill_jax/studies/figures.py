@@ -1,4 +1,4 @@
-"""The figures of a study, picked out of what `study.json` holds. Pure; nothing but the standard library.
+"""The metrics of a study, read from the content of `study.json`. Pure; uses the standard library only.
 
 `study.json` is an object:
 
@@ -7,11 +7,11 @@
                           steps (of each stage), flops (of all training steps, by formula), stages (of a chain)
     teacher, data, run    settings
     tasks                 settings of the fine-tunings by name
-    judged_by             what the held-out figures are of: teacher, task, data, probe
+    judged_by             eval_spec of the held-out metrics: teacher, task, data, probe
     versions, devices     of what wrote the file
-    teacher_figures       the teacher's held-out figures
+    teacher_figures       the teacher's held-out metrics
     runs                  one an arm and seed: arm, seed, tokens, seconds,
-                          evaluations: objects with step and every held-out figure, those of the probe as probe/<term>
+                          evaluations: objects with step and every held-out metric, those of the probe as probe/<term>
                           stages: of a chain, tokens, seconds and evaluations of each
                           downstream: task -> metrics, step, tokens, seconds
 """
@@ -27,12 +27,12 @@ PROBE = "probe/"
 
 
 def arm_runs(raw: Raw, arm: str) -> list[Raw]:
-    """The runs of an arm that are there, by seed."""
+    """The existing runs of an arm, by seed."""
     return sorted((run for run in raw["runs"] if run["arm"] == arm), key=lambda run: run["seed"])
 
 
 def final(raw: Raw, arm: str, name: str) -> BySeed:
-    """A held-out figure at the end of each run of an arm; of a site, `probe/cross`, the mean of its terms."""
+    """A held-out metric at the end of each run of an arm; of a site, `probe/cross`, the mean of its terms."""
     return {run["seed"]: value_of(run["evaluations"][-1], name) for run in arm_runs(raw, arm)}
 
 
@@ -42,7 +42,7 @@ def downstream(raw: Raw, arm: str, task: str, metric: str) -> BySeed:
 
 
 def curve(raw: Raw, arm: str, name: str) -> dict[int, BySeed]:
-    """A held-out figure over the steps at which it was measured, by step and seed; names as of `final`."""
+    """A held-out metric over the steps at which it was measured, by step and seed; names as of `final`."""
     points: dict[int, BySeed] = {}
     for run in arm_runs(raw, arm):
         for evaluation in run["evaluations"]:
@@ -56,7 +56,7 @@ def paired(values: BySeed, baseline: BySeed) -> list[float]:
 
 
 def value_of(evaluation: Raw, name: str) -> float:
-    """A figure of one evaluation; NaN and infinities, which JSON has as texts, as floats."""
+    """A metric of one evaluation; NaN and infinities, strings in JSON, as floats."""
     if name in evaluation:
         return float(evaluation[name])
     return statistics.fmean(float(evaluation[term]) for term in evaluation if term.startswith(f"{name}/"))

@@ -1,4 +1,4 @@
-"""The plots of a study, from what `study.json` holds."""
+"""The plots of a study, from the content of `study.json`."""
 
 import io
 import math
@@ -19,14 +19,14 @@ from endistill_jax.studies.figures import (
     value_of,
 )
 
-# Okabe and Ito's colours, which people tell apart who see few of them; then their next shades.
+# Okabe and Ito's colorblind-safe palette; then further shades of it.
 _COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8A8A8A", "#B8A800", "#7B4FA3")
 _MARKERS = "osv^DXP*<>"
 _DOTS_PER_INCH = 110
 
 
 def check_packages() -> None:
-    """Makes sure that plots can be drawn: before anything is trained, not at the end.
+    """Checks that plots can be drawn: before anything is trained, not at the end.
 
     Raises:
         UserError: if Matplotlib is not installed.
@@ -131,7 +131,7 @@ def _arms(raw: Raw) -> list[str]:
 
 
 def _style(raw: Raw, arm: str) -> dict[str, str]:
-    """An arm's colour and marker, the same in every plot."""
+    """An arm's color and marker, the same in every plot."""
     place = list(raw["arms"]).index(arm)
     return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
 

@@ -1,8 +1,8 @@
-"""The files of a study: `study.json` with everything that was measured, and what is made of it.
+"""The files of a study: `study.json` with all measurements, and the tables and plots made from it.
 
     python -m endistill_jax.studies.report FOLDER
 
-makes `study.md` and the plots anew from FOLDER/study.json.
+recreates `study.md` and the plots from FOLDER/study.json.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from endistill_jax.checkpoints.manifest import objective_of_path, plain, renamed_metrics
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.table import print_table
@@ -25,7 +26,7 @@ TABLE_FILE = "study.md"
 
 
 def raw_file(folder: str | os.PathLike) -> epath.Path:
-    """Where the `study.json` of a folder is, or will be."""
+    """The path of a folder's `study.json`."""
     return stored_path(folder) / RAW_FILE
 
 
@@ -33,18 +34,30 @@ def read_raw(folder: str | os.PathLike) -> Raw:
     """Reads `study.json`.
 
     Raises:
-        UserError: there is none, or it is no study's.
-        StorageFailure: the storage could not be asked for it.
+        UserError: there is none, or it is not of a study.
+        StorageFailure: the storage could not be read.
     """
     file = raw_file(folder)
     try:
         raw = json.loads(file.read_text())
         raw["judged_by"]["shards"], raw["runs"]
+        _rename(raw)
     except OSError as error:
         raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is no record of a study; move it away") from None
     return raw
+
+
+def _rename(raw: Raw) -> None:
+    """Metrics and the probe of a study of manifest schema 1, under their present names."""
+    raw["teacher_figures"] = renamed_metrics(raw["teacher_figures"])
+    for run in raw["runs"]:
+        for each in (run, *run.get("stages", ())):
+            each["evaluations"] = [renamed_metrics(evaluation) for evaluation in each["evaluations"]]
+    probe = raw["judged_by"].get("probe")
+    if probe and "path" in probe:
+        probe["objective"] = plain(objective_of_path(probe.pop("path")).described())
 
 
 def write_raw(folder: str | os.PathLike, raw: Raw) -> None:
@@ -68,7 +81,7 @@ def print_study(raw: Raw) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Makes the tables and plots of each folder anew."""
+    """Recreates the tables and plots of each folder."""
     if not words:
         print("usage: python -m endistill_jax.studies.report FOLDER ...", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What judges the runs of a study, and what a run of it tells once it has ended."""
+"""Evaluation of the runs of a study, and their results."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluations:
-    """What judges the runs of a study, prepared once.
+    """The evaluations of a study, prepared once.
 
     Attributes:
-        held_out: the figures that need no teacher.
-        students: those, and the probe where there is one: what judges students while they are trained.
+        held_out: metrics that need no teacher.
+        students: those and the probe, if any: the evaluation of students during training.
         tasks: of each task, its metrics.
     """
 
@@ -44,7 +44,7 @@ class Evaluations:
 
 
 def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
-    """The runs of which all has ended, and those of which something is left."""
+    """Complete runs, and those with something left to do."""
     ended, left = [], []
     for run in runs:
         (ended if all(map(has_ended, run.folders)) else left).append(run)
@@ -54,7 +54,7 @@ def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRu
 def prepare_evaluations(
     runs: Sequence[StudyRun], teacher: TrainedModel, probe: Objective | None, probe_batches: int
 ) -> Evaluations:
-    """Reads all held-out examples that the runs are judged on.
+    """Reads all held-out examples of the evaluations.
 
     Raises:
         UserError: a split without examples, or no metric of the name of a `Run.keep_best`.
@@ -74,11 +74,11 @@ def prepare_evaluations(
 
 
 def run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
-    """Trains and fine-tunes what has not ended, and returns what was found, now or earlier.
+    """Trains and fine-tunes what is not complete, and returns all results.
 
     Args:
         run: checked.
-        evaluations: None where all of the run has ended.
+        evaluations: None if the run is complete.
 
     Raises:
         UserError: naming arm and seed, for a loss that is no number and for what was run with other settings.
@@ -115,7 +115,7 @@ def _run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
 
 
 def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finished | TrainingResult | StageResult]:
-    """What every stage ended with."""
+    """The results of every stage."""
     if run.chain is None:
         return [finished(run.training) or train(run.training, evaluations.students)]
     # The study's teacher is needed by other arms and by the probe.
@@ -123,7 +123,7 @@ def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finishe
 
 
 def teacher_metrics(teacher: TrainedModel, held_out: HeldOut, sharding: str) -> Record:
-    """The teacher's size and held-out figures."""
+    """The teacher's size and held-out metrics."""
     report = held_out.evaluate(teacher.config, teacher.params, sharding)
     return {"parameters": count_params(abstract_params(teacher.config))} | report.scalars()
 
@@ -137,7 +137,7 @@ def settle_shards(
         data: of the training.
         tasks: name -> fine-tuning, which takes as many shards as the training where it does not say.
         earlier: what an earlier start wrote.
-        hosts: how many shards there are where neither the settings nor an earlier start tell.
+        hosts: number of shards if neither the settings nor an earlier start set it.
 
     Raises:
         UserError: for batches of a task that do not divide over the shards.
@@ -152,7 +152,7 @@ def settle_shards(
 
 
 def eval_spec_of(run: StudyRun, teacher: TrainedModel, probe: Objective | None, probe_batches: int) -> Record:
-    """What the figures of all runs are of, but for the tasks: plain values."""
+    """The eval_spec of all runs, except for the tasks, as plain values."""
     data = run.training.data
     return eval_spec(data) | {
         "shards": data.shards,
@@ -163,16 +163,16 @@ def eval_spec_of(run: StudyRun, teacher: TrainedModel, probe: Objective | None, 
 
 
 def earlier_record(model_dir: str) -> Record | None:
-    """What an earlier start of the study wrote, if there was one.
+    """The results of an earlier start of the study, if any.
 
     Raises:
-        UserError: the file is no study's.
+        UserError: the file is not of a study.
     """
     return read_raw(model_dir) if raw_file(model_dir).exists() else None
 
 
 def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -> None:
-    """Runs of an earlier start must have been judged by the same.
+    """Checks that runs of an earlier start have the same eval_spec.
 
     Raises:
         UserError: naming each difference.
@@ -182,7 +182,7 @@ def check_judged_alike(model_dir: str, earlier: Record | None, judged: Record) -
 
 
 def _evaluations(model_dir: str) -> list[Record]:
-    """The held-out figures of a run in order, each with its step."""
+    """The held-out metrics of a run in order, each with its step."""
     return [
         {"step": line["step"]} | {name.removeprefix(HELD_OUT): line[name] for name in line if name.startswith(HELD_OUT)}
         for line in read_metrics(f"{model_dir}/{FILE_NAME}")

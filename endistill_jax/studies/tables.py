@@ -1,4 +1,4 @@
-"""The tables of a study, from what `study.json` holds: means, spreads over seeds, differences paired by seed."""
+"""The tables of a study, from the content of `study.json`: means, spreads over seeds, differences paired by seed."""
 
 import statistics
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from endistill_jax.studies.figures import (
     trains_on,
 )
 
-# Name of a held-out figure, its heading, how it is shown, and whether differences to the baseline stand beside it.
+# Name of a held-out metric, its heading, its format, and whether differences to the baseline are shown.
 _HELD_OUT = (
     ("token_loss", "loss on non-sentinel tokens", "loss", True),
     ("shuffled_input_gap", "shuffled-input gap", "loss", True),
@@ -29,7 +29,7 @@ ARM = Column(key="arm", title="arm")
 
 
 class Table(NamedTuple):
-    """A table with what stands over it.
+    """A table with its title.
 
     Attributes:
         title: a heading.
@@ -43,7 +43,7 @@ class Table(NamedTuple):
 
 
 def study_tables(raw: Raw) -> list[Table]:
-    """Held-out figures, downstream metrics where there are tasks, and the probe where there is one."""
+    """Held-out metrics, downstream metrics if there are tasks, and the probe if there is one."""
     tables = [_held_out(raw)]
     if task_metrics(raw):
         tables.append(_downstream(raw))
@@ -56,11 +56,11 @@ def study_markdown(raw: Raw) -> str:
     """All tables as one Markdown text."""
     seeds = ", ".join(map(str, raw["seeds"]))
     head = (
-        f"Seeds {seeds}. Figures are means over them ± sample standard deviation. Each difference is that to the arm "
+        f"Seeds {seeds}. Values are means over them ± sample standard deviation. Each difference is that to the arm "
         f"`{raw['baseline']}` of the same seed, then mean and deviation.\n\n"
     )
     if len(raw["runs"]) < (planned := len(raw["arms"]) * len(raw["seeds"])):
-        head += f"{len(raw['runs'])} of {planned} runs have ended: arms may have figures of fewer seeds.\n\n"
+        head += f"{len(raw['runs'])} of {planned} runs have ended: arms may have values of fewer seeds.\n\n"
     return head + "\n".join(
         f"## {table.title}\n\n{markdown_table(table.rows, table.columns)}" for table in study_tables(raw)
     )
@@ -87,8 +87,8 @@ def _held_out(raw: Raw) -> Table:
     figures = raw["teacher_figures"]
     rows.append({"arm": "teacher", "parameters": figures["parameters"]} | {x: figures.get(x) for x, *_ in _HELD_OUT})
     for ngram in ("unigram", "bigram"):
-        if f"{ngram}_token_loss" in figures:
-            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_token_loss"]})
+        if f"{ngram}_loss" in figures:
+            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_loss"]})
     return Table("Held-out text after training, nats a token", tuple(columns), rows)
 
 
@@ -135,7 +135,7 @@ def _add_figure(
     compared: bool,
     values_of: Callable[[str], BySeed],
 ) -> list[Column]:
-    """Adds a figure to the rows, and where it is compared its difference to the baseline; returns the columns."""
+    """Adds a metric to the rows, and if requested its difference to the baseline; returns the columns."""
     baseline = values_of(raw["baseline"])
     for row in rows:
         values = values_of(row["arm"])

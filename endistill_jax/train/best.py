@@ -14,8 +14,8 @@ class Best:
 
     Attributes:
         metric: its name.
-        mode: "min" or "max": which end of it is best.
-        patience: evaluations in a row without a better one after which the run ends; None waits for ever.
+        mode: "min" or "max", whichever is better.
+        patience: number of evaluations without improvement after which the run ends; None never ends it early.
         step: of the best evaluation; None before the first.
         metrics: its scalars.
         waited: evaluations since then.
@@ -29,7 +29,7 @@ class Best:
     waited: int = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Counts an evaluation, and returns whether it is the best so far by the metric. NaN never is."""
+        """Records an evaluation and returns whether it is the best so far. NaN never is."""
         better = self.metric is not None and self._is_better(metrics[self.metric])
         self.waited = 0 if better else self.waited + 1
         if better or self.metric is None or self.step is None:
@@ -42,11 +42,11 @@ class Best:
         return self.patience is not None and self.waited >= self.patience
 
     def plain(self) -> dict[str, Any]:
-        """As it is in a manifest."""
+        """The entry in a manifest."""
         return {"step": self.step, "metrics": dict(self.metrics), "waited": self.waited}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Counts on from what a manifest has."""
+        """Restores the state from a manifest."""
         self.step, self.metrics, self.waited = saved["step"], dict(saved["metrics"]), saved["waited"]
 
     def _is_better(self, value: float) -> bool:

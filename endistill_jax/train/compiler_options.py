@@ -1,4 +1,4 @@
-"""Options of the XLA compiler as a setting, by platform: what is meant for a TPU does not break a run on a CPU."""
+"""XLA compiler options as a setting, by platform, so that TPU options do not break a run on a CPU."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,10 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str, str | int | float | bool] | None:
-    """The options for the mesh's devices, each tried on a program of one addition; None if there are none.
+    """The options for the mesh's devices, each validated by compiling a trivial program; None if there are none.
 
     Raises:
-        UserError: naming the platform that does not exist, or the option that the compiler does not take.
+        UserError: naming the unknown platform, or the option that the compiler rejects.
     """
     options = options or {}
     for platform, chosen in options.items():
@@ -28,7 +28,7 @@ def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str
             )
     platform = LossImplementation(axes=MeshAxes(mesh=mesh)).platform
     chosen = dict(options.get(platform, {}))
-    # A host compiles for its own devices; a planned mesh may have none here.
+    # Compile for local devices; a planned mesh may have none here.
     device = next(iter(mesh.local_devices), mesh.devices.flat[0])
     for name, value in chosen.items():
         _try_option(name, value, platform, device)

@@ -10,7 +10,7 @@ from endistill_jax.train.training import Training
 
 
 def describe(training: Training) -> str:
-    """Settings one a line, then a line for every parameter with its shape."""
+    """One setting per line, then one parameter with its shape per line."""
     lines = [f"model_dir: {training.model_dir}", f"mesh: {dict(training.mesh().shape)}"]
     if training.teacher is not None:
         lines.append(f"teacher: {training.teacher.source}, {_size(training.teacher.config)}")

@@ -1,6 +1,6 @@
 """An experiment, as plain data: what is trained, on what, how long.
 
-A stage of a chain, an arm of a study, a plan, a sweep and a fine-tuning are experiments too, made from one another by
+Stages of a chain, arms of a study, plans, sweeps and fine-tunings are experiments too, derived from one another with
 `dataclasses.replace`.
 """
 
@@ -24,7 +24,7 @@ from endistill_jax.train.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
         task: name of a registered SeqIO task or mixture, or the task itself. Its "inputs" and "targets" features must
@@ -32,12 +32,12 @@ class Data:
         inputs_length: encoder length of a row, in tokens.
         targets_length: decoder length of a row.
         batch_size: rows of a global batch, over all hosts and micro-batches.
-        pack: put several examples into one row.
-        shards: of the training text, each read by itself for its rows of every batch: the same shards give the same
-            batches on any number of hosts. None takes as many as hosts at the start of the run, and keeps them.
+        pack: pack several examples into one row.
+        shards: of the training text, each read independently for its rows of every batch: the same shards give the
+            same batches on any number of hosts. None uses the number of hosts at the start of the run, and keeps it.
         eval_split: split of the held-out examples.
         eval_batch_size: rows of an evaluation batch.
-        eval_batches: at most so many batches are evaluated; None evaluates the whole split.
+        eval_batches: limit on the batches evaluated; None evaluates the whole split.
     """
 
     task: Any
@@ -68,39 +68,39 @@ class Data:
 
     @property
     def eval_examples(self) -> int | None:
-        """At most so many examples of a task are evaluated; None evaluates the whole split."""
+        """Limit on the examples evaluated; None evaluates the whole split."""
         return None if self.eval_batches is None else self.eval_batches * self.eval_batch_size
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """Which examples of the task are evaluated, as plain values, in whatever batches."""
+        """Which examples of the task are evaluated, as plain values; independent of the batch size."""
         return {name: getattr(self, name) for name in ("eval_split", "eval_examples")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """How long a run is, where it runs and what it keeps.
+    """Length, devices, logging and checkpointing of a run.
 
     Attributes:
         steps: optimizer updates.
-        seed: decides initial parameters, data order, corruption and dropout.
-        micro_batches: parts of a batch whose gradients are accumulated.
-        mesh: sizes of the axes data, fsdp and tensor; -1 takes the devices that the others leave.
-        slices: groups of devices with a slow network between them, over which the axis data is spread; None counts
-            those of TPUs, and takes other devices for one.
+        seed: of initial parameters, data order, corruption and dropout.
+        micro_batches: number of gradient accumulation steps.
+        mesh: sizes of the axes data, fsdp and tensor; -1 is inferred from the number of devices.
+        slices: groups of devices with a slow network between them, over which the axis data is sharded; None detects
+            TPU slices, and treats other devices as one.
         compiler_options: options of the XLA compiler for the training step, by platform: {"tpu": {"xla_...": value}}.
-            Those of other platforms than the run's are ignored.
+            Those of platforms other than the run's are ignored.
         log_every: steps between two lines of metrics.
         eval_every: steps between two held-out evaluations; 0 evaluates at the end only.
         eval_at_start: evaluate before the first step too.
         checkpoint_every: steps between two checkpoints; the last step is always saved.
         keep_last: number of latest checkpoints kept.
         keep_best: name of a held-out metric, such as "token_loss", whose best checkpoint is kept too.
-        best_mode: "min" or "max": which end of `keep_best` is best.
-        patience: the run ends when so many evaluations in a row were no better than the best one before, by
+        best_mode: "min" or "max", whichever is better for `keep_best`.
+        patience: early stopping: the run ends after so many evaluations in a row without improvement of
             `keep_best`; None never ends it early.
-        tensorboard: write TensorBoard scalars beside metrics.jsonl.
-        losses: in which form the losses are computed; by default chosen by platform and shape.
+        tensorboard: write TensorBoard scalars in addition to metrics.jsonl.
+        losses: implementation of the losses; by default chosen by platform and shape.
     """
 
     steps: int
@@ -140,25 +140,25 @@ class Run:
 
     @property
     def chosen_by(self) -> dict[str, Any]:
-        """What decides which step is the best, as plain values."""
+        """The settings that determine which step is best, as plain values."""
         names = ("keep_best", "best_mode", "patience", "eval_every") if self.keep_best else ("keep_best",)
         return {name: getattr(self, name) for name in names}
 
     def mesh_of_devices(self) -> Mesh:
-        """The mesh over all devices there are."""
+        """The mesh over all devices."""
         return make_mesh(*self.mesh, slices=self.slices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The frozen model that a student is compared with.
+    """The frozen teacher.
 
     Attributes:
         source: "bundled", a Hugging Face T5 folder or hub name, a T5X checkpoint, or the model directory of a run.
-        dtype: float32 or bfloat16: of its parameters and computations.
-        config: its shape, for planning without a checkpoint; a checkpoint of another is refused.
-        sharding: "sharded" splits its parameters as the student's; "replicated" keeps them whole but for the axis
-            tensor, so that none is gathered: faster where they fit.
+        dtype: float32 or bfloat16, of parameters and computations.
+        config: its shape, for planning without a checkpoint; a checkpoint of another shape is refused.
+        sharding: "sharded" shards its parameters like the student's; "replicated" shards them over the axis tensor
+            only, which avoids gathering them and is faster if they fit.
     """
 
     source: str
@@ -172,18 +172,18 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What is trained, by what objective, on what data, how long; everything but where it is written.
+    """A complete training setup, except for the output folder.
 
     Attributes:
-        student: the model that is trained.
-        objective: what it is trained with; see `objectives.presets`.
-        data: what it reads; the vocabulary must be the teacher's.
-        optimizer: how it is updated.
-        run: how long, on which mesh, what is kept.
-        teacher: None where no term of the objective reads one and the student does not start from one.
-        init: what of the teacher the student starts from.
-        initial_checkpoint: a trained model that is trained further, named as a teacher is: its parameters are taken,
-            the optimizer and the data start anew.
+        student: the model to train.
+        objective: see `objectives.presets`.
+        data: the vocabulary must be the teacher's.
+        optimizer: optimizer and learning-rate schedule.
+        run: length, mesh, logging and checkpoints.
+        teacher: None if no term of the objective uses one and the student is not initialized from one.
+        init: how the student is initialized from the teacher.
+        initial_checkpoint: a trained model to continue training, named like a teacher: its parameters are loaded, the
+            optimizer and the data start from scratch.
     """
 
     student: ModelConfig
@@ -209,10 +209,10 @@ class Experiment:
 
 
 def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] = ()) -> None:
-    """Makes sure that names can be folders beside those that are taken.
+    """Checks that names are valid and unreserved as folders of a run.
 
     Raises:
-        UserError: for the first that cannot.
+        UserError: for the first that is not.
     """
     for name in names:
         if not name.replace("_", "").replace("-", "").isalnum():

@@ -1,4 +1,4 @@
-"""Fine-tuning as experiments: a trained model learns a task, once for every learning rate and seed."""
+"""Fine-tuning as experiments: one training for every learning rate and seed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ _OTHERS = ("learning_rate", "parameters", "best_step", "train_tokens", "seconds"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """How a model is fine-tuned on a task and judged.
+    """How a model is fine-tuned on a task and evaluated.
 
     Attributes:
-        data: the task or mixture; its `eval_split` is what the model is judged on.
-        optimizer: how the model is updated.
-        run: how long, on which mesh, what is kept. `keep_best` is a metric of the task, of a mixture `task/metric` or
+        data: the task or mixture; the model is evaluated on its `eval_split`.
+        optimizer: optimizer and learning-rate schedule.
+        run: length, mesh, logging and checkpoints. `keep_best` is a metric of the task, of a mixture `task/metric` or
             `mean`; metrics are then those of the best evaluation.
-        learning_rates: peaks of the schedule to compare, a run for each; none for the optimizer's own alone.
-        seeds: a run for each at every learning rate; none for the run's own alone. They decide order and dropout.
-        dropout_rate: while it is trained.
-        dtype: float32 or bfloat16: type of the computations; parameters are float32.
-        z_loss: coefficient of the squared log normaliser.
-        scored_by: "generation"; "rank" takes the likeliest label where a task has labels; or "both".
-        decoding: how text is generated; None for the likeliest token, up to `targets_length` of them.
+        learning_rates: peak learning rates to sweep; if empty, the optimizer's own.
+        seeds: one run each for every learning rate; if empty, the run's own. They set data order and dropout.
+        dropout_rate: during training.
+        dtype: float32 or bfloat16, of the computations; parameters are float32.
+        z_loss: coefficient of the squared log normalizer.
+        scored_by: "generation"; "rank" takes the most likely label where a task has labels; or "both".
+        decoding: how text is generated; None for greedy decoding of up to `targets_length` tokens.
     """
 
     data: Data
@@ -63,7 +63,7 @@ class Finetuning:
 
 
 def open_initial(model: str | ModelConfig) -> TrainedModel | ModelConfig:
-    """The model that is trained further, its parameters in float32; a shape is returned as it is."""
+    """The model to fine-tune, its parameters in float32; a shape is returned unchanged."""
     if not isinstance(model, str):
         return model
     opened = open_model(model)
@@ -74,7 +74,7 @@ def open_initial(model: str | ModelConfig) -> TrainedModel | ModelConfig:
 def plan_runs(
     model_dir: str, model: TrainedModel | ModelConfig, finetuning: Finetuning, label: str = ""
 ) -> list[Training]:
-    """A training for every learning rate and seed, learning rates first; one alone has `model_dir` to itself."""
+    """One training per learning rate and seed, learning rates first; a single one uses `model_dir` itself."""
     initial = model if isinstance(model, TrainedModel) else None
     student = dataclasses.replace(
         model if initial is None else initial.config,
@@ -105,10 +105,10 @@ def plan_runs(
 
 
 def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
-    """Finds what would go wrong later; reads no example.
+    """Validates settings early, without reading any example.
 
     Raises:
-        UserError: naming the setting and what would be right.
+        UserError: naming the setting and valid values.
     """
     folders = [training.model_dir for training in trainings]
     if len(set(folders)) < len(folders):
@@ -122,7 +122,7 @@ def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
 
 
 def prepare_evaluation(trainings: Sequence[Training], finetuning: Finetuning) -> Evaluation:
-    """What judges the runs.
+    """The evaluator of the runs.
 
     Raises:
         UserError: a split without examples, or no metric of the name of `Run.keep_best`.
@@ -135,7 +135,7 @@ def prepare_evaluation(trainings: Sequence[Training], finetuning: Finetuning) ->
 
 
 def run_all(trainings: Sequence[Training], evaluation: Evaluation) -> Rows:
-    """Trains one after the other; a row for every learning rate, with the numbers of all its seeds."""
+    """Trains them one after another; returns a row per learning rate, with the metrics of all its seeds."""
     rows: dict[float, Rows] = {}
     for training in trainings:
         rows.setdefault(training.experiment.optimizer.learning_rate, []).append(_row(training, evaluation))

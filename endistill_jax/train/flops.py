@@ -4,7 +4,7 @@
 
 The teacher runs forward only and computes what the objective reads. The student's backward pass is two forward passes.
 A term counts its own products, such as a relation's scores; the heads' are the models'. The scores of interpolated
-targets are products of both models' vectors put together: a teacher of both inner widths, and the student's head once
+targets are products of both models' concatenated vectors: a teacher of both inner widths, and the student's head once
 more.
 """
 
@@ -52,7 +52,7 @@ def step_flops(student: ModelConfig, teacher: ModelConfig | None, objective: Obj
 
 
 class _Joined:
-    """The shape of interpolated targets: a teacher whose vectors are both models' put together."""
+    """The shape of interpolated targets: a teacher whose vectors are both models' concatenated."""
 
     def __init__(self, teacher: ModelConfig, student: ModelConfig):
         self._teacher = teacher

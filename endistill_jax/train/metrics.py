@@ -1,9 +1,9 @@
-"""What a run tells while it goes: `metrics.jsonl`, TensorBoard scalars, and a progress bar or log lines.
+"""Logging of a run: `metrics.jsonl`, TensorBoard scalars, and a progress bar or log lines.
 
-`metrics.jsonl` holds one JSON object a line: `step`, the scalars of that step by name, and under `timing` whatever
-depends on the clock or the machine. A run that is killed and resumed ends with the same lines as one that never
-stopped, `timing` apart, bit for bit. That takes one thing of the training loop: all lines of step S are written before
-the checkpoint of step S is saved.
+`metrics.jsonl` has one JSON object per line: `step`, the scalars of that step by name, and under `timing` whatever
+depends on the clock or the machine. A run that is killed and resumed ends with the same lines, except for `timing`, as
+an uninterrupted one, bit for bit. This requires the training loop to write all lines of step S before it saves the
+checkpoint of step S.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import jax
 
+from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
 from endistill_jax.extras import require
 from endistill_jax.reports.files import json_text, write_atomically
@@ -25,10 +26,10 @@ TENSORBOARD = "tensorboard"  # a folder
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without a last line that was cut off in writing.
+    """The records of a `metrics.jsonl`, ignoring a truncated last line; metrics by their present names.
 
     Raises:
-        UserError: another line is not a JSON object with a step, so this is not a metrics file.
+        UserError: another line is not a JSON object with a step.
     """
     lines = stored_path(path).read_bytes().split(b"\n")  # bytes: a cut may go through a character
     records = []
@@ -38,7 +39,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             int(record["step"])
         except (ValueError, TypeError, KeyError):
             raise UserError(f"line {number} of {path} is not a record with a step; move the file away") from None
-        records.append(record)
+        records.append(renamed_metrics(record))
     return records
 
 
@@ -46,14 +47,14 @@ class MetricWriter:
     """Writes the scalars of steps to `metrics.jsonl` and TensorBoard; a context manager. One process of a run has one.
 
     Args:
-        directory: the run's folder; made when missing.
-        resume_step: the step of the checkpoint that the run goes on from: later lines of an earlier attempt are
-            removed. None starts the file anew.
-        tensorboard: whether to write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow
-            for it, a local folder does not. Steps repeated after a resume overlay the earlier ones there.
+        directory: the run's folder; created if missing.
+        resume_step: the checkpoint's step that the run resumes from: later lines of an earlier attempt are removed.
+            None starts an empty file.
+        tensorboard: write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow for it, a
+            local folder does not. Steps repeated after a resume overlay the earlier ones there.
 
     Raises:
-        UserError: `metrics.jsonl` is there and is none, or TensorBoard is wanted and not installed.
+        UserError: an existing `metrics.jsonl` is not a metrics file, or TensorBoard is requested but not installed.
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
@@ -69,14 +70,14 @@ class MetricWriter:
         self._tensorboard = _TensorBoardScalars(str(folder / TENSORBOARD)) if tensorboard else None
 
     def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """Appends one line and closes the file, so that a killed process loses nothing it had told.
+        """Appends one line and closes the file, so that a killed process loses no line it has logged.
 
-        A bucket has the whole file written anew each time, and shows nothing of one that is still open.
+        In a bucket the whole file is rewritten each time; an open one would not be visible there.
 
         Args:
             step: number of optimizer updates done.
             scalars: name -> number or scalar array; the same in every run of the same settings.
-            timing: name -> number; seconds, throughput, memory and all else that differs from run to run.
+            timing: name -> number; seconds, throughput, memory and anything else that differs between runs.
         """
         if reserved := {"step", "timing"} & set(scalars):
             raise ValueError(f"{', '.join(sorted(reserved))}: not a name for a scalar of {FILE_NAME}")
@@ -90,7 +91,7 @@ class MetricWriter:
             self._tensorboard.write(int(step), scalars | timed)
 
     def close(self) -> None:
-        """Closes what TensorBoard reads; nothing can be written there afterwards."""
+        """Closes the TensorBoard writer."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -128,7 +129,7 @@ class Progress:
     Args:
         total_steps: where the run ends.
         first_step: where it starts, the checkpoint's step on resume.
-        description: a word or two before the bar and each line.
+        description: prefix of the bar and of each line.
         stream: standard error by default.
     """
 
@@ -152,7 +153,7 @@ class Progress:
             )
 
     def advance(self, step: int, scalars: Mapping[str, Any] | None = None) -> None:
-        """Moves to `step`; with scalars, shows them beside the bar or prints a line with the time left."""
+        """Moves to `step`; with scalars, shows them next to the bar or prints a line with the time left."""
         moved, self._step = step - self._step, step
         shown = "  ".join(f"{name} {float(value):.4g}" for name, value in (scalars or {}).items())
         if self._bar is not None:
@@ -178,7 +179,7 @@ class Progress:
             print(line.rstrip(), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -190,7 +191,7 @@ class Progress:
 
 
 class NullWriter:
-    """In place of a `MetricWriter` and a `Progress` on all hosts but the first: writes nothing."""
+    """Stands in for `MetricWriter` and `Progress` on non-primary hosts."""
 
     def write(self, *_: object, **__: object) -> None:
         """Writes nothing."""
@@ -209,14 +210,14 @@ class NullWriter:
 
 
 def open_metrics(directory: str, *, resume_step: int | None, tensorboard: bool) -> MetricWriter | NullWriter:
-    """The writer of this process: that of the run on the first host, else one that writes nothing."""
+    """A `MetricWriter` on the primary host, else one that writes nothing."""
     if jax.process_index():
         return NullWriter()
     return MetricWriter(directory, resume_step=resume_step, tensorboard=tensorboard)
 
 
 def open_progress(total_steps: int, *, first_step: int, description: str) -> Progress | NullWriter:
-    """The progress display of this process, likewise."""
+    """A `Progress` on the primary host, else one that writes nothing."""
     if jax.process_index():
         return NullWriter()
     return Progress(total_steps, first_step=first_step, description=description)

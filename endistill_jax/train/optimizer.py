@@ -46,7 +46,7 @@ class OptimizerConfig:
             raise UserError(f"OptimizerConfig.name is {self.name!r}; choose adamw or adafactor")
         if self.schedule not in SCHEDULES:
             raise UserError(f"OptimizerConfig.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-        if not self.learning_rate > 0:  # so that NaN is refused too
+        if not self.learning_rate > 0:  # rejects NaN too
             raise UserError(f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(
@@ -62,7 +62,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step, over a run of `steps` steps."""
+    """The learning rate by step, for a run of `steps` steps."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps:
         raise UserError(f"OptimizerConfig.warmup_steps is {warmup}, but the run has {steps} steps; warm up for fewer")
@@ -71,12 +71,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, peak * config.end_fraction, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.end_fraction),
-        # Computed during warm-up too, where steps count from -warmup, and thrown away.
+        # Also evaluated during warm-up, where steps count from -warmup, and discarded.
         "rsqrt": lambda: lambda step: peak * (warmup / (jnp.maximum(step, 0) + warmup)) ** 0.5,
     }[config.schedule]()
     if not warmup:
         return after
-    # The first step already moves: warm-up runs from peak / warmup to the peak.
+    # Warm-up runs from peak / warmup, not 0, so that the first step has an effect.
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1), after], [warmup])
 
 
@@ -84,7 +84,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """The optimizer of a run of `steps` steps, clipping included."""
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
-        # Adafactor adds its decay after the learning rate has been applied, so that it must bring its own.
+        # Adafactor applies weight decay after the learning rate, so the decay must be scaled here.
         decay = (lambda step: config.weight_decay * schedule(step)) if config.weight_decay else None
         update = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
     else:
@@ -96,7 +96,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def matrices(params: Any) -> Any:
-    """True for kernels and the embedding; false for normalisation scales and position biases."""
+    """True for kernels and the embedding; false for normalization scales and position biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) in ("kernel", "embedding"), params
     )

@@ -29,7 +29,7 @@ from endistill_jax.train.training import Training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
         params: the trained parameters, on the mesh.
@@ -47,14 +47,14 @@ class TrainingResult:
 
 
 def train(training: Training, evaluation: Evaluation) -> TrainingResult:
-    """Runs a training to its end, from its last checkpoint if there is one; a finished one is only evaluated.
+    """Runs a training to its end, resuming from the last checkpoint if there is one; a finished run is only evaluated.
 
     Raises:
-        UserError: a checkpoint of another run, a loss that is no number.
-        Stopped: when a signal asked the run to stop; what was done is saved.
+        UserError: the checkpoint is of another run, or the loss is not finite.
+        Stopped: a signal stopped the run, after saving.
     """
     agree_on_folder(training.model_dir)
-    # Failures are passed on before the checkpoints are closed, which would wait for the other hosts.
+    # Other hosts are notified of failures before the checkpoints are closed, which would wait for them.
     with open_checkpoints(training) as checkpointer, telling_others():
         return _train(training, evaluation, checkpointer)
 
@@ -67,19 +67,21 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
     resumed = checkpointer.latest_step()
     manifest = None if resumed is None else checkpointer.manifest(resumed)
 
-    # ---- Data: in as many shards as the run began with, whatever the number of hosts now
+    # ---- Other models: loaded before the student takes any memory; then all hosts agree on what is run
 
     training = training.with_shards(manifest)
     student, objective, run = training.student, training.objective, training.run
-    iterator = make_training_iterator(training, rows.index, rows.count)
-
-    # ---- Teacher: read before anything of the student takes memory
-
     teacher = training.teacher_config
     teacher_params = None if training.teacher is None else training.load_teacher()
+    if training.initial is not None:
+        training.load_initial()  # onto the mesh: a fingerprint of what was not loaded would read it onto every host
     agree("run", plain(training.identity()) | {"resumed from step": resumed})
 
-    # ---- State: fresh, cut from the teacher, or restored together with the position in the data
+    # ---- Data: in as many shards as the run started with, whatever the number of hosts now
+
+    iterator = make_training_iterator(training, rows.index, rows.count)
+
+    # ---- State: fresh, initialized from the teacher, or restored together with the position in the data
 
     optimizer = make_optimizer(training.experiment.optimizer, run.steps)
     schedule = make_schedule(training.experiment.optimizer, run.steps)
@@ -117,7 +119,7 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
     if not objective.needs_teacher:
         teacher_params = None
 
-    # ---- Loop: between two logs nothing waits for the devices, so the next batch is read while a step runs
+    # ---- Loop: never blocks on the devices between logs, so the next batch is read while a step runs
 
     first, report, window = resumed or 0, None, []
     with (
@@ -143,7 +145,7 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
             if step % run.log_every and step != run.steps:
                 continue
 
-            # -- Log. One exchange adds up the hosts' tokens, and lets them agree on a signal to stop.
+            # -- Log. One collective sums the hosts' tokens and synchronizes stop signals.
             means = window_means(window)
             window.clear()
             elapsed = time.monotonic() - started
@@ -166,7 +168,7 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
                 writer.write(step, report.scalars("held_out/"))
                 screen.say(f"step {step}: {report.summary()}")
 
-            # -- Save. Metrics were written first: a resumed run drops the lines after the step it resumes from.
+            # -- Save. Metrics are already written: a resumed run drops lines after the step it resumes from.
             stopping = signal_number != 0 and not last
             progress.finished = last
             if step % run.checkpoint_every == 0 or last or stopping or improved:
@@ -195,13 +197,13 @@ def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointe
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """What a run counts; kept in the manifest, so that a resumed run counts on.
+    """Totals of a run; stored in the manifest, so that a resumed run continues them.
 
     Attributes:
         best: the best evaluation so far.
         tokens: real tokens read, inputs and targets.
         seconds: spent in training steps.
-        finished: whether the run came to its end.
+        finished: whether the run is complete.
     """
 
     best: Best
@@ -210,7 +212,7 @@ class Progress:
     finished: bool = False
 
     def plain(self) -> dict[str, Any]:
-        """As it is in a manifest."""
+        """The entry in a manifest."""
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -219,7 +221,7 @@ class Progress:
         }
 
     def restore(self, manifest: Manifest, *, continued: bool) -> None:
-        """Counts on from what a manifest has; a finished run that is continued is not finished any more."""
+        """Restores totals from a manifest; a finished run that is extended is no longer finished."""
         saved = manifest["progress"]
         self.tokens, self.seconds = saved["tokens"], saved["seconds"]
         if "best" in saved:
@@ -230,7 +232,7 @@ class Progress:
 
 
 def open_checkpoints(training: Training) -> Checkpointer:
-    """The checkpoints of a training, of which as many are kept as its run says."""
+    """The checkpoint manager of a training."""
     run = training.run
     return Checkpointer(
         f"{training.model_dir}/{CHECKPOINTS}",
@@ -260,7 +262,7 @@ def make_training_iterator(training: Training, part_index: int, part_count: int)
 
 
 def initial_params(training: Training, teacher_params: Any) -> Any:
-    """What the student starts from, if not from fresh parameters: a trained model, or a part of its teacher."""
+    """Initial parameters from a trained model or the teacher; None for fresh ones."""
     if training.initial is not None:
         return training.load_initial()
     init = training.experiment.init
@@ -273,7 +275,7 @@ def initial_params(training: Training, teacher_params: Any) -> Any:
 def restore_state(
     checkpointer: Checkpointer, step: int, shapes: TrainState, shardings: TrainState, iterator: Any
 ) -> TrainState:
-    """The state of a step, straight onto its devices; the data goes on from where it was."""
+    """Restores the state of a step onto its devices, and the position in the data."""
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes.saved(),
@@ -285,7 +287,7 @@ def restore_state(
 
 
 def make_manifest(training: Training, progress: Progress, held_out: dict[str, float] | None) -> Manifest:
-    """What a checkpoint says of itself."""
+    """The manifest of a checkpoint."""
     sources = {"teacher": training.teacher, "initial": training.initial}
     return {
         "schema": SCHEMA,
@@ -297,12 +299,12 @@ def make_manifest(training: Training, progress: Progress, held_out: dict[str, fl
 
 
 def start_line(training: Training, resumed: int | None, manifest: Manifest | None) -> str:
-    """Where a run starts from, and what of it is kept and what starts anew."""
+    """Describes what a run starts from, what is kept, and what is reset."""
     if resumed is None:
         if training.initial is not None:
             return (
                 f"starts from the parameters of {training.initial.source}, step {training.initial.step}; "
-                "optimizer, schedule and data start anew"
+                "optimizer, schedule and data start from scratch"
             )
         return f"starts at step 0 in {training.model_dir}"
     if training.is_continued(manifest):
@@ -314,10 +316,10 @@ def start_line(training: Training, resumed: int | None, manifest: Manifest | Non
 
 
 def check_finite(loss: float, step: int, saved: int | None) -> None:
-    """A loss that is no number ends the run.
+    """Ends the run if the loss is not finite.
 
     Raises:
-        UserError: with the last checkpoint from before.
+        UserError: naming the last good checkpoint.
     """
     if not np.isfinite(loss):
         raise UserError(

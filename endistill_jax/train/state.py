@@ -16,14 +16,14 @@ from endistill_jax.sharding import logical_rules, opt_state_shardings, param_sha
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Student, optimizer, and what the objective carries.
+    """Student, optimizer, and state of the objective.
 
     Attributes:
         step: updates made so far, int32 scalar.
         params: the student's parameters, float32.
         opt_state: the optimizer's state.
-        objective: `params` of the terms by name, which are trained beside the student's; `share` of interpolated
-            targets, where it adapts. Only what there is.
+        objective: `params` of the terms by name, which are trained along with the student's; `share` of interpolated
+            targets, if adaptive. Absent entries are omitted.
     """
 
     step: jax.Array
@@ -37,18 +37,18 @@ class TrainState(flax.struct.PyTreeNode):
         return trainable(self.params, self.objective)
 
     def saved(self) -> dict[str, Any]:
-        """As it is in a checkpoint: what an objective without state of its own does not have is not there."""
+        """The tree stored in a checkpoint; without an entry for a stateless objective."""
         fields = {"step": self.step, "params": self.params, "opt_state": self.opt_state}
         return fields | ({"objective": self.objective} if self.objective else {})
 
 
 def trainable(params: Any, objective: Mapping[str, Any]) -> Any:
-    """The student's parameters; with those of the terms, where there are any."""
+    """The trainable tree: the student's parameters and those of the terms, if any."""
     return {"student": params, "objective": objective["params"]} if "params" in objective else params
 
 
 def split_trainable(trained: Any) -> tuple[Any, Mapping[str, Any] | None]:
-    """The student's part of what `trainable` put together, and the terms'; None where there is none."""
+    """Inverse of `trainable`: the student's parameters and the terms'; None if there are none."""
     if trained.keys() == {"student", "objective"}:
         return trained["student"], trained["objective"]
     return trained, None
@@ -57,7 +57,7 @@ def split_trainable(trained: Any) -> tuple[Any, Mapping[str, Any] | None]:
 def create_state(
     params: Any, optimizer: optax.GradientTransformation, objective: Mapping[str, Any] | None = None
 ) -> TrainState:
-    """A state at step 0 around the given parameters and what the objective carries."""
+    """A state at step 0 from parameters and objective state."""
     objective = objective or {}
     opt_state = optimizer.init(trainable(params, objective))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, objective=objective)
@@ -66,7 +66,7 @@ def create_state(
 def init_objective(
     objective: Objective | None, key: jax.Array, student: ModelConfig, teacher: ModelConfig | None
 ) -> dict[str, Any]:
-    """What an objective carries, at its start; parameters boxed where they have logical axes."""
+    """The initial state of an objective; parameters are boxed if they have logical axes."""
     if objective is None:
         return {}
     params = objective.init_params(key, student, teacher)
@@ -81,7 +81,7 @@ def abstract_state(
     objective: Objective | None = None,
     teacher: ModelConfig | None = None,
 ) -> TrainState:
-    """The state's shapes and types, without computing anything."""
+    """Shapes and dtypes of the state."""
     return jax.eval_shape(
         lambda params, carried: create_state(params, optimizer, carried),
         abstract_params(config),
@@ -96,7 +96,7 @@ def state_shardings(
     objective: Objective | None = None,
     teacher: ModelConfig | None = None,
 ) -> TrainState:
-    """How every array of the state is sharded."""
+    """The sharding of every array of the state."""
     params = param_shardings(config, mesh)
     boxed = _boxed_objective(config, objective, teacher)
     carried = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, logical_rules())
@@ -119,16 +119,16 @@ def init_state(
     objective: Objective | None = None,
     teacher: ModelConfig | None = None,
 ) -> TrainState:
-    """A fresh state, made on its shards: no device ever holds the whole of a sharded array.
+    """A fresh state, initialized shard by shard: no device ever holds all of a sharded array.
 
     Args:
         config: the student's settings.
         optimizer: from `make_optimizer`.
         mesh: where the state is placed.
-        key: decides the initial parameters, those of the terms too.
+        key: for the initial parameters, including those of the terms.
         params: initial parameters to use instead.
-        objective: what the state must carry for; None for one without state of its own.
-        teacher: settings of the teacher, which terms may depend on.
+        objective: whose state is included; None for a stateless one.
+        teacher: settings of the teacher, on which terms may depend.
     """
     shardings = state_shardings(config, optimizer, mesh, objective, teacher)
 

@@ -34,7 +34,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
     """[batch, ...] -> [count, batch / count, ...]; micro-batch i takes every count-th example from i on.
 
-    Strided, so that every device's examples are spread over all micro-batches and none of them moves.
+    Strided, so that every device contributes to each micro-batch and no example moves between devices.
     """
     rows = len(next(iter(batch.values())))
     if rows % count:
@@ -44,14 +44,14 @@ def split_micro_batches(batch: Batch, count: int) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossFunction:
-    """The loss of a (micro-)batch, as a function of what is trained.
+    """The loss of a (micro-)batch, as a function of the trainable parameters.
 
     Attributes:
         student: settings of the student.
-        teacher: settings of the teacher; None where no term reads one.
-        objective: what is compared.
-        implementation: in which form; the dense one is right anywhere.
-        teacher_sharding: how the teacher's parameters are sharded, where there is a mesh; see `sharding.logical_rules`.
+        teacher: settings of the teacher; None if no term uses one.
+        objective: the terms of the loss.
+        implementation: the dense one is valid anywhere.
+        teacher_sharding: how the teacher's parameters are sharded, if on a mesh; see `sharding.logical_rules`.
     """
 
     student: ModelConfig
@@ -74,12 +74,13 @@ class LossFunction:
         """The loss and the sums that it is made of; see `objectives.loss_and_sums`.
 
         Args:
-            trained: the student's parameters and those of the terms: what is differentiated.
+            trained: the student's parameters and those of the terms; differentiated.
             teacher_params: constants; None without a teacher.
             batch: the (micro-)batch.
             weights: of the whole batch.
-            dropout_key: needed with dropout; None runs without it.
-            step: by which coefficients and interpolated targets move; None takes the first, and the teacher's targets.
+            dropout_key: None disables dropout.
+            step: for schedules of coefficients and interpolated targets; None uses the initial coefficients and the
+                teacher's targets.
             share: state of adaptive interpolated targets.
         """
         objective, student = self.objective, self.student
@@ -107,14 +108,14 @@ class LossFunction:
         )
 
     def _teacher_attention_bytes(self) -> int | None:
-        """As asked for, or by platform; all at once where nothing is known of how arrays are sharded."""
+        """As requested, or by platform; dense if nothing is known of how arrays are sharded."""
         implementation = self.implementation
         by_platform = None if implementation.axes is None else platform_attention_bytes(implementation.platform)
         return implementation.attention_bytes or by_platform
 
 
 def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batch, count: int, key: jax.Array) -> Any:
-    """The sum of `gradient(micro_batch, key)` over the micro-batches of a batch, one after another, with a key each."""
+    """Accumulates `gradient(micro_batch, key)` over the micro-batches of a batch, with a key each."""
     if count == 1:
         return gradient(batch, key)
     parts = split_micro_batches(batch, count)
@@ -129,10 +130,10 @@ def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batc
 
 
 def norms_by_stack(axes: Any, gradient: Any) -> dict[str, jax.Array]:
-    """The norm of a model's gradient in its encoder, its decoder, and its embedding with the head.
+    """Gradient norms of a model's encoder, decoder, and embedding with head.
 
     Args:
-        axes: `logical_axes` of the model; what has one for the vocabulary is embedding or head.
+        axes: `logical_axes` of the model; parameters with a vocabulary axis are embedding or head.
         gradient: by the model's parameters.
     """
     groups: dict[str, list[jax.Array]] = {}
@@ -163,14 +164,14 @@ def make_train_step(
     The state is donated: the one passed in must not be used again. `teacher_params` is None without a teacher.
 
     Args:
-        student: settings of the model that is trained.
-        teacher: settings of the frozen model, or None if no term of the objective reads one.
-        objective: what is compared.
+        student: settings of the student.
+        teacher: settings of the teacher; None if no term of the objective uses one.
+        objective: the terms of the loss.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`.
-        micro_batches: parts of a batch whose gradients are accumulated before the update.
+        micro_batches: number of gradient accumulation steps.
         base_key: dropout at a step uses `fold_in(base_key, step)`; needed only with dropout.
-        implementation: in which form the losses are computed; by default chosen by platform and shape.
+        implementation: of the losses; by default chosen by platform and shape.
         teacher_sharding: how the teacher's parameters are sharded on the mesh; see `sharding.logical_rules`.
         compiler_options: by platform, for XLA; see `options_of_platform`.
 

@@ -1,17 +1,17 @@
-"""Stopping a run without losing it: SIGTERM and SIGINT ask, the loop answers when it has saved."""
+"""Graceful shutdown: SIGTERM and SIGINT are noted, and the training loop stops after saving."""
 
 import signal
 from types import FrameType, TracebackType
 
 
 class StopSignal:
-    """While it is entered, the first SIGTERM or Ctrl-C is only noted; a second one acts as usual.
+    """Context in which the first SIGTERM or Ctrl-C is only noted; a second one acts as usual.
 
-    A signal that the process was started to ignore stays ignored, as Ctrl-C is by what a script runs with `&`: that
-    script hands it on as SIGTERM, which would else be the second.
+    A signal that was ignored at process start stays ignored, such as Ctrl-C in a background job of a script (`&`): the
+        script forwards it as SIGTERM, which would otherwise count as the second.
 
     Attributes:
-        number: the signal that came, None as long as none did.
+        number: the first signal received; None before that.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)):
@@ -21,9 +21,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         try:
-            heard = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._request) for number in heard}
-        except ValueError:  # only the main thread may set handlers; elsewhere signals act as usual
+            handled = [number for number in self._signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._request) for number in handled}
+        except ValueError:  # only the main thread may set handlers
             self._before = {}
         return self
 

@@ -13,7 +13,7 @@ from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model,
 from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import check_metric
-from endistill_jax.models.family import ModelConfig, Params, config_from_plain
+from endistill_jax.models.family import ModelConfig, Params, check_batches, config_from_plain
 from endistill_jax.multihost.agreement import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import check_rows, param_shardings
@@ -84,17 +84,23 @@ class Training:
         from endistill_jax.data.pipeline import check_split
 
         experiment = self.experiment
+        if (experiment.initial_checkpoint is None) != (self.initial is None):
+            raise UserError(
+                f"Experiment.initial_checkpoint is {experiment.initial_checkpoint!r}, but this job starts its models "
+                "itself; leave it None, or train with jobs.distill"
+            )
         check_writable_place(self.model_dir)
         agree("vocabulary and teacher", self._identity_of_files())
         check_split(self.task(), "train")
         make_schedule(experiment.optimizer, self.run.steps)
         self.objective.validate(self.student, self.teacher_config)
         self._check_targets()
-        if not self.scoring:
+        if not self.scoring and self.student.depth("decoder"):
             check_metric(self.run.keep_best)
         experiment.init.check(self.teacher_config, self.student)
         self.check_mesh()
         check_vocabularies(self.vocabulary(), self.student, self.teacher)
+        check_batches(self.student, self.vocabulary().eos_id)
         if self.initial is not None:
             check_same_vocabulary(self.vocabulary(), self.initial, "the model")
             check_shape(self.initial.source, self.initial.config, self.student, "the student")

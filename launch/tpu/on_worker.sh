@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs on a TPU worker, where launch/tpu.sh puts it: installs the package, starts the training command, tells its state.
+# Runs on a TPU worker, where launch/tpu.sh puts it: installs the package, starts the training command, reports its state.
 #
 #   on_worker.sh install PACKAGE [EXTRAS]   an archive in this folder and extras such as tpu,gcs, or what pip installs
 #   on_worker.sh start JOB ARGUMENT... starts `python -m endistill_jax.main ARGUMENT...` and returns; JOB is any word
@@ -42,7 +42,7 @@ start() {
     echo "$!" >process_group
 }
 
-# The training command, and its exit code in a file that is whole or not there.
+# The training command, and its exit code in a file that is written atomically.
 record() {
     local code=0
     trap : TERM # the command decides what SIGTERM means; its exit code is still written

@@ -88,7 +88,7 @@ lose() {
     fi
 }
 
-# tell OUTCOME: once, but that workers do not answer every ten minutes: somebody may have to look after them.
+# tell OUTCOME: prints it once; unresponsive workers every ten minutes, as they may need attention.
 tell() {
     if [[ $1 != "$LAST_SEEN" ]]; then
         LAST_SEEN="$1" SEEN_SINCE="$(now)"

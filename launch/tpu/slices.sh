@@ -91,7 +91,7 @@ allowed() {
 failure_reason() { "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(state.failedData.error.message)' 2>&1; }
 
 # Prints a line for each slice of the request, whose names it knows itself: name, state, how many workers it has; the
-# state MISSING where there is none of that name. Fails if it could not be told.
+# state MISSING where there is none of that name. Fails if it is unknown.
 slices() {
     local names listing name
     names="$(ask_names)" && listing="$(ask_slices)" || return 1

@@ -5,7 +5,7 @@ ON_WORKER='bash endistill/on_worker.sh'
 
 DONE=endistill-done
 
-# A machine that is gone shall not be waited for as long as ssh does, ten times over as gcloud does.
+# Shorter timeouts for a machine that is gone than those of ssh, and than the ten retries of gcloud.
 IMPATIENT=(-oConnectTimeout=20 -oServerAliveInterval=30)
 
 # on_workers COMMAND [NODE WORKER]: runs a shell command on every worker of every slice at once, or on one.
@@ -66,7 +66,7 @@ install() {
         fail "the package could not be installed on all workers of $NAME" 1
 }
 
-# Names the training command, so that what a worker tells of another one is not taken for this one's.
+# Names the training command, so that a worker's report on another command is not mistaken for this one's.
 job_id() { quoted "${ARGUMENTS[@]}" | sha256sum | cut -c 1-12; }
 
 submit() {
@@ -75,7 +75,7 @@ submit() {
         fail "not started on all workers of $NAME: set up first, or stop what runs there: launch/tpu.sh stop $NAME" 1
 }
 
-# A machine that was set up anew under the run has no script, and nothing to stop.
+# A machine that was recreated during the run has no script, and nothing to stop.
 stop() {
     on_every_worker "$ON_WORKER stop || test ! -e endistill/on_worker.sh" || fail "not stopped on all workers of $NAME" 1
 }

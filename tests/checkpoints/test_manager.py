@@ -225,7 +225,7 @@ def _raise(error, *_: object, **__: object):
 def test_advice_for_a_damaged_checkpoint_works(tmp_path):
     _save_steps(tmp_path, [1, 2])
     _damage_arrays(tmp_path / "2")
-    advice = "remove that folder to go on from step 1"
+    advice = "remove that folder to resume from step 1"
     with Checkpointer(str(tmp_path)) as checkpoints, pytest.raises(UserError, match=advice):
         checkpoints.restore(2, _abstract())
     shutil.rmtree(tmp_path / "2")

@@ -117,10 +117,10 @@ def t5x_model(module, **kwargs):
 
 
 @pytest.mark.skipif(HAS_T5X, reason="T5X is installed")
-@pytest.mark.parametrize("module", ["t5x_adapter", "t5x_distillation"])
+@pytest.mark.parametrize("module", ["adapter", "trainer"])
 def test_without_t5x_one_line_says_what_is_needed(module):
     with pytest.raises(UserError, match=r"needs T5X.*No module named 't5x'.*docs/t5x\.md") as error:
-        importlib.import_module(f"endistill_jax.{module}")
+        importlib.import_module(f"endistill_jax.engines.t5x.{module}")
     assert "\n" not in str(error.value)
 
 
@@ -235,7 +235,7 @@ def teacher(tmp_path, monkeypatch):
     config = dataclasses.replace(V1_1, num_heads=4)
     params = random_params(config, seed=7)
     model = TrainedModel(
-        source="teacher", config=config, vocabulary_file=None, step=0, facts={}, _read=lambda mesh: (params, "00")
+        source="teacher", config=config, vocabulary_file=None, step=0, manifest={}, _read=lambda mesh: (params, "00")
     )
     from endistill_jax.engines.t5x import trainer as t5x_distillation
 

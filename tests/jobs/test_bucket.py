@@ -94,6 +94,7 @@ def test_a_run_on_a_bucket_teaches_and_is_exported(bucket, corpus, make_model, p
     distill(model_dir=second, experiment=small)
     export(model=second, folder=str(tmp_path / "exported"))
     assert open_model(str(tmp_path / "exported")).fingerprint == open_model(second).fingerprint
+    assert open_model(str(tmp_path / "exported")).vocabulary == open_model(second).vocabulary
     assert (tmp_path / "exported/spiece.model").read_bytes() == BUNDLED.read_bytes()
 
 

@@ -18,6 +18,7 @@ from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.train import finetuning as finetuning_module
+from endistill_jax.train import run as execution
 from endistill_jax.train.best import Best
 from endistill_jax.train.finetuning import plan_runs
 from endistill_jax.train.metrics import read_metrics
@@ -38,13 +39,25 @@ def finetuning(color_task) -> Finetuning:
     return Finetuning(data=data, optimizer=optimizer, run=run, dropout_rate=0.0, scored_by="rank")
 
 
-@pytest.fixture(scope="session")
-def finetuned(tmp_path_factory, distilled, finetuning):
+@pytest.fixture(scope="module")
+def initial_states() -> list:
+    """The states that the runs of `finetuned` started from."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, distilled, finetuning, initial_states):
     """A finished sweep over two seeds, from the last checkpoint of a distillation; its folder and its rows."""
-    folder = tmp_path_factory.mktemp("finetuned")
-    rows = finetune(
-        model_dir=str(folder), model=str(distilled), finetuning=dataclasses.replace(finetuning, seeds=(0, 1))
-    )
+    folder, init_state = tmp_path_factory.mktemp("finetuned"), execution.init_state
+
+    def noted(*given, **named):
+        initial_states.append(jax.device_get(init_state(*given, **named)))
+        return init_state(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "init_state", noted)
+        sweep = dataclasses.replace(finetuning, seeds=(0, 1))
+        rows = finetune(model_dir=str(folder), model=str(distilled), finetuning=sweep)
     return folder, rows
 
 
@@ -79,17 +92,13 @@ def test_a_sweep_has_a_folder_for_each_run_and_one_row_for_its_seeds(finetuned):
     assert first["loss"] != second["loss"], "another seed is another order"
 
 
-def test_training_begins_with_the_parameters_of_the_model(tmp_path, distilled, finetuning):
-    still = dataclasses.replace(
-        finetuning,
-        optimizer=OptimizerConfig(learning_rate=1e-30, schedule="constant"),
-        run=dataclasses.replace(finetuning.run, steps=2),
-    )
-    finetune(model_dir=str(tmp_path), model=str(distilled), finetuning=still)
-    params, manifest = restore_params(str(tmp_path / "checkpoints"))
-    jax.tree.map(np.testing.assert_allclose, params, restore_params(str(distilled / "checkpoints"))[0])
-    assert manifest["run"]["initial"] == open_model(str(distilled)).fingerprint
-    assert open_model(str(tmp_path)).vocabulary == open_model(str(distilled)).vocabulary
+def test_training_begins_with_the_parameters_of_the_model(finetuned, distilled, initial_states):
+    params, _ = restore_params(str(distilled / "checkpoints"))
+    for state in initial_states:
+        jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    assert len(initial_states) == 2
+    tuned, model = open_model(str(finetuned[0] / "lr_0.001_seed_0")), open_model(str(distilled))
+    assert tuned.manifest["run"]["initial"] == model.fingerprint and tuned.vocabulary == model.vocabulary
 
 
 def test_a_finished_sweep_is_told_again_without_training(finetuned, distilled, finetuning, monkeypatch):
@@ -202,7 +211,7 @@ def test_the_same_examples_in_other_batches_are_the_same_evaluation(finetuned, d
         ({"learning_rates": 1e-3}, r"Finetuning\.learning_rates is 0\.001; give a tuple of numbers above 0"),
         ({"run.mesh": 4}, r"Run\.mesh is 4; give a tuple of the sizes of its three axes"),
         ({"decoding": Decoding(max_length=8, strategy="beam", beams=300)}, "beams is 300"),
-        ({"data.eval_batch_size": 0}, "eval_batch_size is 0; it must be at least 1"),
+        ({"data.eval_batch_size": 0}, "eval_batch_size is 0; it must be a whole number of at least 1"),
         ({"run.patience": 3}, "Run.patience waits for a better keep_best"),
     ],
 )

@@ -149,7 +149,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, arguments):
     for match, changed in (
         ("there is no file .*nowhere", {"input_file": str(tmp_path / "nowhere.txt")}),
         ("no model at", {"model": str(tmp_path / "nowhere")}),
-        ("no vocabulary lies beside", {"vocabulary_file": None}),
+        ("no vocabulary is stored with", {"vocabulary_file": None}),
         ("trained with another vocabulary", {"extra_ids": 50}),
     ):
         with pytest.raises(UserError, match=match):

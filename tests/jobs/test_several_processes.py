@@ -232,7 +232,7 @@ def test_downstream_jobs_of_two_processes_are_those_of_one(tmp_path):
     results = ended(start([words(several, tmp_path / "{}" / "out.jsonl")] * 2, devices=2))
     assert [code for code, _, _ in results] == [0, 0], results
     first, second = (errors for _, _, errors in results)
-    assert "infer: goes on after line 70" in first and "infer:" not in second
+    assert "infer: resumes after line 70" in first and "infer:" not in second
     assert not (tmp_path / "1").exists()
     assert_same_answers(tmp_path / "0" / "out.jsonl", output)
     for name in ("tuned", "evaluated"):

@@ -199,3 +199,12 @@ def test_a_vocabulary_is_trained_from_a_source_and_never_overwritten(tmp_path, d
     assert vocabulary.decode(vocabulary.encode(text)) == text
     with pytest.raises(UserError, match="exists already"):
         train_vocabulary(source=data.task.source, path=str(file), size=300)
+
+
+def test_an_encoder_alone_is_distilled_and_evaluated_by_its_distance_from_the_teacher(tmp_path, experiment, student):
+    alone = dataclasses.replace(student, num_decoder_layers=0)
+    encoder = changed(experiment, student=alone, objective=presets.encoder(relation_heads=4))
+    result = distill(model_dir=str(tmp_path / "run"), experiment=encoder)
+    assert "decoder" not in result.params and np.isfinite(result.report.loss)
+    export(model=str(tmp_path / "run"), folder=str(tmp_path / "folder"))
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]

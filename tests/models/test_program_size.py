@@ -45,7 +45,8 @@ def lower(config, taps, head, gradient=False, frozen=False):
     reads = Reads(taps=dict.fromkeys(taps.items(), "qkv"), head=head)
 
     def apply(params, batch):
-        return T5(config).apply({"params": params}, batch, reads, frozen=frozen)
+        output = T5(config).apply({"params": params}, batch, reads, frozen=frozen)
+        return [tap[:3] for tap in output.taps.values()], output.logits  # the position bias is no product of a layer
 
     def loss(params, batch):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(apply(params, batch)))

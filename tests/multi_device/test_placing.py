@@ -80,7 +80,7 @@ def test_training_that_does_not_fit_its_mesh_is_refused_in_one_line_with_what_wo
 ):
     def training(teacher):
         config = dataclasses.replace(CONFIG, **teacher)
-        model = TrainedModel(source="t", config=config, vocabulary_file=None, step=0, facts={}, _read=None)
+        model = TrainedModel(source="t", config=config, vocabulary_file=None, step=0, manifest={}, _read=None)
         return Training(
             model_dir="nowhere",
             config=dataclasses.replace(CONFIG, **student),

@@ -1,4 +1,4 @@
-"""Pointers that git leaves in the place of large files if it is run without its extension git-lfs."""
+"""Detection of git-lfs pointers, which git leaves in place of large files if git-lfs is not installed."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ _BEGINNING = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(path: pathlib.Path) -> None:
-    """Looks at the first bytes of a file.
+    """Checks the first bytes of a file.
 
     Raises:
         UserError: if it is a pointer.

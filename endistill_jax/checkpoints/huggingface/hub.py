@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub, brought to this machine by `huggingface_hub`."""
+"""Downloads models from the Hugging Face hub."""
 
 import pathlib
 from collections.abc import Sequence

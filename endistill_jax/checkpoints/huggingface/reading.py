@@ -110,5 +110,5 @@ class FolderSource:
 def _note(path: pathlib.Path) -> str:
     return (
         f"{path} has tokenizer.json alone, as transformers 5 writes it, and no spiece.model: of its vocabulary the "
-        "pieces and their ids are compared, how it normalises text is not"
+        "pieces and their ids are compared, how it normalizes text is not"
     )

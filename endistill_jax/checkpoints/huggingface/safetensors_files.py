@@ -36,7 +36,7 @@ class Written(NamedTuple):
 
     Attributes:
         shape: its shape.
-        blocks: gives its rows in order, some at a time, when it is its turn.
+        blocks: returns its rows in order, in blocks; called when it is written.
     """
 
     shape: tuple[int, ...]

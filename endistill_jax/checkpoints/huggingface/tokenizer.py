@@ -1,4 +1,4 @@
-"""The files of a T5 tokenizer: a SentencePiece model, and beside it how many sentinels follow its pieces."""
+"""The files of a T5 tokenizer: a SentencePiece model, and the number of sentinels after its pieces."""
 
 import json
 import pathlib
@@ -63,7 +63,7 @@ def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
 
 
 def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
-    """Makes sure that a vocabulary can go with a model.
+    """Checks that a vocabulary can go with a model.
 
     Raises:
         UserError: if there is no such file, it is no SentencePiece model, its ids of padding and end are not the
@@ -88,7 +88,7 @@ def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
 
 
 def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile, pad_id: int = 0) -> None:
-    """Copies the vocabulary as spiece.model and writes the two JSON files beside it."""
+    """Copies the vocabulary as spiece.model and writes the two JSON files next to it."""
     processor = _processor(vocabulary.path)
     pad, eos, unk = map(processor.id_to_piece, (pad_id, processor.eos_id(), processor.unk_id()))
     sentinels = [f"<extra_id_{index}>" for index in range(vocabulary.extra_ids)]
@@ -118,7 +118,7 @@ def _pieces(path: str) -> list[str]:
 
 
 def _path(file: str) -> epath.Path:
-    return epath.Path(file).expanduser()  # it may lie on a bucket
+    return epath.Path(file).expanduser()  # it may be in a bucket
 
 
 def _processor(file: str) -> sentencepiece.SentencePieceProcessor:

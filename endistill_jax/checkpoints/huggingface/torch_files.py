@@ -1,4 +1,4 @@
-"""Tensors of a file that torch wrote, without running what its pickle may ask for."""
+"""Tensors of a torch file, read without executing arbitrary pickles."""
 
 import functools
 import pathlib
@@ -59,7 +59,7 @@ def _stored(path: pathlib.Path, name: str, tensor: Any) -> StoredTensor:
 def _rows(tensor: Any, start: int, stop: int) -> np.ndarray:
     import torch
 
-    # A copy: on CPU, JAX takes an array as it lies, and the model would change, or crash, with the mapped file.
+    # A copy: on CPU, JAX may alias the array, and the model would change, or crash, with the mapped file.
     part = tensor[start:stop].clone()
     if part.dtype == torch.bfloat16:  # which torch does not hand to NumPy
         return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -53,7 +53,7 @@ class Weights:
                 raise UserError(f"{path} lacks the tensor {name}, which the index beside it says it holds")
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Closes the files."""
         self._tensors = {}
 
     @property

@@ -34,7 +34,7 @@ def save(
 ) -> None:
     """Writes a folder that `transformers` loads, and with AutoTokenizer given a vocabulary.
 
-    The folder appears under its name when it is whole, or not at all.
+    The write is atomic.
 
     Args:
         folder: where; must not exist, or be empty, unless `overwrite`.

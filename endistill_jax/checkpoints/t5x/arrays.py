@@ -14,7 +14,7 @@ from endistill_jax.checkpoints.t5x.msgpack_file import MsgpackFile, Node, float_
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_storage_failure
 
-# Where parameters lie: T5X's own files, Orbax's, older files of both. Beside them lies the optimizer's state.
+# Keys of the parameters: T5X's own files, Orbax's, older files of both. The optimizer's state is next to them.
 _ROOTS = (("optimizer", "target"), ("target",), ("_optimizer", "target"), ("params",))
 _OPTIMIZER_STATES = (("optimizer", "state"), ("state",), ("_optimizer", "state"))
 _SPEC = {"driver", "kvstore", "metadata"}
@@ -55,7 +55,7 @@ def open_arrays(location: Location) -> dict[str, Array]:
 
 
 def _native_arrays(location: Location) -> Iterator[tuple[str, Array | Callable[[], Array]]]:
-    """T5X's own format: arrays inside the msgpack file, or descriptions there of where they lie."""
+    """T5X's own format: arrays inside the msgpack file, or descriptions there of where they are stored."""
     with location.index.open("rb") as opened:
         if opened.read(21) == b"model_checkpoint_path":
             raise UserError(f"{location.index} belongs to a TensorFlow checkpoint; T5X itself converts those")
@@ -116,21 +116,23 @@ def _described_store(location: Location, name: str, spec: Mapping[str, Any]) -> 
     """An array where a description of TensorStore's says, which names its folder relative to the checkpoint's."""
     relative = spec["kvstore"].get("path") or spec.get("path")  # at the top before TensorStore 0.1.14
     if not isinstance(relative, str):
-        raise UserError(f"{location.index}: {name} does not say in which folder it lies")
+        raise UserError(f"{location.index}: {name} does not say which folder it is in")
     finish = _store(location, name, relative.strip("/"), spec["driver"])
 
     def open_described() -> Array:
         array = finish()
-        told = spec["metadata"].get("shape")
-        if told is not None and tuple(told) != array.shape:
-            raise UserError(f"{array.where}: {name} has shape {array.shape}; {location.index} makes it {tuple(told)}")
+        described = spec["metadata"].get("shape")
+        if described is not None and tuple(described) != array.shape:
+            raise UserError(
+                f"{array.where}: {name} has shape {array.shape}; {location.index} makes it {tuple(described)}"
+            )
         return array
 
     return open_described
 
 
 def _store(location: Location, name: str, relative: str, driver: str = "zarr") -> Callable[[], Array]:
-    """Begins to open an array of TensorStore's; the function returned waits for it."""
+    """Starts opening a TensorStore array; the returned function waits for it."""
     in_database = (location.arrays / "manifest.ocdbt").is_file()
     where = str(location.arrays / relative)
     store = key_value_store(location.arrays / relative)

@@ -1,4 +1,4 @@
-"""What the gin files beside a T5X checkpoint say of its model that the shapes of its arrays do not."""
+"""Settings of a T5X checkpoint's model that only its gin files have, not the shapes of its arrays."""
 
 import ast
 import re
@@ -12,33 +12,33 @@ _MACRO = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=\s*(.+?)\s*$")
 
 
 def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Activations and dropout from the closest gin file that says them, and what was assumed, a sentence each.
+    """Activations and dropout from the closest gin file that sets them, and what was assumed, a sentence each.
 
     Raises:
         UserError: if a file says what the checkpoint cannot be.
     """
-    told: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for file in location.config_files:
         if file.is_file():
             for name, value in read_gin(file.read_text()).items():
-                told.setdefault(name, (value, file))
+                given.setdefault(name, (value, file))
     notes = []
-    if "mlp_activations" in told:
-        activations, file = told["mlp_activations"]
+    if "mlp_activations" in given:
+        activations, file = given["mlp_activations"]
         if not isinstance(activations, tuple | list) or len(activations) != 1 + gated:
             raise UserError(f"{file} has mlp_activations {activations}, but the checkpoint has {1 + gated} branches")
     else:
         activations = ("gelu", "linear") if gated else ("relu",)
         notes.append(f"no gin file beside it says which activations it has; taken as {' x '.join(activations)}")
-    if "logits_via_embedding" in told and bool(told["logits_via_embedding"][0]) != tied:
-        file = told["logits_via_embedding"][1]
+    if "logits_via_embedding" in given and bool(given["logits_via_embedding"][0]) != tied:
+        file = given["logits_via_embedding"][1]
         raise UserError(
             f"{file} has logits_via_embedding = {not tied}, but the checkpoint has "
             f"{'no' if tied else 'a'} decoder/logits_dense/kernel"
         )
     settings = {"mlp_activations": activations}
-    if "dropout_rate" in told:
-        rate, file = told["dropout_rate"]
+    if "dropout_rate" in given:
+        rate, file = given["dropout_rate"]
         if not isinstance(rate, int | float):
             raise UserError(f"{file} has dropout_rate {rate!r}; a number is expected")
         settings["dropout_rate"] = float(rate)

@@ -16,12 +16,12 @@ _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
 
 
 class Location(NamedTuple):
-    """Where the parts of a checkpoint lie.
+    """The files of a checkpoint.
 
     Attributes:
         step_folder: the folder of one step, such as `checkpoint_1000`.
         index: the file that names the arrays: T5X's msgpack file, or Orbax's metadata.
-        config_files: gin files beside it that may say what the shapes do not, the closest first.
+        config_files: gin files next to it, the closest first.
     """
 
     step_folder: epath.Path
@@ -35,7 +35,7 @@ class Location(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The step that the folder's name tells; 0 if it tells none."""
+        """The step in the folder's name; 0 if there is none."""
         named = _STEP.fullmatch(self.step_folder.name)
         return int(named.group(1)) if named else 0
 
@@ -66,11 +66,11 @@ def locate(path: str) -> Location:
             f"or its file {MSGPACK}"
         )
     step_folder = found.parent.parent if found.parent.name == _STATE else found.parent
-    beside = [step_folder / "model.gin"]
+    gin_files = [step_folder / "model.gin"]
     # Files of the model directory; a step that was copied by itself has none.
     if _STEP.fullmatch(step_folder.name):
-        beside += [step_folder.parent / name for name in ("config.gin", "model.gin")]
-    return Location(step_folder, found, tuple(beside))
+        gin_files += [step_folder.parent / name for name in ("config.gin", "model.gin")]
+    return Location(step_folder, found, tuple(gin_files))
 
 
 def is_checkpoint(path: str) -> bool:

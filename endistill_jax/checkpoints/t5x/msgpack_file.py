@@ -1,4 +1,4 @@
-"""A msgpack file of Flax, read piece by piece: what lies in it is told without loading its arrays."""
+"""Lazy reader of Flax msgpack files: lists the content without loading arrays."""
 
 import dataclasses
 from typing import Any
@@ -46,7 +46,7 @@ class MsgpackFile:
     """The values of a msgpack file, by place."""
 
     def __init__(self, path: epath.Path, skipped: tuple[tuple[str, ...], ...] = ()):
-        """Finds where everything lies.
+        """Indexes the file.
 
         Args:
             path: the file.

@@ -20,10 +20,10 @@ class T5XSource:
     Attributes:
         where: the folder of the step.
         config: what model it holds.
-        vocabulary: None; T5X keeps none beside its checkpoints.
+        vocabulary: None; T5X stores none with its checkpoints.
         pieces: None likewise.
-        step: from the name of that folder; 0 if it tells none.
-        notes: what could not be read and was assumed, a sentence each.
+        step: from the name of that folder; 0 if there is none.
+        notes: assumptions about what could not be read, a sentence each.
     """
 
     vocabulary: VocabularyFile | None = None

@@ -34,8 +34,8 @@ def save(
 ) -> None:
     """Writes `checkpoint_<step>` into a T5X model directory, for the networks of `t5x.examples`.
 
-    It holds parameters and the step, no optimizer state, and beside them `model.gin`, which sets T5X's network up for
-    them. It appears under its name when it is whole, or not at all; one tensor is in memory at a time.
+    It holds parameters and the step, no optimizer state, and `model.gin`, which configures T5X's network for them. The
+        write is atomic; one tensor is in memory at a time.
 
     Args:
         folder: the model directory, local; made if need be.

@@ -39,7 +39,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     loop_layers: bool = False
 
-    # What T5X takes this to mean: in every array of the cache the layers come first and the examples second.
+    # T5X's convention: cache arrays have layers on the first axis and examples on the second.
     scan_layers: ClassVar[bool] = True
 
     def setup(self):
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         decode: bool = True,
         max_decode_length: int | None = None,
     ) -> jax.Array:
-        """Reads one token of each example: float32 logits [batch, 1, vocab_size]; the cache is brought up to date.
+        """Decodes one token of each example: float32 logits [batch, 1, vocab_size]; updates the cache.
 
         Args:
             encoded: from `encode`.
@@ -130,8 +130,8 @@ class Transformer(nn.Module):
         config, params = self.run_config, self._stacked()
         kept = self.get_variable("cache", "decoder")
         cache = decoding.Cache(KeysValues(kept["cached_key"], kept["cached_value"]), kept["cache_index"])
-        # The same at every token: where layers run one by one, the compiler takes the projections out of T5X's loop
-        # over tokens. In the cache they would be moved about with every change of beams.
+        # Loop-invariant: where layers run one by one, the compiler hoists the projections out of T5X's loop over
+        # tokens. In the cache they would be permuted with every change of beams.
         cross = decoding.cross_keys_values(config, params, encoded)
         segments = jnp.asarray(encoder_input_tokens > 0, jnp.int32)
         logits, cache = decoding.decode_step(config, params, cache, cross, decoder_input_tokens[:, 0], segments)
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         return logits[:, None]
 
     def _put_cache(self, cache: decoding.Cache) -> None:
-        # T5X tells the index from the arrays that have a row for each example by its name.
+        # T5X distinguishes the index from arrays with an example axis by its name.
         key, value = cache.kept
         self.put_variable("cache", "decoder", {"cached_key": key, "cached_value": value, "cache_index": cache.index})
 
@@ -160,7 +160,7 @@ def logical_axes(boxed: Any, stacked: bool = False) -> Any:
     """T5X's collection "params_axes" of boxed parameters: `encoder/layers_0/attention/query/kernel_axes` etc.
 
     The names of our axes that parameters have (`vocab`, `embed`, `joined_kv`, `mlp`, `heads`, `relpos_buckets`,
-    `layers`) are T5X's, whose standard partitioning rules and factorisation rules know them all.
+    `layers`) are T5X's, whose standard partitioning rules and factorization rules know them all.
 
     Args:
         boxed: of `boxed_init`, or its shapes.

@@ -1,4 +1,4 @@
-"""Distilling with `t5x.train`: a T5X model whose loss is ours, and a trainer that hands it the frozen teacher."""
+"""Distillation with `t5x.train`: a T5X model with our loss, and a trainer that passes it the teacher's parameters."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -31,16 +31,16 @@ Batch = Mapping[str, jax.Array]
 
 
 class MiniEndModel(models.EncoderDecoderModel):
-    """A student that T5X trains to agree with a teacher; it evaluates and generates as any other model of T5X.
+    """A student distilled by T5X; it evaluates and generates like any other T5X model.
 
     `loss = sum over terms of coefficient * sum / weight`, as in `objectives.loss`: the objective takes the place of
-    T5X's label smoothing, z-loss and normalising factor. Give it to `t5x.train` with `MiniEndTrainer`.
+    T5X's label smoothing, z-loss and normalizing factor. Give it to `t5x.train` with `MiniEndTrainer`.
 
     Args:
         module: the student.
         teacher: "bundled", a Hugging Face T5 folder, a T5X checkpoint, or the model directory of a run; None if the
             objective needs none.
-        objective: what is compared; nothing that moves with the step or has parameters of its own.
+        objective: terms without step-dependent coefficients or parameters of their own.
         input_vocabulary: of the task; must be the teacher's.
         output_vocabulary: the same.
         optimizer_def: as for any model of T5X.
@@ -112,11 +112,11 @@ class MiniEndModel(models.EncoderDecoderModel):
 
 
 class MiniEndTrainer(trainer.Trainer):
-    """T5X's trainer, which also hands the teacher's parameters to every step.
+    """T5X's trainer, which also passes the teacher's parameters to every step.
 
-    They are an argument of the compiled step: arrays that a traced function merely refers to are written into the
-    executable as constants, on every host, and may not be spread over several hosts. They are no part of the train
-    state, and so not of the optimizer's nor of the checkpoint.
+    They are an argument of the compiled step: arrays that a traced function closes over are embedded in the executable
+        as constants, on every host, and cannot be sharded over several hosts. They are not part of the train state, so
+        neither of the optimizer's state nor of checkpoints.
 
     Gradients of micro-batches add up to those of the whole batch, whatever their padding.
     """
@@ -151,7 +151,7 @@ class MiniEndTrainer(trainer.Trainer):
 
     @cached_property
     def _teacher(self) -> tuple[Any, Any]:
-        """The teacher's parameters, spread by T5X's rules, and how they are."""
+        """The teacher's parameters, sharded by T5X's rules, and their shardings."""
         teacher = self._model.teacher
         if teacher is None:
             return None, None

@@ -1,9 +1,9 @@
-"""Beam search: the likeliest beginnings are followed together, and the best that ended is returned.
+"""Beam search: extends the most likely live hypotheses, and returns the best finished one.
 
 The rules are those of Hugging Face's `generate` with `early_stopping=False`, whose outputs the tests replay: of the
 `2 * beams` best continuations of an example, those among the first `beams` that end are candidates for the answer, and
-the best `beams` that do not end go on. An example is done when it has `beams` candidates and the best beginning, were
-it to end now, would be no better than the worst of them.
+the best `beams` that do not end stay live. An example is done when it has `beams` candidates and the best live
+hypothesis, if it ended now, would be no better than the worst of them.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from endistill_jax.models.generation.sampling import largest
 
 
 class Hypotheses(NamedTuple):
-    """Several texts of each example, the best first.
+    """Several hypotheses of each example, the best first.
 
     Attributes:
         scores: float32 [batch, beams]; -inf where there is none.
@@ -28,13 +28,13 @@ class Hypotheses(NamedTuple):
 
 
 class BeamState(NamedTuple):
-    """What the search carries from one position to the next.
+    """The loop state of the search.
 
     Attributes:
         cache: of the positions read so far.
-        running: beginnings, with their log-probabilities.
+        running: live hypotheses, with their log-probabilities.
         ancestors: int32 [batch, beams, max_length], the beam each of them was in at each position; see `read_tokens`.
-        ended: texts that ended, with their penalised scores.
+        ended: finished hypotheses, with their penalized scores.
         done: bool [batch], whether an example's answer is found.
     """
 
@@ -48,7 +48,7 @@ class BeamState(NamedTuple):
 def beam_search(
     config: ModelConfig, params: Any, tokens: jax.Array, max_length: int, eos_id: int, beams: int, length_penalty: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The best text of each example that the search finds.
+    """The best hypothesis of each example.
 
     Args:
         config: the model's settings; its vocabulary has at least `2 * beams` tokens.
@@ -56,11 +56,11 @@ def beam_search(
         tokens: int [batch, source], padded with `pad_id`; an example without input gets no text and the score 0.
         max_length: tokens generated at most, the end included; what has not ended by then ends there.
         eos_id: the token that ends an example.
-        beams: how many beginnings are followed.
+        beams: number of live hypotheses.
         length_penalty: the score of n tokens is their log-probability / n ** length_penalty.
 
     Returns:
-        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalised scores, float32 [batch].
+        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalized scores, float32 [batch].
     """
     source = config.family.read_source(config, params, tokens)
     rows = len(tokens)
@@ -83,13 +83,13 @@ def beam_search(
 
         running_scores, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), beams)
         ancestors = _of_beam(state.ancestors, jnp.take_along_axis(beam, kept, axis=1))
-        # No position after the last is ever read: what is written there changes nothing.
+        # Positions after the last are never read, so writes there have no effect.
         ancestors = _set_at(ancestors, position + 1, jnp.broadcast_to(jnp.arange(beams), (rows, beams)))
         done = state.done | (running_scores[:, 0] / penalty <= ended.scores[:, -1])
         return BeamState(cache, Hypotheses(running_scores, _of_beam(texts, kept)), ancestors, ended, done)
 
     nothing = jnp.full((rows, beams, max_length), config.pad_id, jnp.int32)
-    first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # equal beginnings count once
+    first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # identical hypotheses count once
     ancestors = jnp.zeros_like(nothing).at[:, :, 0].set(jnp.arange(beams))
     start = BeamState(
         cache=config.family.init_cache(config, rows, max_length, beams),
@@ -103,11 +103,11 @@ def beam_search(
 
 
 def _best_continuations(logits: jax.Array, scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The likeliest of all tokens after all beginnings: log-probability, beginning and token, each [batch, count].
+    """The best continuations of all live hypotheses: log-probability, hypothesis and token, each [batch, count].
 
     Args:
         logits: float32 [batch, beams, vocab_size].
-        scores: float32 [batch, beams], log-probabilities of the beginnings.
+        scores: float32 [batch, beams], log-probabilities of the hypotheses.
         count: how many.
     """
     each = min(count, logits.shape[-1])

@@ -25,15 +25,15 @@ class Decoding:
 
     Attributes:
         max_length: tokens generated at most, the end included.
-        strategy: "greedy" takes the likeliest token at every step, "sample" draws one, "beam" follows the `beams`
-            likeliest beginnings.
+        strategy: "greedy" takes the most likely token at every step, "sample" draws one, "beam" extends the `beams`
+            most likely hypotheses.
         temperature: of "sample": logits are divided by it.
-        top_k: of "sample": draws from this many of the likeliest tokens; 0 means all.
-        top_p: of "sample": draws from the fewest of the likeliest tokens that together have this probability.
+        top_k: of "sample": draws from this many of the most likely tokens; 0 means all.
+        top_p: of "sample": draws from the fewest of the most likely tokens that together have this probability.
         beams: of "beam".
         length_penalty: of "beam": a text of n tokens, the end included, has the score log-probability /
             n ** length_penalty, as in Hugging Face's `generate` (T5X and Flax take ((5 + n) / 6) ** alpha instead).
-            0 compares log-probabilities, 1 means per token; more favours long texts.
+            0 compares log-probabilities, 1 means per token; more favors long texts.
         eos_id: the token that ends a text; None takes the model's.
     """
 
@@ -106,7 +106,7 @@ def make_decoder(
         config: the model's settings.
         decoding: how text is generated.
         mesh: what it runs on; None for wherever the arguments are.
-        placement: how the parameters lie on the mesh; see `sharding.logical_rules`. "sharded" gathers what is split
+        placement: how the parameters are sharded; see `sharding.logical_rules`. "sharded" gathers what is split
             along `fsdp` while it generates; "replicated" is faster where the memory allows it.
 
     Returns:

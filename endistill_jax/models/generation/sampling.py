@@ -1,7 +1,7 @@
-"""Choosing the next token: the likeliest, or drawn at a temperature from the likeliest few.
+"""Chooses the next token: greedily, or by sampling with temperature, top-k and top-p.
 
-Each row has random numbers of its own, which depend on the key, the row's id and the position and on nothing else: a
-row is drawn the same whatever its neighbours are and however a batch is cut.
+Each row has random numbers of its own, which depend only on the key, the row's id and the position, so a
+row is sampled the same whatever its neighbors and batch are.
 """
 
 import jax
@@ -13,8 +13,8 @@ _BLOCK = 128
 def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The largest values along the last axis and their indices, each [..., count]; the same as `jax.lax.top_k`.
 
-    They lie in the `count` blocks with the largest maxima, and a maximum is quickly found: on a CPU the whole takes a
-    small part of what `top_k` or `argmax` of a vocabulary takes.
+    They are in the `count` blocks with the largest maxima, which are cheap to compute: on a CPU this takes a small
+        fraction of the time of `top_k` or `argmax` over a vocabulary.
     """
     *rows, size = values.shape
     if size % _BLOCK or size < 4 * _BLOCK * count:
@@ -33,8 +33,8 @@ def filter_logits(logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0
     Args:
         logits: float32 [batch, vocab_size].
         temperature: what logits are divided by.
-        top_k: keeps the k likeliest tokens, and all that are as likely as the k-th; 0 keeps all.
-        top_p: keeps the fewest of the likeliest tokens that together have at least this probability (nucleus sampling,
+        top_k: keeps the k most likely tokens, and all that are as likely as the k-th; 0 keeps all.
+        top_p: keeps the smallest set of most likely tokens with at least this total probability (nucleus sampling,
             Holtzman et al., arXiv 1904.09751); tokens as likely as the last one kept are kept too.
     """
     logits = logits / temperature
@@ -53,7 +53,7 @@ def draw(logits: jax.Array, key: jax.Array, row_ids: jax.Array, position: jax.Ar
     Args:
         logits: float32 [batch, vocab_size], -inf where a token may not be drawn.
         key: of the whole search.
-        row_ids: int [batch], what tells rows apart.
+        row_ids: int [batch], distinguishes rows.
         position: int scalar, of the token in its row.
     """
     key = jax.random.fold_in(key, position)

@@ -1,4 +1,4 @@
-"""Generating one text of each input: token after token, the likeliest or a drawn one."""
+"""Generates one text per input by greedy decoding or sampling."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from endistill_jax.models.generation.sampling import largest
 
 
 class SearchState(NamedTuple):
-    """What a search carries from one token to the next.
+    """The loop state of the search.
 
     Attributes:
         cache: of the tokens read so far.

@@ -1,7 +1,7 @@
 """Attention of split heads, T5's way: unscaled scores, an additive position bias, a float32 softmax.
 
-Computed at once, or for some examples and heads at a time: then only their scores are ever in memory, and those of a
-group that fits a chip's own memory never leave it. The values are the same.
+Optionally computed in blocks of examples and heads: then only a block's scores are in memory, and if they fit a chip's
+vector memory they never leave it. The values are the same.
 """
 
 import functools
@@ -24,7 +24,7 @@ def attention_weights(
 ) -> jax.Array:
     """softmax(scores + position_bias) over the visible keys, computed in float32 and returned in `dtype`.
 
-    Keeps for its gradient what it returns and nothing else. A row that sees no key gets equal weights and no gradient.
+    Saves only its output for the backward pass. A row that sees no key gets uniform weights and no gradient.
 
     Args:
         scores: [batch, num_heads, query_length, key_length], float32.

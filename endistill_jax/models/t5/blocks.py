@@ -15,7 +15,7 @@ from endistill_jax.models.t5.layers import MLP, Attention, KeysValues, RelativeP
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each on a normalised input and added to the residual stream."""
+    """Self-attention and MLP, each on a normalized input and added to the residual stream."""
 
     config: T5Config
 
@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         return x, written
 
     def _blocks(self, x, self_attention, cross_attention, deterministic: bool) -> tuple[jax.Array, Any, Any]:
-        """The three residual blocks; the two attentions take a normalised input and return output and extras."""
+        """The three residual blocks; the two attentions take a normalized input and return output and extras."""
         y, self_extras = self_attention(self.pre_self_attention_layer_norm(x))
         x = x + self.dropout(y, deterministic=deterministic)
         y, cross_extras = cross_attention(self.pre_cross_attention_layer_norm(x))

@@ -32,7 +32,7 @@ class T5Config:
         dropout_rate: on embeddings, attention weights, MLP hidden units and residual branches, as in T5.
         relative_buckets: number of relative-position buckets of a position bias.
         relative_max_distance: distances from here on share a bucket.
-        layer_norm_epsilon: added to the mean square in the normalisations.
+        layer_norm_epsilon: added to the mean square in the normalizations.
         head_init_scale: factor on the initial standard deviation of the head (of the embedding when tied).
         dtype: type of activations and matrix products; parameters keep their own type, softmax and logits are float32.
         scan_layers: run layers in a compiled loop, so that program size does not grow with depth. Parameters are stored

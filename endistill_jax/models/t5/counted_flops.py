@@ -20,10 +20,10 @@ def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[in
         args: arrays or their shapes (`jax.ShapeDtypeStruct`).
 
     Returns:
-        Contracted length -> 2 x products' sizes, so that products of one kind can be told by a length of their own.
+        Contracted length -> 2 x products' sizes, so that products of one kind can be identified by a unique length.
 
     Raises:
-        NotImplementedError: if a loop with an unknown number of turns, or a branch, holds a product.
+        NotImplementedError: if a loop with an unknown trip count, or a branch, contains a product.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -36,14 +36,14 @@ def _count(jaxpr: Any) -> collections.Counter[int]:
         if equation.primitive.name == "dot_general":
             contracted = _contracted_length(equation)
             total[contracted] += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        trip_count = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = sum(map(_count, _inner_programs(equation.params.values())), start=collections.Counter())
         if inner and equation.primitive.name in ("while", "cond"):
             raise NotImplementedError(
                 f"a matrix product inside {equation.primitive.name}: how often it runs is unknown"
             )
         for contracted, flops in inner.items():
-            total[contracted] += turns * flops
+            total[contracted] += trip_count * flops
     return total
 
 

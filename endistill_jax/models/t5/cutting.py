@@ -1,4 +1,4 @@
-"""A small T5 out of a large one. What is taken along each logical axis:
+"""Initializes a small T5 from a large one. What is taken along each logical axis:
 
     layers       those that are chosen
     embed        evenly spaced channels of the residual stream, the same ones in every layer of both stacks
@@ -10,7 +10,7 @@
 
 A sum over fewer inputs is smaller, so every kernel is multiplied by sqrt(teacher's inputs / student's inputs), and the
 queries' once more by sqrt(teacher's head_dim / student's head_dim), as scores are sums over a head's dimensions: the
-ratios that T5's own initialisation has between two widths. Embedding, normalisations and position biases keep their
+ratios that T5's own initialization has between two widths. Embedding, normalizations and position biases keep their
 values; a tied head has the same correction from its factor d_model^-0.5. With equal widths every factor is 1.
 
 A student with a position bias in every layer (umT5) takes those of the layers it takes, or of a teacher with one a
@@ -37,7 +37,7 @@ WIDTHS = ("d_model", "num_heads", "head_dim", "mlp_dim")
 
 
 def check_cut(teacher: T5Config, student: T5Config, *, equal_widths: bool) -> None:
-    """Finds what a student cannot take from its teacher; see `models.family.Family`.
+    """Checks that a student can be initialized from its teacher; see `models.family.Family`.
 
     Raises:
         UserError: naming the setting, both values, and what would be right.

@@ -1,4 +1,4 @@
-"""Generating text: the decoder one token at a time, with the keys and values of earlier tokens kept.
+"""Incremental decoding with a cache of keys and values.
 
 Everything here is a pure function of the stacked parameters. A search (`models.generation`) encodes once, computes the
 encoder's keys and values once, and then repeats `read_tokens`. Beams of one example are several tokens at the same
@@ -25,7 +25,7 @@ OfLayers = KeysValues | tuple[KeysValues, ...]
 
 
 class Cache(NamedTuple):
-    """What the decoder keeps of the tokens it has read.
+    """The key-value cache.
 
     Attributes:
         kept: keys and values of its self-attention, each [layers, batch, num_heads, positions * beams, head_dim], the
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the decoder reads of the input.
+    """The encoded input.
 
     Attributes:
         params: the model's parameters, the decoder's layers split as the keys and values are.
@@ -103,9 +103,9 @@ def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> Keys
 
 
 def read_source(config: T5Config, params: Any, tokens: jax.Array) -> Source:
-    """Encodes [batch, source] tokens, once for a whole search; what has the id `pad_id` is padding.
+    """Encodes [batch, source] tokens, once per search; `pad_id` is padding.
 
-    Without a loop over layers the decoder's parameters are taken apart here, once, and not at every token.
+    Without a loop over layers the decoder's parameters are unstacked here once, rather than at every token.
 
     Raises:
         UserError: if the model has no decoder.
@@ -122,7 +122,7 @@ def read_source(config: T5Config, params: Any, tokens: jax.Array) -> Source:
 def decode_step(
     config: T5Config, params: Any, cache: Cache, cross: KeysValues, tokens: jax.Array, encoder_segments: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Reads one token of each example, and says what may follow.
+    """Decodes one token of each example.
 
     Args:
         config: the model's settings.
@@ -142,7 +142,7 @@ def decode_step(
 def read_tokens(
     config: T5Config, source: Source, cache: Cache, tokens: jax.Array, ancestors: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
-    """Reads one token of each beam of each example, and says what may follow each.
+    """Decodes one token of each beam of each example.
 
     Args:
         config: the model's settings.
@@ -150,7 +150,7 @@ def read_tokens(
         cache: of the positions before; must not be full.
         tokens: int [batch, beams].
         ancestors: int [batch, beams, positions], the beam that each beam's hypothesis was in at each position, up to
-            and with this one. So hypotheses change beams and nothing that was kept is moved. None where there is one
+            and with this one. So hypotheses can change beams without moving the cache. None where there is one
             beam.
 
     Returns:
@@ -172,8 +172,8 @@ def read_tokens(
         layer, layer_params, layer_cross = xs
 
         def write(new: KeysValues) -> tuple[KeysValues, KeysValues]:
-            # Into the whole stack, where the compiler can do it in place: a loop that returned each layer's part would
-            # copy all of it at every token.
+            # Written into the stacked cache, which the compiler can do in place; returning each layer's part from the
+            # loop would copy the cache at every token.
             written = _write(kept, jax.tree.map(lambda one: one[None], new), (layer, *start))
             return _take(written, layer), written
 

@@ -11,8 +11,8 @@ width D, inner width I = num_heads * head_dim, MLP width F with M branches (1 pl
 A causal mask halves nothing: the scores above the diagonal are computed. The backward pass of a product is two of its
 size, so a gradient costs twice the forward pass of what it goes through.
 
-Left out: everything that is not a matrix product (normalisation, softmax, activations, embedding look-up, optimizer),
-the position bias, whose product with one-hot vectors stands for a look-up, and whatever rematerialisation computes
+Left out: everything that is not a matrix product (normalization, softmax, activations, embedding look-up, optimizer),
+the position bias, whose one-hot product implements a look-up, and whatever rematerialization computes
 again. So these are the model's operations, fewer than the hardware's.
 """
 

@@ -56,7 +56,7 @@ _DEFAULTS = {
     "layer_norm_epsilon": 1e-6,
 }
 _CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
-# What may stand under `architectures` beside a class of the kind's own; old folders leave it out.
+# Other accepted values of `architectures`; old folders omit it.
 _OTHER_NAMES = {"t5": ("T5WithLMHeadModel",), "mt5": ("T5ForConditionalGeneration",), "umt5": ()}
 _DEFAULT_ACTIVATION = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu"}
 _IDS = {"pad_id": ("pad_token_id", 0), "eos_id": ("eos_token_id", 1), "decoder_start_id": ("decoder_start_token_id", 0)}
@@ -129,7 +129,7 @@ class T5InHuggingFace:
 
     def tensor_of(self, parameter: Parameter) -> Tensor:
         """Where Hugging Face keeps a parameter."""
-        # The embedding is [vocab, embed] on both sides, and vectors have one way to lie.
+        # The embedding is [vocab, embed] on both sides, and vectors have no orientation.
         transposed = parameter.path[-1] in ("kernel", "rel_embedding")
         shape = parameter.shape[::-1] if transposed else parameter.shape
         return Tensor(_name(parameter), shape, transposed)

@@ -1,4 +1,4 @@
-"""The layers of T5: normalisation, projections, attention, feed-forward, relative position bias."""
+"""The layers of T5: normalization, projections, attention, feed-forward, relative position bias."""
 
 import functools
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def project(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, output_dtype: jnp
 
 
 class RMSNorm(nn.Module):
-    """T5's normalisation: x / sqrt(mean(x^2) + epsilon) * scale, computed in float32; no mean, no bias."""
+    """T5's normalization: x / sqrt(mean(x^2) + epsilon) * scale, computed in float32; no mean, no bias."""
 
     config: T5Config
 

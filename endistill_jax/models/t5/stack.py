@@ -1,8 +1,8 @@
 """Runs a stack of identical layers whose parameters are stacked on a leading axis.
 
 The stack runs as segments: a compiled loop up to the tapped layer, that layer by itself, a loop over the rest. So
-exposing one layer stacks nothing for the others, compile time does not grow with depth, and what nobody reads above a
-tap is dead code that the compiler removes.
+exposing one layer stacks nothing for the others, compile time does not grow with depth, and unused layers above a tap
+are dead code that the compiler removes.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_savea
 
 
 class StackReads(NamedTuple):
-    """What is read of one stack.
+    """The requested outputs of one stack.
 
     Attributes:
-        taps: (site, layer) as asked for -> index of the layer, from 0.
-        hidden: (stack, layer) as asked for -> index of the layer, from 0.
+        taps: (site, layer) as requested -> index of the layer, from 0.
+        hidden: (stack, layer) as requested -> index of the layer, from 0.
         to_top: whether the stack's output is read; else it ends with the highest layer that is.
     """
 
@@ -65,7 +65,7 @@ def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> Stac
 
 
 def stacked_init(layer: nn.Module, num_layers: int) -> Callable[[jax.Array, jax.Array, tuple], Any]:
-    """An initialiser of `num_layers` layers, each with a key of its own, stacked on a leading axis named "layers"."""
+    """An initializer of `num_layers` layers, each with a key of its own, stacked on a leading axis named "layers"."""
 
     def init(key: jax.Array, x: jax.Array, context: tuple) -> Any:
         def init_one(key: jax.Array) -> Any:
@@ -99,8 +99,8 @@ def run_layers(
         context: the layer's further arrays (masks, bias, encoder output), the same for every layer.
         reads: of this stack.
         dropout_key: folded with the layer's index; None runs without dropout.
-        frozen: a loop takes each layer's parameters from where all layers lie, rather than from a copy of those that it
-            runs over. The gradient by the parameters would take a pass over all of them a layer.
+        frozen: a loop indexes into the stacked parameters, rather than into a slice of those that it runs over. The
+            gradient with respect to the parameters would then take a pass over all of them per layer.
 
     Returns:
         The residual stream where the stack ended, and an output with the taps and residual streams that are read.

@@ -1,7 +1,7 @@
 """T5 as a pure function of (parameters, batch), with attention taps.
 
-The forward pass is asked for what is read (`core.outputs.Reads`): attention vectors or residual streams of some layers,
-the encoder's output, the head. Nothing above the highest of them is computed.
+The caller requests outputs (`core.outputs.Reads`): attention vectors or residual streams of some layers, the encoder's
+output, the head. Nothing above the highest of them is computed.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
-        # First as the table lies, then as activations lie: in one step the compiler would give everything to everyone.
+        # First sharded like the table, then like activations: in one step the compiler would all-gather.
         x = nn.with_logical_constraint(x, ("lookup_batch", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed_activation"))
 
@@ -54,7 +54,7 @@ class OutputHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position bias, layers, final normalisation."""
+    """Position bias, layers, final normalization."""
 
     config: T5Config
 
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Position bias, layers, final normalisation and head.
+    """Position bias, layers, final normalization and head.
 
     Attributes:
         config: the model's settings.

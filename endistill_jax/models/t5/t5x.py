@@ -60,7 +60,7 @@ class Where(NamedTuple):
 
 
 def place(parameter: Parameter, layout: Layout) -> Place:
-    """Where a tensor lies. Of position biases that repeat in every layer it is the first."""
+    """The name of a tensor; for position biases that repeat in every layer, of the first."""
     stack = parameter.path[0]
     if stack in STACKS and parameter.path[1:] == BIAS and layout.bias_per_layer:
         return _in_layer(stack, BIAS, 0, layout)
@@ -108,7 +108,7 @@ def infer(shapes: Mapping[str, Shape], where: Where) -> tuple[T5Config, Layout]:
         where: for messages.
 
     Raises:
-        UserError: if an array that tells a size is missing or of another rank, or the sizes make no T5.
+        UserError: if an array that determines a size is missing or of another rank, or the sizes make no T5.
     """
     found = _Shapes(shapes, where)
     vocab_size, d_model = found.shape(EMBEDDING, 2)
@@ -178,7 +178,7 @@ class _Shapes:
 def _layout(shapes: Mapping[str, Shape], d_model: int) -> Layout:
     biases = [name for name in shapes if name.endswith("/".join(BIAS))]
     if any(name.startswith(f"{stack}/{stack}/") for name in shapes for stack in STACKS):
-        # T5X puts layers second unless told otherwise. Where both axes are as long one stack leaves it open.
+        # T5X puts layers second by default. Where both axes are as long one stack leaves it open.
         scales = [shapes.get(f"{stack}/{stack}/pre_mlp_layer_norm/scale", ()) for stack in STACKS]
         first = any(len(scale) == 2 and scale[1] == d_model and scale[0] != d_model for scale in scales)
         return Layout(scan_axis=0 if first else 1, bias_per_layer=True, split_heads=True)

@@ -150,5 +150,5 @@ def test_missing_torch_shard_and_missing_tensor_are_named(folder):
 def test_without_torch_one_line_says_what_to_install(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pytorch_model.bin needs torch; pip install '.\[hf\]'"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin needs torch; pip install 'endistill-jax\[hf\]'"):
         huggingface.open_folder(folder)
