@@ -26,7 +26,7 @@ def test_the_model_card_has_teacher_objective_data_steps_and_metrics(exported, d
     assert f"distilled, task-agnostically, from `{teacher}`" in card
     assert "encoder_self/vv 0.333, decoder_self/qq 0.333" in card and "cross/qk 0.5, cross/vv 0.5, logits 1 |" in card
     assert "| steps | 4 of 4 |" in card and "`jobs_tests_v1`" in card
-    assert f"| loss on pieces, nats a token | {results[1]['token_loss']:.4g} |" in card
+    assert f"| loss on non-sentinel tokens, nats a token | {results[1]['token_loss']:.4g} |" in card
     assert open_model(teacher).fingerprint in card
 
 
