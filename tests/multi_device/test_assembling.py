@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from endistill_jax.jobs.import_checkpoint import import_checkpoint
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
 from endistill_jax.checkpoints.interchange import assemble
 from endistill_jax.checkpoints.models import open_model
+from endistill_jax.jobs import import_checkpoint
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.sharding import make_mesh, param_shardings

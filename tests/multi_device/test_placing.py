@@ -12,9 +12,9 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.held_out import HeldOut
 from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.objectives import Path
+from endistill_jax.objectives import presets
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
-from endistill_jax.train.experiment import Data, Run
+from endistill_jax.train.experiment import Data, Experiment, Run, Teacher
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
 from endistill_jax.train.training import Training
@@ -78,25 +78,24 @@ def test_width_that_a_mesh_axis_does_not_divide_is_refused_and_the_fix_named(cha
 def test_training_that_does_not_fit_its_mesh_is_refused_in_one_line_with_what_would_fit(
     student, teacher, data, run, told
 ):
-    def training(teacher):
+    def training(teacher, sharding="sharded"):
         config = dataclasses.replace(CONFIG, **teacher)
-        model = TrainedModel(source="t", config=config, vocabulary_file=None, step=0, manifest={}, _read=None)
-        return Training(
-            model_dir="nowhere",
-            config=dataclasses.replace(CONFIG, **student),
-            path=Path(logits_weight=1.0),
+        experiment = Experiment(
+            student=dataclasses.replace(CONFIG, **student),
+            teacher=Teacher(source="t", sharding=sharding),
+            objective=presets.logits(),
             data=Data(task="none", **{"batch_size": 32, "eval_batch_size": 16} | data),
             optimizer=OptimizerConfig(),
             run=Run(steps=1, log_every=1, checkpoint_every=1, **run),
-            teacher=model,
         )
+        model = TrainedModel(source="t", config=config, vocabulary_file=None, step=0, manifest={}, _read=None)
+        return Training(model_dir="nowhere", experiment=experiment, teacher=model)
 
     with pytest.raises(UserError, match=told) as error:
         training(teacher).check_mesh()
     assert "\n" not in str(error.value)
     if "d_model" in teacher:  # a replicated teacher is not split there
-        run["teacher_placement"] = "replicated"
-        training(teacher).check_mesh()
+        training(teacher, sharding="replicated").check_mesh()
 
 
 def test_batch_that_does_not_split_over_the_examples_axes_is_refused():
