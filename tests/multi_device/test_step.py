@@ -114,7 +114,7 @@ def runs(run):
 
 
 def check_metrics(actual, expected):
-    assert actual.keys() == expected.keys() and len(actual) == 20 + ("teacher_share" in expected)
+    assert actual.keys() == expected.keys() and len(actual) == 19 + ("teacher_share" in expected)
     for term, (total, weight) in expected.items():
         assert actual[term][1] == weight, term
         # Float32 sums of some hundred terms of either sign, in another order: a few of 2^-23 times their size.
