@@ -2,10 +2,10 @@
 
 import pathlib
 import re
-import sys
-import types
 
 import pytest
+import toy
+from toy import write
 
 import gin
 from endistill_jax import config, jobs
@@ -26,29 +26,13 @@ jobs.run.job = @toy.job
 LINE = HEAD.count("\n") + 1  # the first that a test writes
 
 
-def job(*, steps: int = 1, name: str | None = None, part=None, dry_run: bool = False):
-    pathlib.Path("called").touch()
-
-
-def part(*, size: int, **others):
-    return (size, others) if others != {"label": "wrong"} else {}["wrong"]
-
-
 @pytest.fixture(autouse=True)
-def toy(monkeypatch, tmp_path):
-    """A folder to stand in, and a module `toy` that gin files can import."""
-    module = types.ModuleType("toy")
-    module.job, module.part = job, part
-    monkeypatch.setitem(sys.modules, "toy", module)
+def folder(monkeypatch, tmp_path):
+    """The folder to stand in."""
     monkeypatch.chdir(tmp_path)
+    toy.CALLS.clear()
     yield tmp_path
     gin.clear_config()
-
-
-def write(text, name="run.gin"):
-    pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(name).write_text(text)
-    return f"--gin_file={name}"
 
 
 MISTAKES = {
@@ -142,7 +126,7 @@ def required(name):
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_file_builds_its_job_and_its_header_says_what_must_be_set(name, toy):
+def test_a_shipped_file_builds_its_job_and_its_header_says_what_must_be_set(name, folder):
     text = (PACKAGE_FOLDER / name).read_text()
     header = text.partition("\nfrom __gin__")[0].partition("\ninclude")[0]
     told = re.search(r"^# Must be set: ([^.]*)\.", header, re.MULTILINE)

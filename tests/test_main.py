@@ -1,18 +1,17 @@
 """The command line: flags, search paths, help, dry run, how it ends. For mistakes in gin files see test_config.py."""
 
 import os
-import pathlib
 import re
 import signal
 import subprocess
 import sys
-import types
 
 import pytest
+import toy
+from toy import write
 
 import gin
 from endistill_jax.command_line import PACKAGE_FOLDER, find, shipped
-from endistill_jax.core.errors import Stopped, StorageFailure, UserError
 from endistill_jax.main import main
 from endistill_jax.reports.run_files import Launch, started_by, write_run_files
 
@@ -22,64 +21,22 @@ import toy
 from endistill_jax import jobs
 jobs.run.job = @toy.job
 """
-calls = []
-
-
-def job(*, steps: int = 1, rate: float = 0.5, name: str | None = None, part=None, error=None, dry_run: bool = False):
-    """What the tests run: notes its call and raises what it is told to."""
-    calls.append({"steps": steps, "rate": rate, "name": name, "part": part, "dry_run": dry_run})
-    if isinstance(error, int):
-        os.kill(os.getpid(), error)
-    if error is not None:
-        raise error()
-
-
-def part(*, size: int, label: str = ""):
-    return (size, label)
-
-
-def stopped():
-    return Stopped("stopped at step 7", signal.SIGTERM)
-
-
-def stopped_by_hand():
-    return Stopped("stopped at step 7", signal.SIGINT)
-
-
-def user_error():
-    return UserError("that is wrong; this would be right")
-
-
-def storage_failure():
-    return StorageFailure("checkpoint gs://bucket/run/3 cannot be restored (UnavailableError: 503)")
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch, tmp_path):
-    """A folder to stand in, and a module `toy` that gin files can import."""
-    module = types.ModuleType("toy")
-    module.job, module.part, module.user_error = job, part, user_error
-    module.zero_division, module.interrupted = ZeroDivisionError, KeyboardInterrupt
-    module.storage_failure = storage_failure
-    module.stopped, module.stopped_by_hand = stopped, stopped_by_hand
-    monkeypatch.setitem(sys.modules, "toy", module)
+def folder(monkeypatch, tmp_path):
+    """The folder to stand in."""
     monkeypatch.chdir(tmp_path)
-    calls.clear()
+    toy.CALLS.clear()
     yield tmp_path
     gin.clear_config()
-
-
-def write(text, name="run.gin"):
-    pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(name).write_text(text)
-    return f"--gin_file={name}"
 
 
 def test_flags_win_over_files_and_later_files_over_earlier():
     first = write(f"{HEAD}STEPS = 1\nNAME = 'first'\ntoy.job.steps = %STEPS\ntoy.job.name = %NAME\n")
     second = write("STEPS = 2\nNAME = 'second'\n", "second.gin")
     assert main([first, second, "--gin.STEPS=3", "--gin.toy.job.rate=2"]) == 0
-    assert calls == [{"steps": 3, "rate": 2, "name": "second", "part": None, "dry_run": False}]
+    assert toy.CALLS == [{"steps": 3, "rate": 2, "name": "second", "part": None, "dry_run": False}]
 
 
 @pytest.mark.parametrize(
@@ -101,22 +58,22 @@ def test_flags_win_over_files_and_later_files_over_earlier():
         ("(1, -1)", (1, -1)),
         ("['a', None]", ["a", None]),
         ("{'a': 1}", {"a": 1}),
-        ("@toy.part", part),
-        ("@toy.part()", (7, "")),
+        ("@toy.part", toy.part),
+        ("@toy.part()", (7, {})),
         ("%OTHER", "other"),
     ],
 )
 def test_values_of_flags_need_no_quotes(given, read):
     file = write(f"{HEAD}OTHER = 'other'\ntoy.job.name = %OTHER\ntoy.part.size = 7\ntoy.job.part = %VALUE\n")
     assert main([file, f"--gin.VALUE={given}"]) == 0
-    assert getattr(calls[0]["part"], "__wrapped__", calls[0]["part"]) == read
-    assert type(calls[0]["part"]) is type(read)
+    assert getattr(toy.CALLS[0]["part"], "__wrapped__", toy.CALLS[0]["part"]) == read
+    assert type(toy.CALLS[0]["part"]) is type(read)
 
 
 def test_flags_reach_scopes_and_scoped_parameters():
     file = write(f"{HEAD}toy.job.part = @one/toy.part()\none/toy.part.size = 1\n")
     assert main([file, "--gin.one/toy.part.size=2", "--gin.toy.part.label=all"]) == 0
-    assert calls[0]["part"] == (2, "all")
+    assert toy.CALLS[0]["part"] == (2, {"label": "all"})
 
 
 def test_files_are_found_here_then_in_search_paths_then_in_the_package(monkeypatch):
@@ -136,14 +93,14 @@ def test_included_files_are_found_in_the_same_places():
     )
     # Twice the flag, and folders with commas between: both are taken.
     assert main(["--gin_file=run.gin", "--gin_search_paths=nowhere,place", "--gin_search_paths=other"]) == 0
-    assert calls[0]["steps"] == 5
+    assert toy.CALLS[0]["steps"] == 5
 
 
 def test_includes_take_effect_where_they_stand():
     write("STEPS = 2\n", "included.gin")
     file = write(f"{HEAD}STEPS = 1\ninclude 'included.gin'\nRATE = 3\ntoy.job:\n    steps = %STEPS\n    rate = %RATE\n")
     assert main([file]) == 0
-    assert (calls[0]["steps"], calls[0]["rate"]) == (2, 3)
+    assert (toy.CALLS[0]["steps"], toy.CALLS[0]["rate"]) == (2, 3)
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback():
@@ -173,7 +130,7 @@ def test_an_ended_run_is_one_line_and_a_code_that_says_whether_to_start_it_again
 
 def test_dry_run_reaches_the_job():
     assert main([write(HEAD), "--dry_run"]) == 0
-    assert calls[0]["dry_run"] is True
+    assert toy.CALLS[0]["dry_run"] is True
 
 
 TINY = """
@@ -235,10 +192,10 @@ def test_help_names_every_shipped_file_and_needs_no_heavy_import():
 
 
 @pytest.mark.slow
-def test_the_program_prints_one_line_and_exits_with_two(toy):
+def test_the_program_prints_one_line_and_exits_with_two(folder):
     command = [sys.executable, "-m", "endistill_jax.main", "--gin_file=gin/runs/python_docs_teacher.gin"]
     quiet = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=toy, env=quiet)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=quiet)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.fullmatch(r"endistill: error: MODEL_DIR must be set: give --gin.MODEL_DIR=... \(.*\)\n", ended.stderr)
-    assert list(toy.iterdir()) == []
+    assert list(folder.iterdir()) == []
