@@ -71,22 +71,20 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
         config.read(options.gin_file, flags, options.gin_search_paths, planning=True)
         yield functools.partial(config.job(), plan=plan)
         return
-    from endistill_jax.multihost import initialize as distributed
-    from endistill_jax.multihost import shutdown
+    from endistill_jax import multihost
 
-    distributed.initialize()
+    multihost.initialize()
     _import_text_pipeline()
-    shutdown.watch()
+    multihost.watch_peers()
     from endistill_jax import config
-    from endistill_jax.multihost.agreement import agree, code_facts
     from endistill_jax.reports.run_files import Launch, started_by
 
     config.read(options.gin_file, flags, options.gin_search_paths)
-    settings = code_facts() | {"configuration": config.bound_settings()}
-    agree("code and configuration", settings, distributed.connect_seconds())
+    settings = multihost.code_facts() | {"configuration": config.bound_settings()}
+    multihost.agree("code and configuration", settings, multihost.connect_seconds())
     with (
         started_by(Launch(command=(*command_line.COMMAND, *words), config=config.config_text)),
-        distributed.first_process_prints(),
+        multihost.first_process_prints(),
     ):
         yield functools.partial(config.job(), dry_run=options.dry_run)
 
@@ -156,15 +154,15 @@ def _end(message: str, code: int) -> int:
     """Prints the error; in a multi-host run, ends all hosts."""
     _report(message, code)
     if _joined():
-        from endistill_jax.multihost.shutdown import leave
+        from endistill_jax.multihost import shutdown_all
 
-        leave(message, code)
+        shutdown_all(message, code)
     return code
 
 
 def _joined() -> bool:
     """Whether this process has joined others; avoids slow imports."""
-    joined = sys.modules.get("endistill_jax.multihost.initialize")
+    joined = sys.modules.get("endistill_jax.multihost")
     return joined is not None and joined.process_count() > 1
 
 

@@ -12,7 +12,7 @@ import seqio
 import tensorflow as tf
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.pair_files import PairFilesSource
+from endistill_jax.data.text_files import PairFilesSource
 from endistill_jax.data.vocabulary import EXTRA_IDS, load_vocabulary
 from endistill_jax.evaluation.metrics import rouge
 from endistill_jax.tasks.pretraining import T5_VOCABULARY

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
+from endistill_jax import multihost
 from endistill_jax.core.errors import HostMissing, UserError
-from endistill_jax.multihost import initialize as distributed
-from endistill_jax.multihost.initialize import CONNECT_SECONDS, COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from endistill_jax.multihost import CONNECT_SECONDS, COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 
@@ -14,7 +14,7 @@ NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 def settings(*values: str | None, **others: str):
     names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
     given = {name: value for name, value in zip(names, values, strict=False) if value is not None}
-    return distributed._from_environment(NO_TPU | given | others)
+    return multihost._from_environment(NO_TPU | given | others)
 
 
 def test_three_variables_say_all_and_no_cluster_is_asked():
@@ -48,8 +48,8 @@ def test_clusters_are_told_by_what_they_set(variables, joins):
 
 
 def test_a_host_with_a_tpu_asks_the_metadata_server_unless_told_not_to():
-    assert distributed._from_environment({}) == {}
-    assert distributed._from_environment({NUM_PROCESSES: "1"}) is None
+    assert multihost._from_environment({}) == {}
+    assert multihost._from_environment({NUM_PROCESSES: "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_cluster_that_does_not_tell_its_hosts_is_no_mistake(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setattr("jax.distributed.initialize", silent)
     with pytest.raises(HostMissing, match="could not find other hosts"):
-        distributed.initialize()
+        multihost.initialize()
 
 
 @pytest.mark.parametrize(("given", "seconds"), [(None, 300), ("", 300), ("3600", 3600)])
@@ -91,32 +91,32 @@ def test_how_long_to_wait_for_others_is_a_variable(monkeypatch, given, seconds):
     monkeypatch.delenv(CONNECT_SECONDS, raising=False)
     if given is not None:
         monkeypatch.setenv(CONNECT_SECONDS, given)
-    assert distributed.connect_seconds() == seconds
+    assert multihost.connect_seconds() == seconds
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "1.5"])
 def test_a_time_to_wait_that_is_none_is_told(monkeypatch, given):
     monkeypatch.setenv(CONNECT_SECONDS, given)
     with pytest.raises(UserError, match=f"{CONNECT_SECONDS} is '{given}'"):
-        distributed.connect_seconds()
+        multihost.connect_seconds()
 
 
 def test_a_process_alone_joins_nobody_and_gathers_its_own(monkeypatch):
     monkeypatch.setenv(NUM_PROCESSES, "1")
-    distributed.initialize()
-    assert (distributed.process_count(), distributed.process_index()) == (1, 0)
-    assert distributed.gather([2**40, 5]).tolist() == [[2**40, 5]]
-    distributed.require_one_process("export")
+    multihost.initialize()
+    assert (multihost.process_count(), multihost.process_index()) == (1, 0)
+    assert multihost.gather([2**40, 5]).tolist() == [[2**40, 5]]
+    multihost.require_one_process("export")
 
 
 def test_jobs_for_one_process_refuse_several(monkeypatch):
-    monkeypatch.setattr(distributed, "process_count", lambda: 4)
+    monkeypatch.setattr(multihost, "process_count", lambda: 4)
     with pytest.raises(UserError, match=f"export is a job for one process, and there are 4; set {NUM_PROCESSES}=1"):
-        distributed.require_one_process("export")
+        multihost.require_one_process("export")
 
 
 def test_what_jax_keeps_to_itself_is_used_in_one_place():
-    package = pathlib.Path(distributed.__file__).parents[1]
+    package = pathlib.Path(multihost.__file__).parent
     users = [file for file in package.rglob("*.py") if "jax._src" in file.read_text() or "jax.lib" in file.read_text()]
-    assert users == [pathlib.Path(distributed.__file__)]
-    assert (distributed.client(), distributed.process_count(), distributed.process_index()) == (None, 1, 0)
+    assert users == [pathlib.Path(multihost.__file__)]
+    assert (multihost.client(), multihost.process_count(), multihost.process_index()) == (None, 1, 0)

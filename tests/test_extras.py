@@ -102,8 +102,8 @@ def test_a_study_asks_for_its_plots_before_it_trains(monkeypatch):
 
 def test_a_task_asks_for_its_metrics_before_a_model_is_trained(monkeypatch):
     pytest.importorskip("seqio")
-    from endistill_jax.data.registry import resolve_task
-    from endistill_jax.evaluation.seqio_evaluation import check_tasks
+    from endistill_jax.data.text_pipeline import resolve_task
+    from endistill_jax.evaluation.task_metrics import check_tasks
 
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     task, lengths = resolve_task("python_docs_stdlib_summary_v1"), {"inputs": 128, "targets": 32}

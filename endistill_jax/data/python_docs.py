@@ -1,12 +1,8 @@
-"""TFDS builder of the offline corpus: English docstrings of the installed Python. Nothing is downloaded.
-
-`python_docs/stdlib` reads the standard library and the language topics of `help()` (about 2 MB); `python_docs/packages`
-adds the docstrings of the installed packages that this project depends on (about 24 MB). The texts depend on what is
-installed, so a prepared corpus is stored in a folder named after Python's version and the packages' versions.
-"""
+"""Cache of prepared data between runs, and its lock."""
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -14,9 +10,26 @@ import platform
 from collections.abc import Iterator, Sequence
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data import cache, docstrings
-from endistill_jax.data.near_copies import without_near_copies
+from endistill_jax.data import docstrings
+from endistill_jax.data.docstrings import without_near_copies
 from endistill_jax.data.text_pipeline import seqio, tf, tfds
+
+
+def cache_folder() -> pathlib.Path:
+    """`$ENDISTILL_CACHE`, else `$XDG_CACHE_HOME/endistill_jax`, else `~/.cache/endistill_jax`."""
+    if chosen := os.environ.get("ENDISTILL_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(parent).expanduser() / "endistill_jax"
+
+
+@contextlib.contextmanager
+def exclusive(folder: pathlib.Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` in `folder` (created if need be); other processes wait. It goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -100,7 +113,7 @@ def python_docs_builder(config: str | PythonDocsConfig = "stdlib", data_dir: str
 
     Args:
       config: `stdlib`, `packages`, or a configuration of one's own.
-      data_dir: folder for prepared data; by default one in the cache folder (see `cache.cache_folder`). Below it each
+      data_dir: folder for prepared data; by default one in the cache folder (see `cache_folder`). Below it each
         set of Python and package versions has its own folder, so a corpus of another installation is never reused.
 
     Raises:
@@ -110,11 +123,11 @@ def python_docs_builder(config: str | PythonDocsConfig = "stdlib", data_dir: str
         config = _known_config(config)
     versions = corpus_versions(config)
     digest = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()[:12]
-    root = pathlib.Path(data_dir) if data_dir else cache.cache_folder() / "datasets"
+    root = pathlib.Path(data_dir) if data_dir else cache_folder() / "datasets"
     folder = root / f"{versions['python']}-{digest}"
     builder = PythonDocs(data_dir=str(folder), config=config)
     if not _is_prepared(builder):
-        with cache.exclusive(folder, config.name), _silence():
+        with exclusive(folder, config.name), _silence():
             # Another process may have prepared it while this one waited.
             builder = PythonDocs(data_dir=str(folder), config=config)
             if not _is_prepared(builder):

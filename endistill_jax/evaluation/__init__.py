@@ -1,1 +1,57 @@
-"""Held-out metrics: denoising loss with its references, and n-gram models to compare with."""
+"""Evaluations of models on held-out data, and the interface they share."""
+
+import dataclasses
+from typing import Any, Protocol
+
+from endistill_jax.models.family import ModelConfig
+
+
+class Report(Protocol):
+    """The result of an evaluation."""
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The metrics by name, deterministic for given parameters."""
+
+    def summary(self) -> str:
+        """The most important of them as a part of one line."""
+
+
+class Evaluation(Protocol):
+    """Evaluates models."""
+
+    def evaluate(self, config: ModelConfig, params: Any) -> Report:
+        """The metrics of one model, its parameters on the host or on the mesh."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointReport:
+    """The reports of several evaluations of one model.
+
+    Attributes:
+        reports: in order; metric names must not repeat.
+    """
+
+    reports: tuple[Report, ...]
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The metrics of all reports."""
+        return {name: value for report in self.reports for name, value in report.scalars(prefix).items()}
+
+    def summary(self) -> str:
+        """What each finds important."""
+        return ", ".join(report.summary() for report in self.reports)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointEvaluation:
+    """Several evaluations as one.
+
+    Attributes:
+        evaluations: asked in order.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+
+    def evaluate(self, config: ModelConfig, params: Any) -> JointReport:
+        """The metrics of one model, its parameters on the host or on the mesh."""
+        return JointReport(reports=tuple(each.evaluate(config, params) for each in self.evaluations))

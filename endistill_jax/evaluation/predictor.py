@@ -1,19 +1,120 @@
-"""SeqIO's `predict_fn` and `score_fn` for a model on a mesh, on one or several hosts."""
+"""Batches of a few shapes from texts of many lengths, where order does not matter."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.batches import batches_by_length, padded, without_padding
-from endistill_jax.evaluation.rank import choices_of_each_input, make_score_step, target_shape
-from endistill_jax.models.family import ModelConfig
+from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.models.generation.generation import Decoding, make_decoder
-from endistill_jax.sharding import host_rows, param_shardings, place_batch
+from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
+
+# A batch is as long as one of these parts of the longest: each is a shape, and so a compilation, of its own.
+PARTS = (4, 2, 1)
+
+
+class IndexedBatch(NamedTuple):
+    """Some of a sequence of texts.
+
+    Attributes:
+        indices: positions in the sequence, one for each real row.
+        tokens: int32 [batch_size, length], the real rows first, then rows of padding.
+    """
+
+    indices: list[int]
+    tokens: np.ndarray
+
+
+def batches_by_length(
+    texts: Sequence[Sequence[int]], batch_size: int, max_length: int, pad_id: int = 0
+) -> Iterator[IndexedBatch]:
+    """Every text once, short ones with short ones: at most three shapes, `max_length` and its half and quarter.
+
+    Args:
+        texts: ids of each text, at most `max_length` of them.
+        batch_size: rows of a batch; the last one of each shape is filled up.
+        max_length: of the longest shape.
+        pad_id: what rows are filled up with.
+    """
+    lengths = sorted({max(max_length // part, 1) for part in PARTS})
+    of_shape: dict[int, list[int]] = {length: [] for length in lengths}
+    for index, text in enumerate(texts):
+        of_shape[next(length for length in lengths if len(text) <= length)].append(index)
+    for length, members in of_shape.items():
+        for start in range(0, len(members), batch_size):
+            indices = members[start : start + batch_size]
+            yield IndexedBatch(indices, padded([texts[index] for index in indices], (batch_size, length), pad_id))
+
+
+def padded(rows: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int = 0) -> np.ndarray:
+    """Rows of ids as one int32 array of that shape, padding after their ends and for the rows that are not there."""
+    array = np.full(shape, pad_id, np.int32)
+    for row, ids in zip(array, rows, strict=False):
+        row[: len(ids)] = ids
+    return array
+
+
+def without_padding(example: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    """The ids of an example's feature up to the last that is not padding."""
+    ids = np.asarray(example[name])
+    real = np.flatnonzero(ids)
+    return tuple(ids[: real[-1] + 1].tolist()) if real.size else ()
+
+
+ScoreStep = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_score_step(config: ModelConfig, mesh: Mesh, placement: str = "sharded") -> ScoreStep:
+    """Builds the jitted function (params, inputs, targets) -> log-likelihoods; reuse it.
+
+    `inputs` are int32 [batch, source] and `targets` int32 [batch, choices, target], both padded with the model's
+    `pad_id`; the result is float32 [batch, choices]: the sum over the tokens of a target, its end included, of their
+    log-probabilities given the input and the target's tokens before, and 0 for a target of nothing but padding. Without
+    dropout.
+    """
+
+    @jax.jit
+    def step(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        def of_one_choice(target: jax.Array) -> jax.Array:  # [batch, target] -> [batch]
+            previous = jnp.pad(target, ((0, 0), (1, 0)), constant_values=config.decoder_start_id)[:, :-1]
+            batch = {
+                "encoder_input_tokens": inputs,
+                "decoder_input_tokens": previous,
+                "decoder_target_tokens": target,
+                "encoder_segment_ids": jnp.asarray(inputs != config.pad_id, jnp.int32),
+                "decoder_segment_ids": jnp.asarray(target != config.pad_id, jnp.int32),
+            }
+            logits = apply(config, params, batch).logits  # [batch, target, vocab_size]
+            nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)  # [batch, target]
+            return -jnp.sum(jnp.where(target != config.pad_id, nats, 0.0), axis=-1)
+
+        with activation_sharding(mesh, placement):
+            # vmapped over choices only: the encoder does not depend on them and runs once.
+            return jax.vmap(of_one_choice, in_axes=1, out_axes=1)(targets)
+
+    return step
+
+
+def choices_of_each_input(inputs: Sequence[Sequence[int]]) -> int:
+    """How many consecutive examples share an input, at least, everywhere: the number of labels that are ranked; else 1.
+
+    Two examples with the same input may follow each other, so that one run may be twice as long as others.
+    """
+    return math.gcd(*(len(list(run)) for _, run in groupby(inputs)))
+
+
+def target_shape(targets: Sequence[Sequence[int]]) -> int:
+    """One length for all targets: the longest's, rounded up to a multiple of 8."""
+    return -(-max(map(len, targets), default=1) // 8) * 8
+
 
 Indexed = list[tuple[int, Any]]
 

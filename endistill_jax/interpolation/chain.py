@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.models import TrainedModel, lazy_model
 from endistill_jax.core.errors import UserError, naming
-from endistill_jax.evaluation.report import Evaluation
+from endistill_jax.evaluation import Evaluation
 from endistill_jax.interpolation.products import check_not_damaged, keep_product, product_fingerprint, remedy
 from endistill_jax.interpolation.settings import Interpolation
 from endistill_jax.interpolation.stages import Stage, plan_stages, stages_table
 from endistill_jax.models.family import ModelConfig
-from endistill_jax.multihost.agreement import agree
+from endistill_jax.multihost import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.train.best import Best
 from endistill_jax.train.experiment import Experiment

@@ -69,7 +69,7 @@ def run(
             )
         return job(plan=plan)
     if data_dir is not None:
-        from endistill_jax.data.prepared import read_prepared_from
+        from endistill_jax.data.text_pipeline import read_prepared_from
 
         read_prepared_from(data_dir)
     return job(dry_run=dry_run)

@@ -31,7 +31,7 @@ from endistill_jax.checkpoints.models import (
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import DTYPES
 from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.multihost.initialize import require_one_process
+from endistill_jax.multihost import require_one_process
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import make_mesh, param_shardings

@@ -6,7 +6,7 @@ from typing import Any
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.settings import whole_numbers
-from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
+from endistill_jax.evaluation.denoising import HeldOut, prepare_held_out
 from endistill_jax.objectives import presets
 from endistill_jax.reports.results import merge_seeds, model_row, print_results, reference_rows
 from endistill_jax.train.description import describe

@@ -3,7 +3,7 @@
 import jax
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.held_out import HeldOut, prepare_held_out
+from endistill_jax.evaluation.denoising import HeldOut, prepare_held_out
 from endistill_jax.evaluation.probe import PREFIX, Probe
 from endistill_jax.jobs.plan import PlanOptions, plan_experiment
 from endistill_jax.models.family import abstract_params, count_params

@@ -8,11 +8,10 @@ from etils import epath
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.report import TaskResult
-from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics
+from endistill_jax.evaluation.task_metrics import TaskResult, check_task_metrics, prepare_task_metrics
 from endistill_jax.models.family import check_batches
 from endistill_jax.models.generation.generation import Decoding
-from endistill_jax.multihost.agreement import agree
+from endistill_jax.multihost import agree
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.results import print_results
 from endistill_jax.reports.run_files import write_run_files
@@ -134,7 +133,7 @@ def submit(model_dir: str, result: TaskResult) -> None:
 
 
 def _check(trained: TrainedModel, data: Data, scored_by: str, decoding: Decoding | None) -> Any:
-    from endistill_jax.data.registry import resolve_task
+    from endistill_jax.data.text_pipeline import resolve_task
 
     task = resolve_task(data.task)
     vocabulary = task.output_features["targets"].vocabulary

@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.denoising import DenoisingReport
-from endistill_jax.evaluation.held_out import HeldOut, eval_spec, prepare_held_out
+from endistill_jax.evaluation.denoising import DenoisingReport, HeldOut, eval_spec, prepare_held_out
 from endistill_jax.interpolation.chain import Chain, StageResult, plan_chain, run_chain
 from endistill_jax.interpolation.settings import FEWEST, Interpolation
 from endistill_jax.interpolation.stages import plan_stages

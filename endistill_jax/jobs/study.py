@@ -9,7 +9,7 @@ import jax
 from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.core.settings import whole_numbers
-from endistill_jax.multihost.agreement import code_facts
+from endistill_jax.multihost import code_facts
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import host_part
 from endistill_jax.studies.arms import Arm, StudyRun, plan_study
@@ -189,7 +189,7 @@ def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetu
 
 def _settings(value: Any) -> Any:
     """Settings, and those in them, as plain values; a task by its name."""
-    from endistill_jax.data.registry import resolve_task
+    from endistill_jax.data.text_pipeline import resolve_task
 
     if isinstance(value, Mapping):
         return {name: _settings(each) for name, each in value.items()}

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Union
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.multihost.initialize import require_one_process
+from endistill_jax.multihost import require_one_process
 from endistill_jax.storage import local_path
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def train_vocabulary(
         UserError: if the file exists, there is no such split, or the texts do not allow so many pieces.
     """
     require_one_process("train_vocabulary")
-    from endistill_jax.data.texts import read_texts
+    from endistill_jax.data.text_pipeline import read_texts
     from endistill_jax.data.vocabulary import train_sentencepiece
 
     if local_path(path, "write to a local file and copy it with 'gcloud storage cp'").exists():

@@ -8,9 +8,9 @@ from typing import Any
 from endistill_jax.checkpoints.manifest import check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import naming
-from endistill_jax.evaluation.held_out import HeldOut, eval_spec, prepare_held_out
+from endistill_jax.evaluation import Evaluation, JointEvaluation
+from endistill_jax.evaluation.denoising import HeldOut, eval_spec, prepare_held_out
 from endistill_jax.evaluation.probe import Probe
-from endistill_jax.evaluation.report import Evaluation, JointEvaluation
 from endistill_jax.interpolation.chain import StageResult, run_chain
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Objective

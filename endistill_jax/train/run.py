@@ -12,10 +12,8 @@ from endistill_jax.checkpoints.manifest import SCHEMA, Manifest, plain
 from endistill_jax.checkpoints.models import CHECKPOINTS, keep_tokenizer
 from endistill_jax.checkpoints.student_init import init_from_teacher
 from endistill_jax.core.errors import Stopped, UserError
-from endistill_jax.evaluation.report import Evaluation, Report
-from endistill_jax.multihost.agreement import agree, agree_on_folder
-from endistill_jax.multihost.initialize import gather
-from endistill_jax.multihost.shutdown import telling_others
+from endistill_jax.evaluation import Evaluation, Report
+from endistill_jax.multihost import agree, agree_on_folder, gather, reporting_failure
 from endistill_jax.reports.run_files import write_run_files
 from endistill_jax.sharding import host_part, place_batch
 from endistill_jax.train.best import Best
@@ -55,7 +53,7 @@ def train(training: Training, evaluation: Evaluation) -> TrainingResult:
     """
     agree_on_folder(training.model_dir)
     # Other hosts are notified of failures before the checkpoints are closed, which would wait for them.
-    with open_checkpoints(training) as checkpointer, telling_others():
+    with open_checkpoints(training) as checkpointer, reporting_failure():
         return _train(training, evaluation, checkpointer)
 
 

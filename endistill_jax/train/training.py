@@ -12,9 +12,9 @@ from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
 from endistill_jax.checkpoints.reading import read_manifest_of_step
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.held_out import check_metric
+from endistill_jax.evaluation.denoising import check_metric
 from endistill_jax.models.family import ModelConfig, Params, check_batches, config_from_plain
-from endistill_jax.multihost.agreement import agree
+from endistill_jax.multihost import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import check_rows, param_shardings
 from endistill_jax.storage import check_writable_place
@@ -150,7 +150,7 @@ class Training:
 
     def task(self) -> Any:
         """The SeqIO task or mixture that `data.task` names or is."""
-        from endistill_jax.data.registry import resolve_task
+        from endistill_jax.data.text_pipeline import resolve_task
 
         return resolve_task(self.data.task)
 

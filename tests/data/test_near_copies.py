@@ -1,6 +1,6 @@
 """Near-copies between training and held-out texts."""
 
-from endistill_jax.data.near_copies import without_near_copies, word_sequences
+from endistill_jax.data.docstrings import without_near_copies, word_sequences
 
 WORDS = [f"w{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
 

@@ -4,7 +4,7 @@ import pytest
 import seqio
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.prepared import check_prepared, read_prepared_from
+from endistill_jax.data.text_pipeline import check_prepared, read_prepared_from
 from endistill_jax.jobs import run
 
 

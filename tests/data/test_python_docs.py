@@ -63,10 +63,10 @@ def test_cached_corpus_of_another_python_is_not_used(config, data_dir, monkeypat
 
 def test_cache_folder_follows_the_environment(config, monkeypatch, tmp_path):
     monkeypatch.setenv("ENDISTILL_CACHE", str(tmp_path / "chosen"))
-    assert python_docs.cache.cache_folder() == tmp_path / "chosen"
+    assert python_docs.cache_folder() == tmp_path / "chosen"
     monkeypatch.delenv("ENDISTILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert python_docs.cache.cache_folder() == tmp_path / "endistill_jax"
+    assert python_docs.cache_folder() == tmp_path / "endistill_jax"
 
 
 def test_source_reads_every_host_its_own_files(config, data_dir):

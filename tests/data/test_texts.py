@@ -4,8 +4,7 @@ import pytest
 import seqio
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.registry import resolve_task
-from endistill_jax.data.texts import read_texts
+from endistill_jax.data.text_pipeline import read_texts, resolve_task
 
 
 def test_texts_of_a_task_are_its_documents(document_task, documents):

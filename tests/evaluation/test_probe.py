@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.evaluation import JointEvaluation
 from endistill_jax.evaluation.probe import evaluate_probe, make_probe_step
-from endistill_jax.evaluation.report import JointEvaluation
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import ForwardKL, HiddenDistance, Objective, relations

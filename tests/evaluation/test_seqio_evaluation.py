@@ -10,11 +10,9 @@ import tensorflow as tf
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
-from endistill_jax.evaluation.batches import batches_by_length
 from endistill_jax.evaluation.metrics import accuracy, rouge
-from endistill_jax.evaluation.predictor import Predictor
-from endistill_jax.evaluation.rank import choices_of_each_input, make_score_step
-from endistill_jax.evaluation.seqio_evaluation import TaskEvaluator, check_tasks, make_evaluators
+from endistill_jax.evaluation.predictor import Predictor, batches_by_length, choices_of_each_input, make_score_step
+from endistill_jax.evaluation.task_metrics import TaskEvaluator, check_tasks, make_evaluators
 from endistill_jax.models.family import init_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config

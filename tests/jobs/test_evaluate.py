@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from endistill_jax.evaluation.report import TaskResult
+from endistill_jax.evaluation.task_metrics import TaskResult
 from endistill_jax.jobs import Data, evaluate
 from endistill_jax.jobs.evaluate import submit
 from endistill_jax.train.metrics import read_metrics

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints.reading import finished_steps
-from endistill_jax.multihost.initialize import CONNECT_SECONDS
+from endistill_jax.multihost import CONNECT_SECONDS
 from endistill_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -170,10 +170,9 @@ def test_a_mistake_on_one_host_ends_all_of_them_and_is_told(tmp_path, command):
 
 DOWNSTREAM = """
     import runpy, sys
-    from endistill_jax.multihost import initialize as distributed
-    from endistill_jax.multihost import shutdown as ending
-    distributed.initialize()
-    ending.watch()
+    from endistill_jax import multihost
+    multihost.initialize()
+    multihost.watch_peers()
     from endistill_jax.jobs import Data, Finetuning, Reading, Run, evaluate, finetune, infer
     from endistill_jax.models.generation.generation import Decoding
     from endistill_jax.train.optimizer import OptimizerConfig
@@ -189,7 +188,7 @@ DOWNSTREAM = """
     evaluate(model_dir=f"{folder}/evaluated", data=data, scored_by="both", tensorboard=False, **common)
     infer(
         input_file=texts,
-        output_file=outputs.format(distributed.process_index()),
+        output_file=outputs.format(multihost.process_index()),
         decoding=Decoding(max_length=8),
         reading=Reading(inputs_length=11),
         batch_size=8,
@@ -247,16 +246,15 @@ HOSTS = """
     import numpy as np
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec
-    from endistill_jax.multihost import initialize as distributed
-    from endistill_jax.multihost import shutdown as ending
-    from endistill_jax.multihost.agreement import agree, agree_on_folder
+    from endistill_jax import multihost
+    from endistill_jax.multihost import agree, agree_on_folder
     from endistill_jax.checkpoints.fingerprint import fingerprint_params
     from endistill_jax.core.errors import UserError
     from endistill_jax.sharding import host_part, host_rows, make_mesh, place_batch
 
-    distributed.initialize()
+    multihost.initialize()
     index = jax.process_index()
-    told = {"gathered": distributed.gather([2**40 + index, index]).tolist()}
+    told = {"gathered": multihost.gather([2**40 + index, index]).tolist()}
     kernel = np.arange(128, dtype=np.float32).reshape(16, 8)
     told["fingerprint"] = fingerprint_params({"a": {"kernel": kernel}})
     batch = {"tokens": np.arange(16 * 3).reshape(16, 3)}
@@ -307,21 +305,20 @@ FAILING = """
     import sys, time
     import numpy as np
     from jax.experimental import multihost_utils
-    from endistill_jax.multihost import initialize as distributed
-    from endistill_jax.multihost import shutdown as ending
+    from endistill_jax import multihost
     from endistill_jax.core.errors import UserError
 
-    distributed.initialize()
-    ending.watch()
+    multihost.initialize()
+    multihost.watch_peers()
     multihost_utils.process_allgather(np.zeros(1))
     try:
-        with ending.telling_others():
-            if distributed.process_index() == int(sys.argv[1]):
+        with multihost.reporting_failure():
+            if multihost.process_index() == int(sys.argv[1]):
                 raise UserError("the disk is full")
             multihost_utils.process_allgather(np.zeros(1))
     except UserError as error:
         time.sleep(3)  # closes what is open
-        ending.leave(f"error: {error}", 2)
+        multihost.shutdown_all(f"error: {error}", 2)
 """
 
 
@@ -337,7 +334,7 @@ def test_a_host_whose_others_do_not_come_ends_with_one_line(monkeypatch):
     alone = [
         sys.executable,
         "-c",
-        "from endistill_jax.multihost.initialize import initialize; initialize()",
+        "from endistill_jax.multihost import initialize; initialize()",
     ]
     processes = start([alone, [sys.executable, "-c", ""]])
     (code, _, errors), _ = ended(processes)

@@ -4,9 +4,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from endistill_jax.data.registry import resolve_task
-from endistill_jax.evaluation.report import TaskResult
-from endistill_jax.evaluation.task_metrics import TaskReport, check_task_metrics, prepare_task_metrics
+from endistill_jax.data.text_pipeline import resolve_task
+from endistill_jax.evaluation.task_metrics import TaskReport, TaskResult, check_task_metrics, prepare_task_metrics
 from endistill_jax.jobs import Data
 from endistill_jax.sharding import make_mesh
 from endistill_jax.tasks.text_to_text import counted_as

@@ -9,7 +9,7 @@ import pytest
 
 from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import UserError
-from endistill_jax.evaluation.held_out import HeldOut
+from endistill_jax.evaluation.denoising import HeldOut
 from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import presets

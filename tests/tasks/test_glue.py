@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.registry import resolve_task
+from endistill_jax.data.text_pipeline import resolve_task
 from endistill_jax.data.vocabulary import BUNDLED
 from endistill_jax.tasks import glue
 from endistill_jax.tasks.glue_submission import submitted_config, write_submission

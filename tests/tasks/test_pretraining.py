@@ -4,8 +4,8 @@ import pytest
 import seqio
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.data.registry import resolve_task
 from endistill_jax.data.text_files import TextFilesSource
+from endistill_jax.data.text_pipeline import resolve_task
 from endistill_jax.data.vocabulary import BUNDLED, bundled_vocabulary, load_vocabulary
 from endistill_jax.tasks import pretraining
 from endistill_jax.tasks.pretraining import span_corruption_task, text_files_task

@@ -4,7 +4,7 @@ import pytest
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.python_docs import PythonDocsConfig
-from endistill_jax.data.registry import resolve_task
+from endistill_jax.data.text_pipeline import resolve_task
 from endistill_jax.tasks import python_docs
 from endistill_jax.tasks.python_docs import module_pair, names_pattern, summary_pair
 from endistill_jax.tasks.text_to_text import ranked_task, task_labels

@@ -3,7 +3,7 @@
 import pytest
 
 from endistill_jax import tasks
-from endistill_jax.data import registry
+from endistill_jax.data import text_pipeline
 
 ADDED = """
 import seqio
@@ -20,4 +20,4 @@ def test_a_task_in_a_new_file_of_the_folder_is_found_by_its_name(tmp_path, monke
     pytest.importorskip("seqio")
     (tmp_path / "added_source.py").write_text(ADDED)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
-    assert set(registry.resolve_task("added_source_v1").source.splits) == {"train", "validation"}
+    assert set(text_pipeline.resolve_task("added_source_v1").source.splits) == {"train", "validation"}

@@ -1,1 +1,0 @@
-"""Several hosts: joined, agreed with each other, and shut down together."""
