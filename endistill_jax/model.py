@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.interchange import VocabularyFile
 from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.model_card import model_card
 from endistill_jax.checkpoints.models import choose_vocabulary, open_model, print_notes
-from endistill_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from endistill_jax.checkpoints.tokenizer import Tokenizer, VocabularyFile, load_tokenizer
 from endistill_jax.core.batch import Batch, batch_segments, visible_keys
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.outputs import LOGITS, Output, Reads, Tap

@@ -7,7 +7,7 @@ one by one from `tensors_of`. So memory never holds a second copy of a model, wh
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
+from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig, Parameter, Params, abstract_params
-
-
-class VocabularyFile(NamedTuple):
-    """A SentencePiece model stored with a checkpoint.
-
-    Attributes:
-        path: the file.
-        extra_ids: sentinels above its own pieces.
-    """
-
-    path: str
-    extra_ids: int
 
 
 class Source(Protocol):

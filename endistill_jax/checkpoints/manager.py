@@ -1,23 +1,131 @@
-"""Saving and resuming a run, on Orbax: asynchronous, atomic, with a manifest of the run's settings.
+"""Saving and resuming a run, and reading its checkpoints from outside, on Orbax: asynchronous, atomic, with a manifest.
 
 A step's folder holds three items that are committed atomically: `state` (the train state's arrays), `data`
 (the data stream's position, a file a shard) and `facts` (the manifest, as JSON). The teacher is never in it: only its
 fingerprint is, in the manifest.
 """
 
+import contextlib
+import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import future
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from endistill_jax.checkpoints.data_state import DataStateHandler, DataStateRestore, DataStateSave
-from endistill_jax.checkpoints.manifest import Manifest, renamed_metrics
-from endistill_jax.checkpoints.reading import PyTree, read_manifest, unreadable
-from endistill_jax.checkpoints.unfinished import leave_whole_ones
+from endistill_jax.checkpoints.manifest import Manifest, renamed_metrics, upgraded
 from endistill_jax.core.errors import StorageFailure, UserError
-from endistill_jax.storage import check_writable_place, stored_path
+from endistill_jax.storage import check_writable_place, is_remote, reading_failure, stored_path
+
+PyTree = Any
+
+# What a finished step cannot lack. A kill in the middle of a save or of a removal leaves folders without some of these.
+_PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "facts/metadata")
+_FOLDERS = ("data",)  # a bucket has no folder that is empty, as an imported model's is
+
+
+def finished_steps(directory: str) -> list[int]:
+    """The steps in a directory that were saved to the end, in order. Read-only; safe during a running job."""
+    root = stored_path(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and _is_finished(p))
+
+
+def restore_params(
+    directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
+) -> tuple[PyTree, Manifest]:
+    """Restores the parameters of a checkpoint only, for a teacher or an export; safe during a running job.
+
+    Args:
+        directory: what `Checkpointer` was given.
+        step: which; None takes the newest.
+        abstract_params: tree of `jax.ShapeDtypeStruct` with shardings to place the parameters by; None reads NumPy
+            arrays. Optimizer state is not read in either case.
+
+    Returns:
+        The parameters as nested dictionaries, and the manifest.
+
+    Raises:
+        UserError: if there is no such checkpoint, or its files are damaged.
+        StorageFailure: if they cannot be read now.
+    """
+    root = stored_path(directory)
+    steps = finished_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise UserError(f"{root} has no {wanted}; it has {steps or 'none'}")
+    folder = root / str(steps[-1] if step is None else step)
+    manifest = read_manifest(folder)
+    try:
+        # Without `ocp.Checkpointer`, which on a bucket refuses what was written locally and copied there.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = reader.metadata(folder / "state").tree["params"]
+        largest = _largest_gigabytes(stored)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest)) as reader:
+            if abstract_params is None:
+                abstract_params = stored
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
+            else:
+                how = ocp.checkpoint_utils.construct_restore_args(abstract_params)
+            wanted = ocp.args.PyTreeRestore(
+                item={"params": abstract_params}, restore_args={"params": how}, partial_restore=True
+            )
+            return reader.restore(folder / "state", args=wanted)["params"], manifest
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def _largest_gigabytes(stored: PyTree) -> int:
+    """Room for the largest array: about as much is read at a time, not a second copy of everything."""
+    sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(stored)]
+    return math.ceil(max(sizes) / 1e9)
+
+
+def read_manifest_of_step(directory: str, step: int) -> Manifest:
+    """The manifest of a complete step; reads no array.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return read_manifest(stored_path(directory) / str(step))
+
+
+def read_manifest(folder: epath.Path) -> Manifest:
+    """The manifest in a step's folder.
+
+    Raises:
+        UserError: if it is damaged.
+        StorageFailure: if it cannot be read now.
+    """
+    try:
+        manifest = json.loads((folder / "facts" / "metadata").read_text())
+    except Exception as error:
+        raise unreadable(folder, error) from error
+    return upgraded(manifest)
+
+
+def unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:
+    """The exception to raise for a failure to read a step's folder."""
+    return reading_failure(f"checkpoint {folder} cannot be restored", error)
+
+
+def _is_finished(folder: epath.Path) -> bool:
+    try:
+        parts = _PARTS if is_remote(folder) else _PARTS + _FOLDERS
+        if not all((folder / part).exists() for part in parts):
+            return False
+        return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
+    except (FileNotFoundError, ValueError):  # not storage failures, which would make a checkpoint look incomplete
+        return False
 
 
 class Checkpointer:
@@ -59,7 +167,7 @@ class Checkpointer:
         self._keep_best = keep_best
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f"{self._directory} is a file; checkpoints need a directory")
-        leave_whole_ones(self._directory)
+        set_aside_incomplete(self._directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
@@ -230,3 +338,85 @@ def _handlers(concurrent_gigabytes: int) -> ocp.handlers.CheckpointHandlerRegist
         for argument in arguments:
             registry.add(item, argument, handler)
     return registry
+
+
+class DataStateHandler(ocp.handlers.AsyncCheckpointHandler):
+    """Writes this process's shards next to those of other processes, in the same commit as the arrays."""
+
+    async def async_save(self, directory: epath.Path, args: "DataStateSave") -> list[future.Future]:
+        # The folder is made in the background; this kind of future waits for it before it writes.
+        return [future.CommitFutureAwaitingContractedSignals(_write_shards(directory, args.shards), name="data_state")]
+
+    def save(self, directory: epath.Path, args: "DataStateSave") -> None:
+        for name, content in args.shards.items():
+            (directory / name).write_bytes(content)
+
+    def restore(self, directory: epath.Path, args: "DataStateRestore") -> dict[str, bytes]:
+        """The requested shards, whichever process saved them.
+
+        Raises:
+            FileNotFoundError: if one is missing.
+        """
+        return {name: (directory / name).read_bytes() for name in args.names}
+
+
+async def _write_shards(directory: epath.Path, shards: Mapping[str, bytes]) -> None:
+    for name, content in shards.items():
+        (directory / name).write_bytes(content)
+
+
+@ocp.args.register_with_handler(DataStateHandler, for_save=True)
+@dataclasses.dataclass
+class DataStateSave(ocp.args.CheckpointArgs):
+    """What to save.
+
+    Attributes:
+        shards: states by the shards' names; of all processes together, each shard once.
+    """
+
+    shards: Mapping[str, bytes]
+
+
+@ocp.args.register_with_handler(DataStateHandler, for_restore=True)
+@dataclasses.dataclass
+class DataStateRestore(ocp.args.CheckpointArgs):
+    """What to read back.
+
+    Attributes:
+        names: of the shards that this process resumes with.
+    """
+
+    names: Sequence[str]
+
+
+_LOGGER = logging.getLogger(__name__)
+# What Orbax writes last on a bucket, where no folder can be renamed at once.
+_COMMITTED = "commit_success.txt"
+
+
+def set_aside_incomplete(directory: epath.Path) -> None:
+    """Sets aside step folders that a kill left incomplete: Orbax would take them for complete ones.
+
+    Every process must call it, before Orbax looks at the directory.
+    """
+    if jax.process_index() == 0 and directory.is_dir():
+        finished = finished_steps(directory)
+        for folder in directory.iterdir():
+            if folder.name.isdecimal() and folder.is_dir() and int(folder.name) not in finished:
+                aside = folder.with_name(f"{folder.name}.unfinished")
+                _LOGGER.warning("%s is not a whole checkpoint; it is now %s and is not used", folder, aside)
+                if aside.exists():
+                    aside.rmtree()
+                folder.rename(aside)
+        if is_remote(directory):
+            for step in finished:
+                _mark_complete(directory / str(step))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("endistill_jax:set_aside_unfinished")
+
+
+def _mark_complete(folder: epath.Path) -> None:
+    """Marks a complete checkpoint that was copied to a bucket: Orbax would remove it as incomplete."""
+    for part in (*(each for each in folder.iterdir() if each.is_dir()), folder):
+        if not (part / _COMMITTED).exists():
+            (part / _COMMITTED).write_text("copied")

@@ -1,4 +1,4 @@
-"""Tokenizers that need no text pipeline: ids and fingerprints are those of SeqIO's vocabularies, without TensorFlow.
+"""Tokenizers that need no text pipeline, and their files: ids and fingerprints are those of SeqIO's vocabularies.
 
 T5's conventions: padding 0, end of sequence 1, unknown 2, no begin; then the pieces; then the sentinels
 `<extra_id_0>` ... `<extra_id_99>` in descending order, so that the first sentinel has the highest id.
@@ -6,19 +6,42 @@ T5's conventions: padding 0, end of sequence 1, unknown 2, no begin; then the pi
 
 import abc
 import functools
+import json
 import os
+import pathlib
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
+from etils import epath
 
-from endistill_jax.checkpoints.pieces import own_sentinels, pieces_of_vocabulary
+from endistill_jax.checkpoints.fingerprint import (
+    fingerprint_pieces,
+    own_sentinels,
+    pieces_of_json,
+    pieces_of_vocabulary,
+    sentinel_name,
+)
 from endistill_jax.core.errors import UserError
-from endistill_jax.storage import stored_path
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.storage import refuse_pointer, stored_path
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 EXTRA_IDS = 100
 BYTES = "bytes"
+
+
+class VocabularyFile(NamedTuple):
+    """A SentencePiece model stored with a checkpoint.
+
+    Attributes:
+        path: the file.
+        extra_ids: sentinels above its own pieces.
+    """
+
+    path: str
+    extra_ids: int
 
 
 class Tokenizer(abc.ABC):
@@ -169,3 +192,118 @@ def sentinel_ids(vocabulary: Any) -> range:
     pieces: Sequence[str] = () if vocabulary.extra_ids else pieces_of_vocabulary(vocabulary) or ()
     count = vocabulary.extra_ids or own_sentinels(pieces)
     return range(vocabulary.vocab_size - count, vocabulary.vocab_size)
+
+
+_MODEL_FILE = "spiece.model"
+_SETTINGS_FILE = "tokenizer_config.json"
+_PIECES_FILE = "tokenizer.json"
+_SENTINEL_NAME = re.compile(r"<extra_id_\d+>")
+_DEFAULT_EXTRA_IDS = 100  # of transformers' T5Tokenizer
+
+
+def vocabulary_of(folder: pathlib.Path) -> VocabularyFile | None:
+    """The SentencePiece model of a folder; None if it has none, as ByT5's have.
+
+    Raises:
+        UserError: if the tokenizer's files are damaged.
+    """
+    model = folder / _MODEL_FILE
+    if not model.is_file():
+        return None
+    settings, text = {}, ""
+    for name in (_SETTINGS_FILE, _PIECES_FILE):
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8")
+            settings = _parsed(folder / name, text)
+            break
+    if isinstance(settings.get("extra_ids"), int):
+        return VocabularyFile(str(model), settings["extra_ids"])
+    # Versions of transformers list the sentinels under several names; a vocabulary may also hold pieces called so.
+    pieces = _pieces(str(model))
+    listed = set(_SENTINEL_NAME.findall(text)) - {sentinel_name(piece) for piece in pieces}
+    return VocabularyFile(str(model), len(listed) or (0 if own_sentinels(pieces) else _DEFAULT_EXTRA_IDS))
+
+
+def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
+    """The fingerprint of the pieces in a folder's tokenizer.json; None if it has no such file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / _PIECES_FILE
+    if not path.is_file():
+        return None
+    refuse_pointer(path)
+    return fingerprint_pieces(pieces_of_json(path))
+
+
+def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
+    """Checks that a vocabulary can go with a model.
+
+    Raises:
+        UserError: if there is no such file, it is no SentencePiece model, its ids of padding and end are not the
+            model's (of T5: its pad, eos and unknown ids are not 0, 1 and 2), or it has more ids than the model has
+            embeddings.
+    """
+    processor = _processor(vocabulary.path)
+    special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+    if (config.pad_id, config.eos_id) == (0, 1):
+        if special != (0, 1, 2):
+            raise UserError(f"{vocabulary.path} has pad, eos and unknown ids {special}; T5's are (0, 1, 2)")
+    elif special[1] != config.eos_id or special[0] not in (config.pad_id, -1):  # -1: it has none, and none is needed
+        raise UserError(
+            f"{vocabulary.path} has pad and eos ids {special[:2]}; the model's are {(config.pad_id, config.eos_id)}"
+        )
+    ids = processor.get_piece_size() + vocabulary.extra_ids
+    if ids > config.vocab_size:
+        raise UserError(
+            f"{vocabulary.path} has {ids} ids ({vocabulary.extra_ids} of them extra) and the model only "
+            f"{config.vocab_size}; give the vocabulary it was trained with"
+        )
+
+
+def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile, pad_id: int = 0) -> None:
+    """Copies the vocabulary as spiece.model and writes the two JSON files next to it."""
+    processor = _processor(vocabulary.path)
+    pad, eos, unk = map(processor.id_to_piece, (pad_id, processor.eos_id(), processor.unk_id()))
+    sentinels = [f"<extra_id_{index}>" for index in range(vocabulary.extra_ids)]
+    special = {"eos_token": eos, "unk_token": unk, "pad_token": pad, "additional_special_tokens": sentinels}
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": vocabulary.extra_ids,
+        "model_max_length": 512,
+        **special,
+    }
+    (folder / _MODEL_FILE).write_bytes(_path(vocabulary.path).read_bytes())
+    for name, content in ((_SETTINGS_FILE, settings), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _parsed(path: pathlib.Path, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _pieces(path: str) -> list[str]:
+    processor = _processor(path)
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+
+
+def _path(file: str) -> epath.Path:
+    return epath.Path(file).expanduser()  # it may be in a bucket
+
+
+def _processor(file: str) -> sentencepiece.SentencePieceProcessor:
+    path = _path(file)
+    if not path.exists():
+        raise UserError(f"{file} is not there; give a SentencePiece model file")
+    refuse_pointer(path)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:
+        raise UserError(f"{file} is not a SentencePiece model") from error
+    return processor

@@ -12,9 +12,8 @@ import math
 
 import jax
 
-from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.manager import Checkpointer, finished_steps
 from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, keep_tokenizer, open_model
-from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.core.errors import UserError
 from endistill_jax.multihost import agree
 from endistill_jax.storage import stored_path

@@ -15,7 +15,6 @@ import jax
 
 from endistill_jax.checkpoints import huggingface, t5x
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
-from endistill_jax.checkpoints.folder import check_free, local_folder, replace_folder
 from endistill_jax.checkpoints.manager import Checkpointer
 from endistill_jax.checkpoints.manifest import SCHEMA
 from endistill_jax.checkpoints.model_card import model_card
@@ -35,6 +34,7 @@ from endistill_jax.multihost import require_one_process
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import make_mesh, param_shardings
+from endistill_jax.storage import check_free, local_folder, replace_folder
 
 FORMATS = ("huggingface", "t5x", "t5x_scanned")
 

@@ -7,10 +7,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.manager import read_manifest_of_step
 from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
-from endistill_jax.checkpoints.reading import read_manifest_of_step
+from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import check_metric
 from endistill_jax.models.family import ModelConfig, Params, check_batches, config_from_plain

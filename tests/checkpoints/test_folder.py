@@ -2,8 +2,8 @@
 
 import pytest
 
-from endistill_jax.checkpoints.folder import replace_folder
 from endistill_jax.core.errors import UserError
+from endistill_jax.storage import replace_folder
 
 
 def test_folders_inside_come_along(tmp_path):

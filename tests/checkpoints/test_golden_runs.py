@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
+from endistill_jax.checkpoints.manager import finished_steps
 from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.pipeline import make_iterator
 from endistill_jax.jobs import Data, Experiment, Run, Teacher, distill

@@ -17,8 +17,7 @@ import pytest
 from etils import epath
 from tensorflow import errors
 
-from endistill_jax.checkpoints.manager import Checkpointer
-from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step, restore_params
+from endistill_jax.checkpoints.manager import Checkpointer, finished_steps, read_manifest_of_step, restore_params
 from endistill_jax.core.errors import StorageFailure, UserError
 
 MANIFEST = {
@@ -268,7 +267,7 @@ def test_failure_in_the_background_surfaces_and_its_step_does_not_count(tmp_path
     checkpoints = Checkpointer(str(tmp_path))
     checkpoints.save(1, _state(1), {}, MANIFEST)
     checkpoints.wait()
-    monkeypatch.setattr("endistill_jax.checkpoints.data_state._write", fail)
+    monkeypatch.setattr("endistill_jax.checkpoints.manager._write_shards", fail)
     checkpoints.save(2, _state(2), {}, MANIFEST)
     with pytest.raises(Exception, match="No space left on device"):
         {"wait": checkpoints.wait, "close": checkpoints.close, "save": _saves(checkpoints)}[end]()
@@ -287,10 +286,9 @@ def _saves(checkpoints):
 _KILLED_MID_SAVE = """
     import asyncio, os, sys
     import jax.numpy as jnp
-    from endistill_jax.checkpoints import data_state
-    from endistill_jax.checkpoints.manager import Checkpointer
+    from endistill_jax.checkpoints import manager
 
-    checkpoints = Checkpointer(sys.argv[1])
+    checkpoints = manager.Checkpointer(sys.argv[1])
     checkpoints.save(1, {"params": {"w": jnp.ones(1000)}}, {"shard": b"one"}, {})
     checkpoints.wait()
 
@@ -299,7 +297,7 @@ _KILLED_MID_SAVE = """
         print("writing", flush=True)
         await asyncio.sleep(600)
 
-    data_state._write = hang
+    manager._write_shards = hang
     checkpoints.save(2, {"params": {"w": jnp.zeros(1000)}}, {"shard": b"two"}, {})
     checkpoints.wait()
 """

@@ -5,8 +5,13 @@ import json
 import pytest
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces
-from endistill_jax.checkpoints.pieces import fingerprint_pieces, own_sentinels, pieces_of_json, pieces_of_vocabulary
+from endistill_jax.checkpoints.fingerprint import (
+    fingerprint_pieces,
+    own_sentinels,
+    pieces_of_json,
+    pieces_of_vocabulary,
+)
+from endistill_jax.checkpoints.tokenizer import fingerprint_of_pieces
 from endistill_jax.core.errors import UserError
 
 seqio = pytest.importorskip("seqio")

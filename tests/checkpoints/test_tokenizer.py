@@ -2,9 +2,8 @@
 
 import pytest
 
-from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
+from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary, pieces_of_vocabulary
 from endistill_jax.checkpoints.models import BUNDLED_FOLDER
-from endistill_jax.checkpoints.pieces import pieces_of_vocabulary
 from endistill_jax.checkpoints.tokenizer import load_tokenizer
 from endistill_jax.core.errors import UserError
 

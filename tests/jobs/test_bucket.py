@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface, t5x
+from endistill_jax.checkpoints.manager import finished_steps, restore_params
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import BUNDLED
 from endistill_jax.jobs import Teacher, distill, evaluate, export, import_checkpoint

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import seqio
 
+from endistill_jax.checkpoints.manager import finished_steps, restore_params
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
 from endistill_jax.models.generation.generation import Decoding

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.manager import Checkpointer
+from endistill_jax.checkpoints.manager import Checkpointer, finished_steps, restore_params
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
 from endistill_jax.interpolation import chain, products

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
+from endistill_jax.checkpoints.manager import finished_steps, restore_params
 from endistill_jax.main import main
 from endistill_jax.train.metrics import read_metrics
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from endistill_jax.checkpoints.reading import finished_steps
+from endistill_jax.checkpoints.manager import finished_steps
 from endistill_jax.multihost import CONNECT_SECONDS
 from endistill_jax.train.metrics import read_metrics
 

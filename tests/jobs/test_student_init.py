@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from endistill_jax.checkpoints.manager import restore_params
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import restore_params
 from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import Experiment, StudentInit, distill
 from endistill_jax.train import run as execution

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from jax.sharding import Mesh
 
-from endistill_jax.checkpoints.reading import finished_steps
+from endistill_jax.checkpoints.manager import finished_steps
 from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.jobs import Arm, Data, Experiment, Finetuning, Interpolation, Run, StageSettings, StudentInit, study
 from endistill_jax.objectives import presets

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.manager import finished_steps, restore_params
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps, restore_params
+from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import UserError
 from endistill_jax.jobs import Teacher, demo, distill, export, train_vocabulary
 from endistill_jax.models.family import abstract_params, count_params

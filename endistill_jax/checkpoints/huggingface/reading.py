@@ -1,17 +1,18 @@
-"""Hugging Face T5 folders, opened: tensors stream through NumPy one at a time, without torch."""
+"""Hugging Face T5 folders, local or on the hub, opened: tensors stream through NumPy one at a time, without torch."""
 
+import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from endistill_jax.checkpoints.huggingface.config import read_config
-from endistill_jax.checkpoints.huggingface.tokenizer import fingerprint_of_pieces, vocabulary_of
 from endistill_jax.checkpoints.huggingface.weights import Weights
 from endistill_jax.checkpoints.interchange import assemble, parameters
+from endistill_jax.checkpoints.tokenizer import fingerprint_of_pieces, vocabulary_of
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import ModelConfig, Parameter, Params
+from endistill_jax.models.family import Family, ModelConfig, Parameter, Params, family_named, family_names
 
 
 def open_folder(folder: str | os.PathLike[str]) -> "FolderSource":
@@ -112,3 +113,93 @@ def _note(path: pathlib.Path) -> str:
         f"{path} has tokenizer.json alone, as transformers 5 writes it, and no spiece.model: of its vocabulary the "
         "pieces and their ids are compared, how it normalizes text is not"
     )
+
+
+def read_config(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
+    """The content of config.json, and the family of models that knows it.
+
+    Raises:
+        UserError: if there is no such file, it is no JSON, or no family knows its `model_type`.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a Hugging Face T5 folder (config.json, model.safetensors)")
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; give a Hugging Face T5 folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a configuration: it holds no names with values")
+    kind, names = raw.get("model_type"), raw.get("architectures") or [None]
+    if not isinstance(names, list):
+        example = '["T5ForConditionalGeneration"]'
+        raise UserError(f"{path} has architectures {json.dumps(names)}; a list such as {example} is expected")
+    families = [family_named(name) for name in family_names()]
+    for family in families:
+        if kind in family.huggingface.model_types:
+            return family, raw
+    known = ", ".join(name for family in families for name in family.huggingface.model_types)
+    found = names[0] or "no architecture"
+    raise UserError(f"{path} describes {found} (model_type {kind}); only the model types {known} are read")
+
+
+_SMALL = ("config.json", "generation_config.json", "spiece.model", "*token*.json")
+# The first that the model has is taken; files for other frameworks stay where they are.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+
+
+def download(name: str) -> str:
+    """Fetches what is needed of a model, unless it is in the hub's cache already.
+
+    The configuration comes first, so that no weights are fetched of a model that cannot be read.
+
+    Args:
+        name: such as `google/t5-v1_1-small`.
+
+    Returns:
+        The folder, within the hub's cache.
+
+    Raises:
+        UserError: if `huggingface_hub` is not installed, there is no such model or no access to it or to the network,
+            or it is no T5.
+    """
+    folder = _fetch(name, _SMALL)
+    read_config(folder)
+    for patterns in _WEIGHTS:
+        folder = _fetch(name, patterns)
+        if any((folder / file).exists() for file in patterns[:2]):
+            break
+    return str(folder)
+
+
+def _fetch(name: str, patterns: Sequence[str]) -> pathlib.Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            f"{name} is not a folder here, and looking for it on the Hugging Face hub needs huggingface_hub; "
+            "pip install 'endistill-jax[hf]', or give a folder"
+        ) from error
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} asks for consent: agree to its terms on huggingface.co, then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"the Hugging Face hub has no model {name}, or it is private (then log in with `hf auth login`)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name} is neither a folder here nor in the hub's cache, and the Hugging Face hub cannot be reached"
+        ) from error
+    except Exception as error:  # of the network library beneath, which is not always the same one
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"could not download {name} ({type(error).__name__}: {reason})") from error

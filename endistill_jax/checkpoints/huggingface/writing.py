@@ -1,23 +1,25 @@
 """Hugging Face T5 folders, written without torch, some rows of a tensor at a time."""
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from endistill_jax.checkpoints.fingerprint import row_blocks
-from endistill_jax.checkpoints.folder import local_folder, replace_folder
-from endistill_jax.checkpoints.huggingface.safetensors_files import Written, write_files
-from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, write_tokenizer
-from endistill_jax.checkpoints.interchange import VocabularyFile, check_finite, parameters, tensors_of
+from endistill_jax.checkpoints.huggingface.weights import INDEX, LENGTH_BYTES, SAFETENSORS_DTYPES, SINGLE
+from endistill_jax.checkpoints.interchange import check_finite, parameters, tensors_of
+from endistill_jax.checkpoints.tokenizer import VocabularyFile, check_vocabulary, write_tokenizer
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig, Parameter, Tensor
+from endistill_jax.storage import local_folder, replace_folder
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_ALIGNMENT = 8  # of the header
 
 
 def save(
@@ -76,6 +78,18 @@ def save(
         _write_json(partial / "config.json", raw)
 
 
+class Written(NamedTuple):
+    """A tensor to be written.
+
+    Attributes:
+        shape: its shape.
+        blocks: returns its rows in order, in blocks; called when it is written.
+    """
+
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+
 def _written(
     fetch: Callable[[Parameter], np.ndarray], parameter: Parameter, tensor: Tensor, dtype: np.dtype
 ) -> Written:
@@ -107,3 +121,51 @@ def _known_dtype(dtype: Any) -> np.dtype:
     if found is None or found.name not in _DTYPES:
         raise UserError(f"dtype is {dtype}; choose one of {', '.join(_DTYPES)}")
     return found
+
+
+def write_files(folder: pathlib.Path, tensors: Mapping[str, Written], dtype: np.dtype, max_file_bytes: int) -> None:
+    """Writes tensors in the given order, a block at a time.
+
+    Args:
+        folder: an existing folder.
+        tensors: what to write, by name.
+        dtype: what the numbers become.
+        max_file_bytes: a new file is begun beyond this; one file gets the plain name, several an index.
+    """
+    sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in tensors.items()}
+    groups: list[list[str]] = [[]]
+    room = max_file_bytes
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        _write_file(folder / SINGLE, {name: tensors[name] for name in groups[0]}, dtype)
+        return
+    where = {}
+    for number, names in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _write_file(folder / file, {name: tensors[name] for name in names}, dtype)
+        where.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, Written], dtype: np.dtype) -> None:
+    names = {known: name for name, known in SAFETENSORS_DTYPES.items()}
+    # transformers refuses files that do not say which framework wrote them.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
+        file.write(encoded)
+        for tensor in tensors.values():
+            for block in tensor.blocks():
+                file.write(np.ascontiguousarray(block, dtype).view(np.uint8).data)

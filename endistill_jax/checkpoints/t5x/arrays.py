@@ -9,8 +9,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from endistill_jax.checkpoints.t5x.locating import Location, key_value_store
-from endistill_jax.checkpoints.t5x.msgpack_file import MsgpackFile, Node, float_type
+from endistill_jax.checkpoints.t5x.files import Location, MsgpackFile, Node, float_type, key_value_store
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_storage_failure
 

@@ -11,11 +11,11 @@ import tensorstore as ts
 from etils import epath
 from flax import serialization, traverse_util
 
-from endistill_jax.checkpoints.folder import local_folder, replace_folder
 from endistill_jax.checkpoints.interchange import parameters, tensors_of
-from endistill_jax.checkpoints.t5x.locating import MSGPACK, key_value_store
+from endistill_jax.checkpoints.t5x.files import MSGPACK, key_value_store
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig, Parameter
+from endistill_jax.storage import local_folder, replace_folder
 
 _VERSION = 3  # bfloat16 is stored as such
 _PIECE_BYTES = 64 << 20

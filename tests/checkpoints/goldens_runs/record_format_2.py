@@ -29,11 +29,11 @@ import jax
 import optax
 import orbax.checkpoint
 import tensorflow as tf
+from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step
 
 import endistill_jax
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.models import open_model
-from endistill_jax.checkpoints.reading import finished_steps, read_manifest_of_step
 from endistill_jax.jobs import Data, Experiment, Run, Teacher, distill
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from endistill_jax.checkpoints import huggingface
-from endistill_jax.checkpoints.opening import open_source
+from endistill_jax.checkpoints.models import open_source
 from endistill_jax.core.errors import UserError
 
 NAME = "google/t5-v1_1-tiny"

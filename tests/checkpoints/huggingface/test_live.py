@@ -17,8 +17,8 @@ import record_goldens as recorder  # noqa: E402
 from comparison import differences, generate_ours, run_ours  # noqa: E402
 
 from endistill_jax.checkpoints import huggingface  # noqa: E402
-from endistill_jax.checkpoints.interchange import VocabularyFile  # noqa: E402
-from endistill_jax.checkpoints.pieces import fingerprint_pieces, pieces_of_vocabulary  # noqa: E402
+from endistill_jax.checkpoints.fingerprint import fingerprint_pieces, pieces_of_vocabulary  # noqa: E402
+from endistill_jax.checkpoints.tokenizer import VocabularyFile  # noqa: E402
 from endistill_jax.core.errors import UserError  # noqa: E402
 from endistill_jax.models.family import family_named  # noqa: E402
 

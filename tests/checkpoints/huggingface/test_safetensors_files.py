@@ -8,7 +8,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from endistill_jax.checkpoints.huggingface.safetensors_files import Written, open_file, write_files
+from endistill_jax.checkpoints.huggingface.weights import open_safetensors
+from endistill_jax.checkpoints.huggingface.writing import Written, write_files
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -39,7 +40,7 @@ def test_rows_are_what_the_library_wrote(tmp_path, name):
     dtype = DTYPES[name]
     tensors = {"matrix": np.arange(35).reshape(5, 7).astype(dtype), "vector": np.arange(4).astype(dtype)}
     save_file(tensors, tmp_path / "file")
-    found = {tensor.name: tensor for tensor in open_file(tmp_path / "file")}
+    found = {tensor.name: tensor for tensor in open_safetensors(tmp_path / "file")}
     assert set(found) == set(tensors)
     for key, tensor in found.items():
         assert (tensor.stored_as, tensor.dtype, tensor.shape) == (name, np.dtype(dtype), tensors[key].shape)
@@ -57,7 +58,7 @@ def test_writing_holds_one_block_at_a_time_and_reading_what_is_asked_for(tmp_pat
     tracemalloc.start()
     try:
         write_files(tmp_path, {"a": Written((1 << 14, 1 << 8), blocks)}, np.dtype(np.float32), 1 << 40)
-        (tensor,) = open_file(tmp_path / "model.safetensors")
+        (tensor,) = open_safetensors(tmp_path / "model.safetensors")
         tensor.rows(0, 1 << 10)
         assert tracemalloc.get_traced_memory()[1] < 3 << 20
         tensor.rows(0, 1 << 14)

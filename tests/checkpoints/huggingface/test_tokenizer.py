@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from endistill_jax.checkpoints.huggingface.tokenizer import check_vocabulary, vocabulary_of, write_tokenizer
-from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.tokenizer import VocabularyFile, check_vocabulary, vocabulary_of, write_tokenizer
 from endistill_jax.core.errors import UserError
 
 SENTINELS = [f"<extra_id_{index}>" for index in range(7)]

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from endistill_jax.checkpoints import huggingface
 from endistill_jax.checkpoints.huggingface import writing
-from endistill_jax.checkpoints.interchange import VocabularyFile
+from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import UserError
 
 

@@ -14,8 +14,8 @@ from flax import serialization, traverse_util
 from endistill_jax.checkpoints import t5x
 from endistill_jax.checkpoints.interchange import assemble
 from endistill_jax.checkpoints.t5x import source
-from endistill_jax.checkpoints.t5x.configuration import read_gin
-from endistill_jax.checkpoints.t5x.locating import key_value_store, locate
+from endistill_jax.checkpoints.t5x.files import key_value_store, locate
+from endistill_jax.checkpoints.t5x.source import read_gin
 from endistill_jax.core.errors import StorageFailure, UserError
 
 
