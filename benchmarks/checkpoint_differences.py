@@ -26,8 +26,7 @@ from comparison import differences, generate_ours, run_ours  # noqa: E402
 from endistill_jax.checkpoints import huggingface, t5x  # noqa: E402
 from endistill_jax.checkpoints.fingerprint import fingerprint_params  # noqa: E402
 from endistill_jax.checkpoints.interchange import assemble  # noqa: E402
-from endistill_jax.models.family import init_params  # noqa: E402
-from endistill_jax.models.layout import unstack_layers  # noqa: E402
+from endistill_jax.models.family import init_params, unstack_layers  # noqa: E402
 from endistill_jax.models.t5.config import T5Config  # noqa: E402
 
 

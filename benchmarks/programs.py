@@ -9,10 +9,9 @@ import jax
 from jax.sharding import Mesh
 from shapes import OPTIMIZER, Shape, random_batch, random_teacher
 
-from endistill_jax.core.batch import Lengths
-from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.core.model_io import Lengths, Output, Reads
 from endistill_jax.models.family import apply, forward_flops, init_params
-from endistill_jax.models.t5.counted_flops import count_matmul_flops
+from endistill_jax.models.t5.flops import count_matmul_flops
 from endistill_jax.objectives import LossImplementation, Objective, RelationKL, loss_and_sums, presets
 from endistill_jax.sharding import make_mesh, param_shardings, place_batch
 from endistill_jax.train.flops import step_flops

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from endistill_jax.core.sites import SITES
+from endistill_jax.core.attention import SITES
 from endistill_jax.objectives import ForwardKL, Objective, RelationKL
 from endistill_jax.train.optimizer import OptimizerConfig
 

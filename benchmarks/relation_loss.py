@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from endistill_jax.core.sites import RowMasks
+from endistill_jax.core.attention import RowMasks
 from endistill_jax.objectives import LossImplementation
 from endistill_jax.objectives.relations import relation_kl
 from endistill_jax.objectives.relations_blocked import relation_kl_blocked

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from endistill_jax.core.batch import Lengths
+from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import init_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import Objective, presets

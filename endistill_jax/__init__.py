@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from endistill_jax import objectives as objective_terms
     from endistill_jax.checkpoints.student_init import StudentInit
     from endistill_jax.core.errors import UserError
-    from endistill_jax.core.outputs import Reads
+    from endistill_jax.core.model_io import Reads
     from endistill_jax.jobs.distill import distill
     from endistill_jax.model import Model, load
     from endistill_jax.models.t5 import sizes
@@ -54,7 +54,7 @@ _MODULE_OF = {
     "Model": "model",
     "Objective": "objectives",
     "OptimizerConfig": "train.optimizer",
-    "Reads": "core.outputs",
+    "Reads": "core.model_io",
     "Run": "train.experiment",
     "StudentInit": "checkpoints.student_init",
     "Teacher": "train.experiment",

@@ -15,10 +15,9 @@ from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.model_card import model_card
 from endistill_jax.checkpoints.models import choose_vocabulary, open_model, print_notes
 from endistill_jax.checkpoints.tokenizer import Tokenizer, VocabularyFile, load_tokenizer
-from endistill_jax.core.batch import Batch, batch_segments, visible_keys
+from endistill_jax.core.attention import row_masks, visible_keys
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import LOGITS, Output, Reads, Tap
-from endistill_jax.core.sites import row_masks
+from endistill_jax.core.model_io import LOGITS, Batch, Output, Reads, Tap, batch_segments
 from endistill_jax.models.family import ModelConfig, Params, apply
 from endistill_jax.models.generation.generation import Decoding, make_decoder
 from endistill_jax.objectives.relations import RelationKL, relation_scores

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from endistill_jax.core.batch import batch_segments
+from endistill_jax.core.model_io import batch_segments
 
 UNPACKED = {
     "encoder_input_tokens": np.array([[5, 6, 1, 0]], np.int32),

@@ -2,8 +2,7 @@
 
 import pytest
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import whole_numbers
+from endistill_jax.core.errors import UserError, whole_numbers
 from endistill_jax.jobs import Data, Finetuning, Run
 from endistill_jax.train.optimizer import OptimizerConfig
 

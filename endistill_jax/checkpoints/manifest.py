@@ -119,7 +119,7 @@ def renamed_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def objective_of_path(path: Mapping[str, Any]) -> Any:
     """The objective that a path of schema 1 was: three sites, each with a weight and one layer, logits and LM loss."""
-    from endistill_jax.core.sites import SITES
+    from endistill_jax.core.attention import SITES
     from endistill_jax.objectives import CrossEntropy, ForwardKL, InterpolatedTargets, Objective, relations
 
     terms: list[Any] = []

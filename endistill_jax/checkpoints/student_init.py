@@ -1,7 +1,7 @@
 """Initialization of a student from its teacher: some of its layers and, if narrower, a slice of every width.
 
 Which layers is decided here, by what the user lists or evenly spaced; which indices of a width, and what values are
-multiplied by to keep the sizes of sums, by the family: see `models/cutting.py` and, of T5, `models/t5/cutting.py`.
+multiplied by to keep the sizes of sums, by the family: see, of T5, `models/t5/cutting.py`.
 """
 
 import dataclasses
@@ -12,11 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import as_tuple, is_whole
-from endistill_jax.core.sites import STACKS
-from endistill_jax.models.cutting import evenly_spaced
-from endistill_jax.models.family import ModelConfig
+from endistill_jax.core.attention import STACKS
+from endistill_jax.core.errors import UserError, as_tuple, is_whole
+from endistill_jax.models.family import ModelConfig, evenly_spaced
 from endistill_jax.sharding import param_shardings
 
 KINDS = ("random", "layers", "slice")

@@ -1,7 +1,9 @@
-"""Exceptions that end a program with a one-line message and no traceback."""
+"""Errors that end a program with one line and no traceback, and the checks of settings that raise them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -46,3 +48,89 @@ def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None
         raise UserError(f"{where}: {error}" + (f"; {advice()}" if advice else "")) from error
     except Stopped as stopped:
         raise Stopped(f"{where}: {stopped}", stopped.signal_number) from stopped
+
+
+DTYPES = ("float32", "bfloat16")  # of parameters and computations
+
+
+def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
+    """Validates a setting that lists things and returns it as a tuple.
+
+    Args:
+        value: as given by the user.
+        where: the setting's name, for the message.
+        wanted: the expected items with an example, such as "layers, such as (0, 3) or (3,)".
+        fits: whether an item is valid.
+
+    Raises:
+        UserError: not a tuple or list, or an invalid item.
+    """
+    if not isinstance(value, (tuple, list)) or not all(map(fits, value)):
+        raise UserError(f"{where} is {value!r}; give a tuple of {wanted}")
+    return tuple(value)
+
+
+def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
+    """A setting that lists non-negative integers, such as seeds; on a command line `0,1` is a string.
+
+    Raises:
+        UserError: anything else.
+    """
+    return as_tuple(value, where, "whole numbers, such as '(0, 1)' or '(3,)'", is_whole)
+
+
+def is_whole(value: Any, least: int = 0) -> bool:
+    """Whether a value is an integer (not a bool or float) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0 (not a bool)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def require(settings: Any, name: str, fits: bool, wanted: str) -> None:
+    """Raises unless a setting of a dataclass is valid.
+
+    Raises:
+        UserError: naming the setting, its value, and what would be right.
+    """
+    if not fits:
+        raise UserError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; {wanted}")
+
+
+def require_choice(settings: Any, **choices: Iterable[Any]) -> None:
+    """Each of the named settings must be one of its choices."""
+    for name, allowed in choices.items():
+        allowed = tuple(allowed)
+        require(settings, name, getattr(settings, name) in allowed, f"choose one of {', '.join(map(str, allowed))}")
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Each of the named settings must be a finite number above 0."""
+    for name in names:
+        require(settings, name, is_positive(getattr(settings, name)), "it must be a finite number above 0")
+
+
+def require_not_negative(settings: Any, *names: str) -> None:
+    """Each of the named settings must be a finite number, 0 or more."""
+    for name in names:
+        value = getattr(settings, name)
+        require(settings, name, value == 0 or is_positive(value), "it must be a finite number, 0 or more")
+
+
+def require_at_least(settings: Any, least: int, *names: str) -> None:
+    """Each of the named settings must be a whole number of at least `least`."""
+    for name in names:
+        require(
+            settings, name, is_whole(getattr(settings, name), least), f"it must be a whole number of at least {least}"
+        )
+
+
+def require_between(settings: Any, name: str, low: float, high: float, *, open_ends: bool = False) -> None:
+    """A setting must be a number between two others."""
+    value = getattr(settings, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = number and (low < value < high if open_ends else low <= value <= high)
+    wanted = f"it must be between {low} and {high}" if open_ends else f"it must be from {low} to {high}"
+    require(settings, name, fits, wanted)

@@ -22,7 +22,7 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
 from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.objectives import CrossEntropy
-from endistill_jax.objectives.token_distribution import TokenDistribution
+from endistill_jax.objectives.token_terms import TokenDistribution
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
 from endistill_jax.train.experiment import Data
 

@@ -5,8 +5,7 @@ import functools
 from collections.abc import Mapping
 
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import as_tuple, is_positive, is_whole
+from endistill_jax.core.errors import UserError, as_tuple, is_positive, is_whole
 from endistill_jax.interpolation.assistants import LARGEST_RATIO
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import Objective

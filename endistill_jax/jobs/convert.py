@@ -27,8 +27,7 @@ from endistill_jax.checkpoints.models import (
     open_model,
     print_notes,
 )
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import DTYPES
+from endistill_jax.core.errors import DTYPES, UserError
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.multihost import require_one_process
 from endistill_jax.reports.files import json_text

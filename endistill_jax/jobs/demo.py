@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import whole_numbers
+from endistill_jax.core.errors import UserError, whole_numbers
 from endistill_jax.evaluation.denoising import HeldOut, prepare_held_out
 from endistill_jax.objectives import presets
 from endistill_jax.reports.results import merge_seeds, model_row, print_results, reference_rows

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from endistill_jax.checkpoints.models import open_model
+from endistill_jax.core.attention import ATTENTION_BYTES
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.groups import ATTENTION_BYTES
 from endistill_jax.interpolation.stages import Stage, stages_table
 from endistill_jax.objectives import LossImplementation
 from endistill_jax.objectives.relations_blocked import RELATION_BYTES

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel
-from endistill_jax.core.errors import UserError, naming
-from endistill_jax.core.settings import whole_numbers
+from endistill_jax.core.errors import UserError, naming, whole_numbers
 from endistill_jax.multihost import code_facts
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import host_part

@@ -4,7 +4,7 @@ A family is a folder here whose module `family` has a `FAMILY`. A model's settin
 `apply(config, params, batch)` runs any model, given its settings.
 
 Parameters are nested dictionaries of float32 arrays. A subtree called `layers` holds what the layers of a stack have
-alike: there every leaf has the layers on its first axis.
+alike: every leaf there has the layers on its first axis. For interchange, `unstack_layers` gives each layer a subtree.
 """
 
 import dataclasses
@@ -12,16 +12,18 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from endistill_jax.core.batch import Batch, Lengths
+from endistill_jax.core.attention import STACKS, Stack
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import LOGITS, Output, Reads
-from endistill_jax.core.sites import Stack
+from endistill_jax.core.model_io import LOGITS, Batch, Lengths, Output, Reads
 
 Params = dict[str, Any]
 
@@ -279,7 +281,7 @@ def apply(
     Args:
         config: the model's settings.
         params: its parameters.
-        batch: by SeqIO's feature names; see `core.batch`. Token 0 is padding, whatever the model's `pad_id`.
+        batch: by SeqIO's feature names; see `core.model_io.Batch`. Token 0 is padding, whatever the model's `pad_id`.
         reads: what is returned.
         dropout_key: None runs without dropout.
         frozen: the parameters are constants: compiled differently, with the same result.
@@ -388,3 +390,44 @@ def family_names() -> list[str]:
 @functools.cache  # called a dozen times per run, and tracing a model takes a second or more
 def _abstract_boxed(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
+
+
+_LAYER = re.compile(r"layers_(\d+)")
+
+
+def unstack_layers(params: Mapping[str, Any]) -> Params:
+    """`encoder/layers/...` [layers, ...] -> `encoder/layers_0/...`, `encoder/layers_1/...`, in T5X's names."""
+    params = dict(params)
+    for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
+        rest = dict(params[stack])
+        layers = rest.pop("layers")
+        depth = len(jax.tree.leaves(layers)[0])
+        for index in range(depth):
+            rest[f"layers_{index}"] = jax.tree.map(lambda leaf, i=index: leaf[i], layers)
+        params[stack] = rest
+    return params
+
+
+def stack_layers(params: Mapping[str, Any]) -> Params:
+    """The inverse of `unstack_layers`.
+
+    Raises:
+        ValueError: if a stack's layers are not numbered 0, 1, 2, ... without a gap.
+    """
+    params = dict(params)
+    for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
+        rest = dict(params[stack])
+        layers = {int(m.group(1)): rest.pop(name) for name in list(rest) if (m := _LAYER.fullmatch(name))}
+        if sorted(layers) != list(range(len(layers))) or not layers:
+            raise ValueError(f"{stack} has layers {sorted(layers)}; expected 0, 1, 2, ... without a gap")
+        ordered = [layers[index] for index in range(len(layers))]
+        xp = np if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(ordered)) else jnp
+        rest["layers"] = jax.tree.map(lambda *leaves, xp=xp: xp.stack(leaves), *ordered)
+        params[stack] = rest
+    return params
+
+
+def evenly_spaced(size: int, count: int) -> np.ndarray:
+    """`count` of the indices 0 .. size - 1, evenly spaced: [count], rising if count is at most size."""
+    gaps = max(count - 1, 1)
+    return (2 * np.arange(count) * (size - 1) + gaps) // (2 * gaps)  # integers, so that halves always go up

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from endistill_jax.core.batch import visible_keys
+from endistill_jax.core.attention import RowMasks, visible_keys
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Output, Tap
-from endistill_jax.core.sites import RowMasks
-from endistill_jax.objectives.blocked import per_device, with_formed_gradient
-from endistill_jax.objectives.implementation import MeshAxes
+from endistill_jax.core.model_io import Output, Tap
+from endistill_jax.objectives.implementation import MeshAxes, per_device, with_formed_gradient
 from endistill_jax.objectives.interpolated_targets import joined
-from endistill_jax.objectives.relation_rows import MASKED_SCORE
 from endistill_jax.objectives.relations import SiteTerm, categorical_kl
+from endistill_jax.objectives.relations_blocked import MASKED_SCORE
 from endistill_jax.objectives.term import ModelShape, Role, TermInputs
 
 

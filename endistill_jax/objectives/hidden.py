@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from endistill_jax.core.batch import Batch, Lengths, segment_ids
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Output, Reads, resolve_layer
-from endistill_jax.core.settings import require_choice
-from endistill_jax.core.sites import STACKS
+from endistill_jax.core.attention import STACKS
+from endistill_jax.core.errors import UserError, require_choice
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, resolve_layer, segment_ids
 from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
 
 ENCODED = "encoded"

@@ -1,12 +1,18 @@
-"""In which form losses are computed, as data: speed and memory, never the values."""
+"""In which form losses are computed: speed and memory, never the values.
+
+The gradient of a loss is linear in its cotangent. So the blocked forms compute it while a block's scores or logits are
+at hand, and the backward pass only scales it; nothing of a block outlives it.
+"""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import require_choice
+from endistill_jax.core.errors import UserError, require_choice
 
 FORMS = ("auto", "dense", "blocked")
 
@@ -95,4 +101,37 @@ class LossImplementation:
 
 
 DEFAULT = LossImplementation()
+
+
 DENSE = LossImplementation(relations="dense", vocabulary="dense")
+
+
+def with_formed_gradient(run: Callable[..., tuple[jax.Array, Any, Any]], student: Any, constants: Any) -> Any:
+    """`(value, aux)` of `run(student, constants, with_gradient) -> (value, aux, gradient by student)`.
+
+    Differentiable with respect to `student` through the value alone, a float32 scalar.
+    """
+
+    @jax.custom_vjp
+    def total(student: Any, constants: Any) -> tuple[jax.Array, Any]:
+        value, aux, _ = run(student, constants, False)
+        return value, aux
+
+    def forward(student: Any, constants: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        value, aux, gradient = run(student, constants, True)
+        return (value, aux), gradient
+
+    def backward(gradient: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        factor, _ = cotangents
+        return jax.tree.map(lambda x: (x.astype(jnp.float32) * factor).astype(x.dtype), gradient), None
+
+    total.defvjp(forward, backward)
+    value, aux = total(student, constants)
+    return value, jax.lax.stop_gradient(aux)
+
+
+def per_device(run: Callable, axes: MeshAxes | None, in_specs: Any, out_specs: Any) -> Callable:
+    """`run` on every device of a mesh, over the part of its arguments that is there."""
+    if axes is None:
+        return run
+    return jax.shard_map(run, mesh=axes.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from endistill_jax.core.outputs import Head
-from endistill_jax.core.settings import require_at_least, require_between, require_not_negative
+from endistill_jax.core.errors import require_at_least, require_between, require_not_negative
+from endistill_jax.core.model_io import Head
 
 Scalar = Float[Array, ""]
 ShareState = dict[str, Scalar]

@@ -21,12 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.objectives.cross_entropy import CrossEntropy
-from endistill_jax.objectives.divergences import ForwardKL
 from endistill_jax.objectives.interpolated_targets import InterpolatedTargets
 from endistill_jax.objectives.objective import Objective
 from endistill_jax.objectives.relations import RelationKL, relations
 from endistill_jax.objectives.term import Term
+from endistill_jax.objectives.token_terms import CrossEntropy, ForwardKL
 
 SELF = ("qq", "kk", "vv")
 CROSS = ("qk", "vv")

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from endistill_jax.core.batch import Batch, Lengths, batch_segments, visible_keys
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Output, Reads, resolve_layer
-from endistill_jax.core.settings import require_choice
-from endistill_jax.core.sites import SITES, RowMasks, row_masks
+from endistill_jax.core.attention import SITES, RowMasks, row_masks, visible_keys
+from endistill_jax.core.errors import UserError, require_choice
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, batch_segments, resolve_layer
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
 from endistill_jax.objectives.term import ModelShape, Ramp, Role, Term, TermInputs

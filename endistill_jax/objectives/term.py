@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from endistill_jax.core.batch import Batch, Lengths
-from endistill_jax.core.outputs import Output, Reads
-from endistill_jax.core.settings import require_at_least, require_not_negative
+from endistill_jax.core.errors import require_at_least, require_not_negative
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads
 from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
 
 Role = Literal["teacher", "student"]

@@ -15,11 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
-from endistill_jax.core.outputs import Head
-from endistill_jax.objectives.blocked import per_device, with_formed_gradient
-from endistill_jax.objectives.implementation import LossImplementation, MeshAxes
-from endistill_jax.objectives.token_distribution import TokenDistribution
-from endistill_jax.objectives.token_term import CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, Sums, TokenTerm, weighted_sum
+from endistill_jax.core.model_io import Head
+from endistill_jax.objectives.implementation import LossImplementation, MeshAxes, per_device, with_formed_gradient
+from endistill_jax.objectives.token_terms import (
+    CROSS_ENTROPY,
+    TEACHER_CROSS_ENTROPY,
+    Sums,
+    TokenDistribution,
+    TokenTerm,
+    weighted_sum,
+)
 
 # Most that one model's logits of one block take on a device.
 VOCABULARY_BYTES = {"tpu": 64 << 20, "cpu": 128 << 20, "gpu": 256 << 20}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from endistill_jax.core.batch import Lengths
+from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import LossImplementation, Objective
 from endistill_jax.planning.topologies import Topology

@@ -12,9 +12,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
-from endistill_jax.core.batch import Lengths
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import DTYPES, as_tuple, is_whole, require_at_least, require_choice
+from endistill_jax.core.errors import DTYPES, UserError, as_tuple, is_whole, require_at_least, require_choice
+from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import LossImplementation, Objective
 from endistill_jax.sharding import PLACEMENTS, make_mesh

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.settings import DTYPES, as_tuple, is_positive, whole_numbers
+from endistill_jax.core.errors import DTYPES, UserError, as_tuple, is_positive, whole_numbers
 from endistill_jax.evaluation import Evaluation
 from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_task_metrics, scoring_spec
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params

@@ -10,7 +10,7 @@ more.
 
 from typing import NamedTuple
 
-from endistill_jax.core.batch import Lengths
+from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig, forward_flops
 from endistill_jax.objectives import Objective
 

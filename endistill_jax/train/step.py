@@ -17,10 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from endistill_jax.core.batch import Batch
+from endistill_jax.core.attention import STACKS, platform_attention_bytes
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.groups import platform_attention_bytes
-from endistill_jax.core.sites import STACKS
+from endistill_jax.core.model_io import Batch
 from endistill_jax.models.family import ModelConfig, apply, logical_axes
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE

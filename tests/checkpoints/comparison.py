@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from endistill_jax.core.outputs import LOGITS, Reads
-from endistill_jax.core.sites import SITES
+from endistill_jax.core.attention import SITES
+from endistill_jax.core.model_io import LOGITS, Reads
 from endistill_jax.models.family import ModelConfig, apply
 from endistill_jax.models.generation.search import greedy
 

@@ -5,7 +5,7 @@ import pytest
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_params, fingerprint_vocabulary
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.layout import unstack_layers
+from endistill_jax.models.family import unstack_layers
 
 seqio = pytest.importorskip("seqio")
 

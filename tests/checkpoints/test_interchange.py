@@ -9,7 +9,7 @@ import pytest
 from endistill_jax.checkpoints.fingerprint import fingerprint_params
 from endistill_jax.checkpoints.interchange import assemble, check_finite, parameters, tensors_of
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.layout import unstack_layers
+from endistill_jax.models.family import unstack_layers
 from endistill_jax.sharding import make_mesh, param_shardings
 
 

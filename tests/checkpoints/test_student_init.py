@@ -10,8 +10,7 @@ import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit, cut_params, init_from_teacher
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.cutting import evenly_spaced
-from endistill_jax.models.family import abstract_params, init_params
+from endistill_jax.models.family import abstract_params, evenly_spaced, init_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import T5
 from endistill_jax.sharding import make_mesh

@@ -16,8 +16,7 @@ import pytest
 from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import abstract_params
-from endistill_jax.models.layout import stack_layers, unstack_layers
+from endistill_jax.models.family import abstract_params, stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.batch import visible_keys
+from endistill_jax.core.attention import visible_keys
 from endistill_jax.models.t5.attention import MASKED_SCORE, attend, attend_in_groups, attention_weights
 
 BATCH, HEADS, QUERIES, KEYS, HEAD_DIM = 4, 6, 5, 7, 3

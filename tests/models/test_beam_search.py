@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.models.generation.beam_search import beam_search
+from endistill_jax.models.generation.search import beam_search
 from endistill_jax.models.t5.t5 import T5
 
 EOS, VOCABULARY, LENGTH = 1, 5, 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import LOGITS, Reads
+from endistill_jax.core.model_io import LOGITS, Reads
 from endistill_jax.models import family
 from endistill_jax.models.t5.t5 import T5
 

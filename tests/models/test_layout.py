@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.models.layout import stack_layers, unstack_layers
+from endistill_jax.models.family import stack_layers, unstack_layers
 
 
 def _assert_identical(first, second):

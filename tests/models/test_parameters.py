@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.models.family import abstract_params, boxed_init, count_params, init_params
-from endistill_jax.models.layout import unstack_layers
+from endistill_jax.models.family import abstract_params, boxed_init, count_params, init_params, unstack_layers
 from endistill_jax.sharding import LOGICAL_RULES
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from endistill_jax.core.outputs import Reads
-from endistill_jax.core.sites import SITES
+from endistill_jax.core.attention import SITES
+from endistill_jax.core.model_io import Reads
 from endistill_jax.models.family import abstract_params
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import T5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.models.generation.sampling import draw, filter_logits, largest
+from endistill_jax.models.generation.search import draw, filter_logits, largest
 
 PROBABILITIES = np.array([0.4, 0.05, 0.25, 0.1, 0.2], np.float32)
 LOGITS = np.log(PROBABILITIES)[None]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Reads
-from endistill_jax.models.family import Lengths, abstract_params, forward_flops
+from endistill_jax.core.model_io import Lengths, Reads
+from endistill_jax.models.family import abstract_params, forward_flops
 from endistill_jax.models.t5.layers import relative_position_buckets
 from endistill_jax.models.t5.t5 import T5
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from endistill_jax.core.attention import RowMasks
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Head
-from endistill_jax.core.sites import RowMasks
+from endistill_jax.core.model_io import Head
 from endistill_jax.objectives import (
     CrossEntropy,
     ForwardKL,
@@ -25,7 +25,7 @@ from endistill_jax.objectives import (
 )
 from endistill_jax.objectives.relations import relation_kl
 from endistill_jax.objectives.relations_blocked import relation_kl_blocked
-from endistill_jax.objectives.token_term import TokenTerm
+from endistill_jax.objectives.token_terms import TokenTerm
 from endistill_jax.objectives.tokens_blocked import token_loss
 from endistill_jax.sharding import make_mesh
 

@@ -4,8 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from endistill_jax.core.batch import segment_ids
-from endistill_jax.core.outputs import Reads
+from endistill_jax.core.model_io import Reads, segment_ids
 from endistill_jax.objectives import Term, TokenTerm
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Head, Output, Tap
+from endistill_jax.core.model_io import Head, Output, Tap
 from endistill_jax.objectives import (
     CrossEntropy,
     ForwardKL,

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.batch import batch_segments
+from endistill_jax.core.attention import SITES, row_masks
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.outputs import Head, Output, Tap
-from endistill_jax.core.sites import SITES, row_masks
+from endistill_jax.core.model_io import Head, Output, Tap, batch_segments
 from endistill_jax.objectives import (
     AttentionKL,
     CrossEntropy,

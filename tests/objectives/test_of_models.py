@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_models import STUDENT, TEACHER, packed_batch, random_params
 
-from endistill_jax.core.batch import batch_segments, visible_keys
-from endistill_jax.core.sites import row_masks
+from endistill_jax.core.attention import row_masks, visible_keys
+from endistill_jax.core.model_io import batch_segments
 from endistill_jax.models.family import apply
 from endistill_jax.models.t5 import attention as attention_module
 from endistill_jax.objectives import AttentionKL, HiddenDistance, InterpolatedTargets, LossImplementation, Objective

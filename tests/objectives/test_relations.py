@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.sites import RowMasks
+from endistill_jax.core.attention import RowMasks
 from endistill_jax.objectives.relations import relation_kl
 
 TEACHER_DIM, STUDENT_DIM = 24, 12  # for instance 4 heads of 6, and 3 heads of 4

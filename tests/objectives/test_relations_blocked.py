@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.groups import choose_groups
-from endistill_jax.core.sites import RowMasks
+from endistill_jax.core.attention import RowMasks, choose_groups
 from endistill_jax.objectives import LossImplementation
 from endistill_jax.objectives.relations import relation_kl
 from endistill_jax.objectives.relations_blocked import relation_kl_blocked

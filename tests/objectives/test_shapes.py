@@ -8,7 +8,7 @@ import pytest
 CHECKED = """
 from jaxtyping import install_import_hook
 
-modules = ["core.batch", "core.groups", "core.outputs", "core.sites", "objectives"]
+modules = ["core.attention", "core.model_io", "objectives"]
 install_import_hook([f"endistill_jax.{name}" for name in modules], "beartype.beartype")
 
 import jax

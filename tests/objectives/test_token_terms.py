@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from endistill_jax.core.outputs import Head
+from endistill_jax.core.model_io import Head
 from endistill_jax.objectives import CrossEntropy, ForwardKL, GeneralizedJSD, LossImplementation, ReverseKL, SkewedKL
-from endistill_jax.objectives.token_distribution import TokenDistribution
-from endistill_jax.objectives.token_term import TokenTerm, dense_token_sums
+from endistill_jax.objectives.token_terms import TokenDistribution, TokenTerm, dense_token_sums
 from endistill_jax.objectives.tokens_blocked import token_loss
 
 BATCH, TARGET, VOCABULARY = 3, 7, 37  # 21 tokens: blocks of 8 leave some over

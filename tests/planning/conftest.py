@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from endistill_jax.core.batch import Lengths
+from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import presets
 from endistill_jax.planning.planned import PlannedStep

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.batch import Batch
 from endistill_jax.core.errors import UserError
+from endistill_jax.core.model_io import Batch
 from endistill_jax.objectives import presets
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train import compiler_options

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from endistill_jax.models.layout import unstack_layers
+from endistill_jax.models.family import unstack_layers
 from endistill_jax.objectives import CrossEntropy, Objective, presets
 from endistill_jax.train.step import LossFunction
 

@@ -11,8 +11,7 @@ from flax.linen.partitioning import AxisMetadata
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import ModelConfig, apply, boxed_init
-from endistill_jax.models.layout import stack_layers, unstack_layers
+from endistill_jax.models.family import ModelConfig, apply, boxed_init, stack_layers, unstack_layers
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.layers import KeysValues
 

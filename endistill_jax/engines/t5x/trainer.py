@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.errors import UserError
 from endistill_jax.engines.t5x.adapter import Transformer, logical_axes
-from endistill_jax.models.family import ModelConfig, boxed_init
-from endistill_jax.models.layout import stack_layers
+from endistill_jax.models.family import ModelConfig, boxed_init, stack_layers
 from endistill_jax.objectives import Objective
 from endistill_jax.train.state import init_objective
 from endistill_jax.train.step import LossFunction
@@ -33,8 +32,8 @@ Batch = Mapping[str, jax.Array]
 class MiniEndModel(models.EncoderDecoderModel):
     """A student distilled by T5X; it evaluates and generates like any other T5X model.
 
-    `loss = sum over terms of coefficient * sum / weight`, as in `objectives.loss`: the objective takes the place of
-    T5X's label smoothing, z-loss and normalizing factor. Give it to `t5x.train` with `MiniEndTrainer`.
+    `loss = sum over terms of coefficient * sum / weight`: the objective takes the place of T5X's label smoothing,
+    z-loss and normalizing factor. Give it to `t5x.train` with `MiniEndTrainer`.
 
     Args:
         module: the student.

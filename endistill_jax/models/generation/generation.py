@@ -11,9 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig
-from endistill_jax.models.generation.beam_search import beam_search
-from endistill_jax.models.generation.sampling import draw, filter_logits
-from endistill_jax.models.generation.search import SearchState, most_likely, search
+from endistill_jax.models.generation.search import SearchState, beam_search, draw, filter_logits, most_likely, search
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
 
 STRATEGIES = ("greedy", "sample", "beam")

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.groups import Groups, choose_groups
+from endistill_jax.core.attention import Groups, choose_groups
 
 # Finite, so that a row that sees no key gets a uniform softmax and finite gradients instead of NaN.
 MASKED_SCORE = -1e10

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from endistill_jax.core.attention import Stack
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import Stack
 
 if TYPE_CHECKING:
     from endistill_jax.models.family import Family

@@ -13,12 +13,12 @@ queries' once more by sqrt(teacher's head_dim / student's head_dim), as scores a
 ratios that T5's own initialization has between two widths. Embedding, normalizations and position biases keep their
 values; a tied head has the same correction from its factor d_model^-0.5. With equal widths every factor is 1.
 
-A student with a position bias in every layer (umT5) takes those of the layers it takes, or of a teacher with one a
-stack that one in every layer.
+A student with a position bias in every layer (umT5) takes those of its layers, or a copy in every layer if the teacher
+has one bias a stack.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from endistill_jax.core.attention import STACKS, Stack
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS, Stack
-from endistill_jax.models.cutting import evenly_spaced, take
+from endistill_jax.models.family import evenly_spaced
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import boxed_init
 
@@ -119,3 +119,18 @@ def _like_student(params: Mapping[str, Any], teacher: T5Config, student: T5Confi
         repeated = xp.broadcast_to(table, (teacher.depth(stack), *table.shape))
         params[stack] = {**rest, "layers": {**rest["layers"], "relpos_bias": {"rel_embedding": repeated}}}
     return params
+
+
+def take(leaf: Any, axes: Sequence[str | None], indices: Mapping[str, np.ndarray]) -> Any:
+    """A parameter at some indices of each axis, by the axes' logical names; a NumPy array if it is one."""
+    for axis, name in enumerate(axes):
+        leaf = _take(leaf, indices[name], axis)
+    return leaf
+
+
+def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+    # Axes taken in full are skipped, which avoids communication between their shards.
+    if np.array_equal(indices, np.arange(leaf.shape[axis])):
+        return leaf
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.take(leaf, indices, axis, mode="clip")  # in range as they are; other modes make JAX mask

@@ -13,12 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from endistill_jax.core.outputs import LOGITS
-from endistill_jax.models.t5.blocks import DecoderLayer
+from endistill_jax.core.model_io import LOGITS
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layers import Attention, KeysValues, RelativePositionBias, RMSNorm
-from endistill_jax.models.t5.stack import StackReads, check_reads
-from endistill_jax.models.t5.t5 import Embedding, Encoder, OutputHead
+from endistill_jax.models.t5.layers import Attention, DecoderLayer, KeysValues, RelativePositionBias, RMSNorm
+from endistill_jax.models.t5.t5 import Embedding, Encoder, OutputHead, StackReads, check_reads
 
 # Of all layers: one array with the layers first, for a compiled loop over layers, or one entry a layer.
 OfLayers = KeysValues | tuple[KeysValues, ...]

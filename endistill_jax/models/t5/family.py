@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from endistill_jax.core.batch import Batch
-from endistill_jax.core.outputs import Output, Reads
+from endistill_jax.core.model_io import Batch, Output, Reads
 from endistill_jax.models.t5 import t5x
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.cutting import check_cut, cut_params

@@ -1,4 +1,4 @@
-"""Floating-point operations of a T5's matrix products, from its shape alone.
+"""Floating-point operations of a T5's matrix products: from its shape alone, and counted in a traced program.
 
 A product of [m, k] and [k, n] counts 2 m k n. With B examples, S source and T target positions (padding included),
 width D, inner width I = num_heads * head_dim, MLP width F with M branches (1 plain, 2 gated), V words:
@@ -12,15 +12,23 @@ A causal mask halves nothing: the scores above the diagonal are computed. The ba
 size, so a gradient costs twice the forward pass of what it goes through.
 
 Left out: everything that is not a matrix product (normalization, softmax, activations, embedding look-up, optimizer),
-the position bias, whose one-hot product implements a look-up, and whatever rematerialization computes
-again. So these are the model's operations, fewer than the hardware's.
+the position bias, whose one-hot product implements a look-up, and what rematerialization computes again. So these are
+the model's operations, fewer than the hardware's.
 """
 
-from endistill_jax.core.outputs import LOGITS, Reads
-from endistill_jax.core.sites import Stack
-from endistill_jax.models.family import ForwardFlops, Lengths
+import collections
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.interpreters import partial_eval
+
+from endistill_jax.core.attention import Stack
+from endistill_jax.core.model_io import LOGITS, Lengths, Reads
+from endistill_jax.models.family import ForwardFlops
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.stack import check_reads, stack_reads
+from endistill_jax.models.t5.t5 import check_reads, stack_reads
 
 
 def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:
@@ -86,3 +94,51 @@ def _block(config: T5Config, batch: int, length: int) -> int:
     """Self-attention and MLP of one layer."""
     products = len(config.mlp_activations) + 1
     return _attention(config, batch, length, length) + 2 * products * batch * length * config.d_model * config.mlp_dim
+
+
+def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[int]:
+    """Operations of all matrix products that the outputs of `function` need, by the length of the contracted axes.
+
+    Args:
+        function: traced, not run.
+        args: arrays or their shapes (`jax.ShapeDtypeStruct`).
+
+    Returns:
+        Contracted length -> 2 x products' sizes, so that products of one kind can be identified by a unique length.
+
+    Raises:
+        NotImplementedError: if a loop with an unknown trip count, or a branch, contains a product.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr: Any) -> collections.Counter[int]:
+    total: collections.Counter[int] = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = _contracted_length(equation)
+            total[contracted] += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
+        trip_count = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = sum(map(_count, _inner_programs(equation.params.values())), start=collections.Counter())
+        if inner and equation.primitive.name in ("while", "cond"):
+            raise NotImplementedError(
+                f"a matrix product inside {equation.primitive.name}: how often it runs is unknown"
+            )
+        for contracted, flops in inner.items():
+            total[contracted] += trip_count * flops
+    return total
+
+
+def _contracted_length(equation: Any) -> int:
+    (axes, _), _ = equation.params["dimension_numbers"]
+    return math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
+
+
+def _inner_programs(params: Iterable[Any]) -> Iterable[Any]:
+    for param in params:
+        for value in param if isinstance(param, (tuple, list)) else (param,):
+            program = getattr(value, "jaxpr", value)
+            if hasattr(program, "eqns"):
+                yield program

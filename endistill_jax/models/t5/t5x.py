@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from endistill_jax.core.attention import STACKS
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import STACKS
 from endistill_jax.models.family import Parameter
 from endistill_jax.models.t5.config import T5Config
 

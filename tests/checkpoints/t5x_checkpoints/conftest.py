@@ -10,7 +10,7 @@ from flax import serialization
 
 from endistill_jax.checkpoints import t5x
 from endistill_jax.checkpoints.interchange import assemble
-from endistill_jax.models.layout import stack_layers
+from endistill_jax.models.family import stack_layers
 from endistill_jax.models.t5.config import T5Config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -1,15 +1,44 @@
-"""What a model is asked for, and what it returns."""
+"""What a model reads and what it returns: batches, requests, taps and outputs."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from endistill_jax.core.attention import SITES, Segments, Stack
 from endistill_jax.core.errors import UserError
-from endistill_jax.core.sites import SITES, Stack
+
+# Integer arrays by SeqIO's names: `encoder_input_tokens` [batch, source]; `decoder_input_tokens`,
+# `decoder_target_tokens`, `decoder_loss_weights` [batch, target]; when examples are packed also
+# `encoder_segment_ids`, `decoder_segment_ids` and positions. Token 0 is padding.
+Batch = Mapping[str, Array]
+
+
+class Lengths(NamedTuple):
+    """Number of examples and lengths of both sides, padding included."""
+
+    batch: int
+    source: int
+    target: int
+
+
+def segment_ids(batch: Batch, side: Literal["encoder", "decoder"]) -> Int[Array, "batch length"]:
+    """The batch's own ids when it is packed, else 1 at real tokens and 0 at padding.
+
+    Real decoder tokens are those with a target: the first decoder *input* is the start symbol, which has the id of
+    padding.
+    """
+    ids = f"{side}_segment_ids"
+    tokens = "encoder_input_tokens" if side == "encoder" else "decoder_target_tokens"
+    return jnp.asarray(batch[ids] if ids in batch else batch[tokens] != 0, jnp.int32)
+
+
+def batch_segments(batch: Batch) -> Segments:
+    """The segment ids of both sides; see `segment_ids`."""
+    return Segments(encoder=segment_ids(batch, "encoder"), decoder=segment_ids(batch, "decoder"))
 
 
 class Tap(NamedTuple):
