@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from endistill_jax import __version__
 from endistill_jax.core.errors import UserError
-from endistill_jax.planning.flags import FLAGS as PLAN_FLAGS
-from endistill_jax.planning.flags import add_flags
+from endistill_jax.planning.options import FLAGS as PLAN_FLAGS
+from endistill_jax.planning.options import add_flags
 
 COMMAND = ("python", "-m", "endistill_jax.main")
 FLAGS = ("--gin_file", "--gin_search_paths", "--dry_run", "--help", "--version", *PLAN_FLAGS)

@@ -18,7 +18,7 @@ from typing import Any
 import gin
 from endistill_jax.command_line import find
 from endistill_jax.core.errors import UserError
-from endistill_jax.planning.flags import left_open
+from endistill_jax.planning.options import left_open
 from gin import config as gin_config
 from gin import config_parser
 

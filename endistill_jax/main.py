@@ -61,7 +61,7 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
         command_line.find(name, options.gin_search_paths)
     silence_library_logs()
     if options.plan:  # joins no other host and uses no device of this one
-        from endistill_jax.planning.flags import plan_options
+        from endistill_jax.planning.options import plan_options
 
         os.environ["JAX_PLATFORMS"] = "cpu"
         plan = plan_options(options)
@@ -77,7 +77,7 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
     _import_text_pipeline()
     multihost.watch_peers()
     from endistill_jax import config
-    from endistill_jax.reports.run_files import Launch, started_by
+    from endistill_jax.reports.files import Launch, started_by
 
     config.read(options.gin_file, flags, options.gin_search_paths)
     settings = multihost.code_facts() | {"configuration": config.bound_settings()}

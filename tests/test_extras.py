@@ -73,7 +73,7 @@ def test_a_job_that_reads_text_names_the_missing_package_in_one_line(tmp_path, w
     ("program", "absent", "message"),
     [
         (
-            "from endistill_jax.studies import plots; plots.check_packages()",
+            "from endistill_jax.studies import report; report.check_packages()",
             "matplotlib",
             "drawing the plots of a study needs matplotlib, which is not installed: "
             "pip install 'endistill-jax[studies]'",

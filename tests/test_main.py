@@ -13,7 +13,7 @@ from toy import write
 import gin
 from endistill_jax.command_line import PACKAGE_FOLDER, find, shipped
 from endistill_jax.main import main
-from endistill_jax.reports.run_files import Launch, started_by, write_run_files
+from endistill_jax.reports.files import Launch, started_by, write_run_files
 
 HEAD = """
 from __gin__ import dynamic_registration

@@ -6,7 +6,7 @@ from typing import Any
 
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
-from endistill_jax.interpolation.settings import Interpolation, StageSettings
+from endistill_jax.interpolation.stages import Interpolation, StageSettings
 from endistill_jax.jobs.convert import export, import_checkpoint
 from endistill_jax.jobs.demo import demo
 from endistill_jax.jobs.distill import distill

@@ -8,8 +8,7 @@ from endistill_jax.evaluation.probe import PREFIX, Probe
 from endistill_jax.jobs.plan import PlanOptions, plan_experiment
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Objective
-from endistill_jax.reports.results import DENOISING_COLUMNS, model_row, print_results, reference_rows
-from endistill_jax.reports.table import Column
+from endistill_jax.reports.table import DENOISING_COLUMNS, Column, model_row, print_results, reference_rows
 from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.run import TrainingResult, train

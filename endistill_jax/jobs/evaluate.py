@@ -12,10 +12,8 @@ from endistill_jax.evaluation.task_metrics import TaskResult, check_task_metrics
 from endistill_jax.models.family import check_batches
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost import agree
-from endistill_jax.reports.files import json_text, write_atomically
-from endistill_jax.reports.results import print_results
-from endistill_jax.reports.run_files import write_run_files
-from endistill_jax.reports.table import Column
+from endistill_jax.reports.files import json_text, write_atomically, write_run_files
+from endistill_jax.reports.table import Column, print_results
 from endistill_jax.sharding import make_mesh, param_shardings
 from endistill_jax.train.experiment import Data
 from endistill_jax.train.metrics import MetricWriter

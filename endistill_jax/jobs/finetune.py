@@ -5,8 +5,7 @@ from typing import Any
 
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.models.family import ModelConfig
-from endistill_jax.reports.results import print_results
-from endistill_jax.reports.table import Column
+from endistill_jax.reports.table import Column, print_results
 from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import check_folder_names
 from endistill_jax.train.finetuning import (

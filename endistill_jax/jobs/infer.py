@@ -21,7 +21,7 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost import agree, gather
-from endistill_jax.reports.record_log import NUMBER, Done, RecordLog
+from endistill_jax.reports.files import NUMBER, Done, RecordLog
 from endistill_jax.sharding import make_mesh
 from endistill_jax.train.training import check_vocabularies
 

@@ -10,11 +10,10 @@ from endistill_jax.checkpoints.manifest import renamed_metrics
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import DenoisingReport, HeldOut, eval_spec, prepare_held_out
 from endistill_jax.interpolation.chain import Chain, StageResult, plan_chain, run_chain
-from endistill_jax.interpolation.settings import FEWEST, Interpolation
-from endistill_jax.interpolation.stages import plan_stages
+from endistill_jax.interpolation.stages import FEWEST, Interpolation, plan_stages
 from endistill_jax.jobs.plan import PlanOptions, plan_stage_by_stage, with_teacher_config
 from endistill_jax.reports.files import json_text, write_atomically
-from endistill_jax.reports.results import model_row, print_results, reference_rows
+from endistill_jax.reports.table import model_row, print_results, reference_rows
 from endistill_jax.storage import stored_path
 from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Data, Experiment

@@ -1,7 +1,8 @@
 """Planning: AOT-compiles a training step for a topology and reports memory, time and cost."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.core.attention import ATTENTION_BYTES
@@ -11,17 +12,18 @@ from endistill_jax.objectives import LossImplementation
 from endistill_jax.objectives.relations_blocked import RELATION_BYTES
 from endistill_jax.objectives.tokens_blocked import VOCABULARY_BYTES
 from endistill_jax.planning.compiling import check_compilers, compile_bounded
-from endistill_jax.planning.flags import PlanOptions, is_left_open
-from endistill_jax.planning.planned import PlannedStep
+from endistill_jax.planning.options import BATCHES, REMATS, PlanOptions, Sweep, is_left_open
+from endistill_jax.planning.planned import PlannedStep, StepRequest
 from endistill_jax.planning.report import chain_text, describe_plan, plans_table, rank, write_plans
-from endistill_jax.planning.request import StepRequest
-from endistill_jax.planning.sweep import run_sweep
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
+from endistill_jax.sharding import PLACEMENTS
 from endistill_jax.storage import check_folder
 from endistill_jax.train.experiment import Experiment, Run
 from endistill_jax.train.optimizer import make_schedule
 from endistill_jax.train.training import as_teacher
+
+USUAL = {"batch": BATCHES, "remat": REMATS, "teacher": PLACEMENTS}
 
 
 def plan_experiment(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:
@@ -186,3 +188,56 @@ def _text(options: PlanOptions, plans: list[PlannedStep]) -> str:
     fitting = [planned for planned in plans if planned.fits]
     best = f"\nThe first in full:\n\n{describe_plan(fitting[0])}" if fitting else ""
     return f"Ranked by estimated tokens a day; not measured.\n\n{plans_table(plans)}{best}"
+
+
+def run_sweep(sweep: Sweep, request: StepRequest, plan: Callable[[StepRequest], PlannedStep]) -> Iterator[PlannedStep]:
+    """Plans the variants of a step, one after another; a variant that cannot fit any more is left out.
+
+    Args:
+        sweep: what varies.
+        request: the step as configured, on one topology.
+        plan: compiles one.
+    """
+    chips = request.topology.chips
+    meshes = usual_meshes(request.topology) if sweep.mesh == () else sweep.mesh or (request.mesh,)
+    teacher_shardings = _choices(sweep.teacher, "teacher", request.teacher_sharding)
+    remats = sorted(_choices(sweep.remat, "remat", request.student.remat), key=REMATS.index)
+    batches = [request.lengths.batch]
+    if sweep.batch is not None:
+        batches = sorted({chips * each for each in sweep.batch or BATCHES}, reverse=True)
+    for mesh, teacher_sharding in itertools.product(meshes, teacher_shardings):
+        if teacher_sharding != teacher_shardings[0] and (request.teacher is None or mesh[1] == 1):
+            continue  # nothing is sharded over one device: both are the same
+        possible = batches
+        for remat in remats:
+            for batch in possible:
+                planned = plan(
+                    dataclasses.replace(
+                        request,
+                        mesh=mesh,
+                        teacher_sharding=teacher_sharding,
+                        student=dataclasses.replace(request.student, remat=remat),
+                        lengths=request.lengths._replace(batch=batch),
+                    )
+                )
+                yield planned
+                if planned.fits:
+                    break
+                if planned.status == "too big":
+                    possible = [other for other in possible if other < batch]
+
+
+def usual_meshes(topology: Topology) -> tuple[tuple[int, int, int], ...]:
+    """Parameters split over all chips of a slice, over a quarter of them, over four, over none; and heads over two."""
+    chips = topology.chips // topology.slices
+    parts = dict.fromkeys(part for part in (chips, chips // 4, 4, 1) if 1 <= part <= chips and chips % part == 0)
+    meshes = [(topology.chips // part, part, 1) for part in parts]
+    if chips >= 4:
+        meshes.append((topology.slices, chips // 2, 2))
+    return tuple(dict.fromkeys(meshes))
+
+
+def _choices(given: tuple | None, axis: str, configured: str) -> tuple:
+    if given is None:
+        return (configured,)
+    return given or USUAL[axis]

@@ -12,7 +12,8 @@ from endistill_jax.multihost import code_facts
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import host_part
 from endistill_jax.studies.arms import Arm, StudyRun, plan_study
-from endistill_jax.studies.report import print_study, write_raw, write_report
+from endistill_jax.studies.report import print_study, write_report
+from endistill_jax.studies.results import write_raw
 from endistill_jax.studies.runs import (
     check_judged_alike,
     earlier_record,
@@ -62,7 +63,7 @@ def study(
         dry_run: print what would be done, and do nothing.
 
     Returns:
-        What `study.json` holds, see `studies.figures`; None after a dry run.
+        What `study.json` holds, see `studies.results`; None after a dry run.
 
     Raises:
         UserError: invalid settings, before anything is created.

@@ -1,11 +1,15 @@
-"""Runs one compilation in a process with limits on time and memory."""
+"""Compiles a step in a process of its own, with limits on time and memory.
 
-import dataclasses
+The process is `python -m endistill_jax.planning.compiling REQUEST RESULT`: it reads a pickled `StepRequest` and writes
+what was found as JSON. AOT compilers can crash the process, or exhaust its memory.
+"""
+
 import importlib.util
 import json
 import os
 import pathlib
 import pickle
+import resource
 import subprocess
 import sys
 import tempfile
@@ -13,27 +17,27 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.planning.request import StepRequest
-from endistill_jax.planning.topologies import Topology, environment
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-WORKER = (sys.executable, "-m", "endistill_jax.planning.worker")
+from endistill_jax.core.errors import UserError
+from endistill_jax.models.family import abstract_params, count_params
+from endistill_jax.planning import topologies
+from endistill_jax.planning.costs import matmul_flops, read_collectives
+from endistill_jax.planning.hlo import parse_program
+from endistill_jax.planning.options import Bounds
+from endistill_jax.planning.planned import StepRequest
+from endistill_jax.planning.topologies import Topology, environment
+from endistill_jax.sharding import batch_sharding, check_rows, make_mesh, param_shardings
+from endistill_jax.train.optimizer import make_optimizer
+from endistill_jax.train.state import abstract_state, state_shardings
+from endistill_jax.train.step import make_train_step
+
+WORKER = (sys.executable, "-m", "endistill_jax.planning.compiling")
 LIBTPU = "libtpu"
 # Polling interval of a running compilation's memory.
 _POLL_SECONDS = 0.2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Limits of one compilation on the planning host.
-
-    Attributes:
-        seconds: its time.
-        memory: bytes of its resident memory.
-    """
-
-    seconds: float = 1800.0
-    memory: int = int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def check_compilers(topologies: Sequence[Topology]) -> None:
@@ -119,3 +123,124 @@ def _resident(process_id: int) -> int:
     except (OSError, IndexError):
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+TOKENS = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "loss_weights")}
+PACKED = ("segment_ids", "positions")
+
+
+def compile_step(request: StepRequest) -> dict[str, Any]:
+    """Compiles the step and measures it, for one device and one step.
+
+    Returns:
+        `mesh`, sizes by axis; `student_params` and `teacher_params`, numbers; in bytes `held`, what is kept between
+        steps by owner and shapes, and `memory`, what the compiler plans; `flops` of matrix products; `collectives`,
+        fields of `Traffic`; `uncounted_loops`, with unknown trip counts; `trace_seconds` and `compile_seconds`.
+
+    Raises:
+        UserError: settings that do not fit each other or the topology.
+        jax.errors.JaxRuntimeError: what the compiler says, such as that memory does not suffice.
+    """
+    devices = topologies.devices(request.topology)
+    mesh = make_mesh(*request.mesh, devices=devices, slices=request.slices)
+    check_rows("Data.batch_size", request.lengths.batch, mesh, request.micro_batches)
+    if request.eval_rows is not None:
+        check_rows("Data.eval_batch_size", request.eval_rows, mesh)
+    optimizer = make_optimizer(request.optimizer, request.steps)
+    step = make_train_step(
+        student=request.student,
+        teacher=request.teacher,
+        objective=request.objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        micro_batches=request.micro_batches,
+        base_key=jax.random.key(0),
+        implementation=request.implementation,
+        teacher_sharding=request.teacher_sharding,
+        compiler_options=request.compiler_options,
+    )
+    arguments = _arguments(request, optimizer, mesh)
+    held = {
+        "student": _bytes_a_device(arguments[0].params),
+        "optimizer": _bytes_a_device((arguments[0].step, arguments[0].opt_state)),
+        "objective": _bytes_a_device(arguments[0].objective),
+        "teacher": _bytes_a_device(arguments[1]),
+        "batch": _bytes_a_device(arguments[2]),
+    }
+    began = time.monotonic()
+    lowered = step.lower(*arguments)
+    lowered_after = time.monotonic() - began
+    compiled = lowered.compile()
+    compiled_after = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    program = parse_program(compiled.as_text())
+    traffic = read_collectives(program, [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat])
+    return {
+        "mesh": dict(mesh.shape),
+        "student_params": count_params(arguments[0].params),
+        "teacher_params": count_params(arguments[1]) if request.teacher else 0,
+        "held": held,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliases": memory.alias_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "flops": matmul_flops(program),
+        "uncounted_loops": program.uncounted_loops(),
+        "collectives": [vars(each) for each in traffic],
+        "trace_seconds": lowered_after,
+        "compile_seconds": compiled_after,
+    }
+
+
+def _arguments(request: StepRequest, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    def placed(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+
+    student, objective = request.student, request.objective
+    teacher = request.teacher if objective.needs_teacher else None
+    state = placed(
+        abstract_state(student, optimizer, objective, teacher),
+        state_shardings(student, optimizer, mesh, objective, teacher),
+    )
+    teacher_params = None
+    if teacher is not None:
+        params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(teacher.dtype)), abstract_params(teacher))
+        teacher_params = placed(params, param_shardings(teacher, mesh, request.teacher_sharding))
+    lengths = {"encoder": request.lengths.source, "decoder": request.lengths.target}
+    batch = {
+        f"{side}_{name}": jax.ShapeDtypeStruct(
+            (request.lengths.batch, lengths[side]), np.int32, sharding=batch_sharding(mesh)
+        )
+        for side, names in TOKENS.items()
+        for name in (*names, *(PACKED if request.packed else ()))
+    }
+    return state, teacher_params, batch
+
+
+def _bytes_a_device(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def main(request_file: str, result_file: str) -> None:
+    """Handles one request; errors of settings or compiler are results too."""
+    request = pickle.loads(pathlib.Path(request_file).read_bytes())
+    try:
+        result = compile_step(request) | {"status": "compiled", "reason": ""}
+    except UserError as error:
+        result = {"status": "refused", "reason": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        result = {"status": "too big" if full else "failed", "reason": str(error)}
+    result["host_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,11 +6,92 @@ the constant in its condition. So a scan over 24 layers counts 24 times.
 
 import collections
 import dataclasses
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from endistill_jax.planning.instructions import Instruction, parse_instruction
-from endistill_jax.planning.loops import count_turns
+_BITS = {"pred": 8, "token": 0, "opaque": 0} | {
+    f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)
+}
+_BITS |= {"bf16": 16, "c64": 64, "c128": 128}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_NAME = re.compile(r"%?([\w.\-~]+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Array:
+    """Type and shape of one array."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size without padding."""
+        bits = _BITS.get(self.kind, 8 if self.kind.startswith("f8") else 32)
+        return math.ceil(math.prod(self.shape) * bits / 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: what others call its result.
+        opcode: such as "fusion".
+        arrays: its result's; several if that is a tuple.
+        operands: names of what it reads.
+        arguments: the text between its parentheses.
+        attributes: the text behind them.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all arrays of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+
+def parse_instruction(name: str, text: str) -> Instruction:
+    """Parses the text after `name =`: type, opcode, operands in parentheses, attributes."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opening = text.index("(", end)
+    closing = _closing(text, opening)
+    arguments = text[opening + 1 : closing]
+    return Instruction(
+        name=name,
+        opcode=text[end:opening].strip(),
+        arrays=parse_arrays(text[:end]),
+        operands=tuple(_NAME.findall(arguments)),
+        arguments=arguments,
+        attributes=text[closing + 1 :],
+    )
+
+
+def _closing(text: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text) - 1
+
+
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """The arrays that a type names, such as `(f32[2,3]{1,0}, s32[])`."""
+    return tuple(
+        Array(kind=kind, shape=tuple(int(size.lstrip("<=")) for size in shape.split(",") if size))
+        for kind, shape in _ARRAY.findall(text)
+        if kind in _BITS or kind.startswith("f8")
+    )
+
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-~]+) = (.*)$")
@@ -115,3 +196,93 @@ def parse_program(text: str) -> Program:
     if entry is None:
         raise ValueError("the text has no ENTRY computation")
     return Program(computations=computations, entry=entry)
+
+
+Computation = Mapping[str, Instruction]
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PARTS = re.compile(r"\b(condition|body)=%?([\w.\-~]+)")
+_FUSED = re.compile(r"\bcalls=%?([\w.\-~]+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
+_COPIES = ("copy", "bitcast", "convert", "reshape")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """A name in a computation, and the fusion that the computation was entered by."""
+
+    computation: Computation
+    name: str = ""
+    caller: "_Value | None" = None
+
+    @property
+    def instruction(self) -> Instruction:
+        return self.computation[self.name]
+
+    @property
+    def opcode(self) -> str:
+        return self.instruction.opcode
+
+    @property
+    def constant(self) -> int | None:
+        """Its value, if it is a whole number that the program holds."""
+        text = self.instruction.arguments
+        return int(text) if self.opcode == "constant" and text.lstrip("-").isdecimal() else None
+
+
+def count_turns(loop: Instruction, owner: Computation, computations: Mapping[str, Computation]) -> int | None:
+    """Trip count of a `while`: as annotated, else from its counter; None if neither is known.
+
+    Args:
+        loop: the instruction.
+        owner: the computation that it is in.
+        computations: all of the program.
+    """
+    if noted := _TRIP_COUNT.search(loop.attributes):
+        return int(noted[1])
+    parts = dict(_PARTS.findall(loop.attributes))
+    if not {*parts.values()} <= {*computations} or len(parts) != 2:
+        return None
+    values = _Values(computations)
+    compared = values.result(_Value(computations[parts["condition"]]))
+    if compared.opcode != "compare" or "direction=LT" not in compared.instruction.attributes:
+        return None
+    counter, bound = (values.operand(compared, index) for index in (0, 1))
+    index = _INDEX.search(counter.instruction.attributes)
+    if bound.constant is None or index is None:
+        return None
+    begin = values.element(values.resolve(_Value(owner, loop.operands[0])), int(index[1]))
+    added = values.element(values.result(_Value(computations[parts["body"]])), int(index[1]))
+    steps = [values.operand(added, operand).constant for operand in (0, 1)] if added.opcode == "add" else []
+    step = next((each for each in steps if each), None)
+    if begin.constant is None or step is None:
+        return None
+    return math.ceil((bound.constant - begin.constant) / step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """Traces values to their origin."""
+
+    computations: Mapping[str, Computation]
+
+    def element(self, made: _Value, place: int) -> _Value:
+        """An element of a tuple."""
+        return self.operand(made, place) if made.opcode == "tuple" else made
+
+    def operand(self, value: _Value, index: int) -> _Value:
+        return self.resolve(dataclasses.replace(value, name=value.instruction.operands[index]))
+
+    def result(self, value: _Value) -> _Value:
+        """What the computation of `value` returns: its last instruction."""
+        return self.resolve(dataclasses.replace(value, name=next(reversed(value.computation))))
+
+    def resolve(self, value: _Value) -> _Value:
+        """Follows copies, and goes into and out of fusions, to what a value really is."""
+        instruction = value.instruction
+        if instruction.opcode in _COPIES:
+            return self.operand(value, 0)
+        if instruction.opcode == "fusion" and (called := _FUSED.search(instruction.attributes)):
+            return self.result(_Value(self.computations[called[1]], caller=value))
+        if instruction.opcode == "parameter" and value.caller is not None:
+            return self.operand(value.caller, int(instruction.arguments))
+        return value

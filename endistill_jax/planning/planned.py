@@ -1,4 +1,13 @@
-"""A planned step: the result of its compilation and derived estimates."""
+"""A training step to compile, the result of its compilation, and the estimates of time and cost from it.
+
+    computing    operations of a chip / (peak x utilization)
+    exchanging   bytes that a chip sends / (its bandwidth x the share of it that is used)
+    reading      bytes of the step's arguments / bandwidth of the chip's memory: each of them once
+    least time   the longest of the three, each at its best: all exchange hidden behind computation
+    most time    the sum of the first two, each at its worst: none hidden
+
+Nothing here was measured on such chips; the assumptions are stated with every estimate.
+"""
 
 import dataclasses
 import re
@@ -6,9 +15,186 @@ from collections.abc import Mapping
 from typing import Any
 
 from endistill_jax.checkpoints.manifest import plain
-from endistill_jax.planning.estimate import Assumptions, Load, Range, RunEstimate, estimate_run, step_seconds
-from endistill_jax.planning.request import StepRequest
+from endistill_jax.core.model_io import Lengths
+from endistill_jax.models.family import ModelConfig
+from endistill_jax.objectives import LossImplementation, Objective
+from endistill_jax.planning.topologies import Chip, Topology
+from endistill_jax.train.compiler_options import CompilerOptions
 from endistill_jax.train.flops import step_flops
+from endistill_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRequest:
+    """A training step on a topology.
+
+    Attributes:
+        topology: to compile for.
+        student: settings of the student.
+        teacher: settings of the teacher; None if the objective needs none.
+        objective: the terms of the loss.
+        optimizer: optimizer and learning-rate schedule.
+        steps: updates of the run.
+        lengths: size of the global batch.
+        eval_rows: of an evaluation's batch, which the mesh must spread too; None where there is none.
+        packed: whether the batch has segment ids and positions.
+        mesh: sizes of the axes data, fsdp and tensor; -1 takes what the others leave.
+        micro_batches: parts of a batch whose gradients are accumulated.
+        implementation: in which form the losses are computed.
+        teacher_sharding: "sharded" or "replicated".
+        compiler_options: of XLA, by platform.
+        slices: as in `make_mesh`.
+    """
+
+    topology: Topology
+    student: ModelConfig
+    teacher: ModelConfig | None
+    objective: Objective
+    optimizer: OptimizerConfig
+    steps: int
+    lengths: Lengths
+    eval_rows: int | None = None
+    packed: bool = True
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    micro_batches: int = 1
+    implementation: LossImplementation = LossImplementation()
+    teacher_sharding: str = "sharded"
+    compiler_options: CompilerOptions | None = None
+    slices: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step's batch, both sides, padding included."""
+        return self.lengths.batch * (self.lengths.source + self.lengths.target)
+
+    @property
+    def batch_per_chip(self) -> float:
+        """Examples of the global batch a chip."""
+        return self.lengths.batch / self.topology.chips
+
+
+DAY = 86400.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """Assumptions of an estimate, as shares of the published peaks.
+
+    Attributes:
+        best_utilisation: of the matrix units, where all goes well.
+        worst_utilisation: where it does not.
+        best_bandwidth: of the links between chips and of the network between slices.
+        worst_bandwidth: a ring along one axis uses only the links of that axis.
+    """
+
+    best_utilisation: float = 0.6
+    worst_utilisation: float = 0.3
+    best_bandwidth: float = 0.8
+    worst_bandwidth: float = 0.25
+
+    def __str__(self) -> str:
+        return (
+            f"computing at {self.best_utilisation:.0%} to {self.worst_utilisation:.0%} of the peak, exchanging at "
+            f"{self.best_bandwidth:.0%} to {self.worst_bandwidth:.0%} of the links' bandwidth; the least time hides "
+            "all exchange behind computing, and is no shorter than reading parameters and batch from memory once; the "
+            "most hides none; no input, evaluation or checkpoint"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """An estimate with its lower and upper bound."""
+
+    least: float
+    most: float
+
+    def scaled(self, factor: float) -> "Range":
+        """Both times a factor."""
+        return Range(least=self.least * factor, most=self.most * factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one chip does in a step.
+
+    Attributes:
+        flops: operations of its matrix products.
+        link_bytes: bytes that it sends to chips of its slice.
+        network_bytes: bytes that it sends to other slices.
+        argument_bytes: parameters, optimizer and batch in its memory, which the step reads.
+    """
+
+    flops: float
+    link_bytes: float = 0.0
+    network_bytes: float = 0.0
+    argument_bytes: float = 0.0
+
+
+def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions()) -> Range | None:
+    """The duration of a step; None if the chip's specifications are unknown."""
+    if chip.peak_flops is None:
+        return None
+    best, worst = (
+        (_computing(load, chip, utilisation), _exchanging(load, chip, bandwidth))
+        for utilisation, bandwidth in (
+            (assumptions.best_utilisation, assumptions.best_bandwidth),
+            (assumptions.worst_utilisation, assumptions.worst_bandwidth),
+        )
+    )
+    if None in (*best, *worst):
+        return None
+    reading = load.argument_bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0
+    return Range(least=max(*best, reading), most=max(sum(worst), reading))
+
+
+def _computing(load: Load, chip: Chip, utilisation: float) -> float:
+    return load.flops / (chip.peak_flops * utilisation)
+
+
+def _exchanging(load: Load, chip: Chip, share: float) -> float | None:
+    seconds = 0.0
+    for sent, bandwidth in (
+        (load.link_bytes, chip.link_bandwidth),
+        (load.network_bytes, chip.network_bandwidth),
+    ):
+        if sent and bandwidth is None:
+            return None
+        seconds += sent / (bandwidth * share) if sent else 0.0
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """Throughput, time and cost of a run.
+
+    Attributes:
+        tokens_a_day: positions of both sides, padding included.
+        chip_hours: all chips, from the first step to the last.
+        cost: in the currency of the price; None without a price.
+    """
+
+    tokens_a_day: Range
+    chip_hours: Range
+    cost: Range | None
+
+
+def estimate_run(
+    seconds: Range, *, tokens_a_step: int, run_tokens: int, chips: int, price: float | None
+) -> RunEstimate:
+    """Args:
+    seconds: of a step.
+    tokens_a_step: positions of the global batch.
+    run_tokens: positions that the run reads in all.
+    chips: how many work on it.
+    price: of a chip-hour; None if it is unknown.
+    """
+    chip_hours = seconds.scaled(run_tokens / tokens_a_step * chips / 3600)
+    return RunEstimate(
+        tokens_a_day=Range(least=DAY * tokens_a_step / seconds.most, most=DAY * tokens_a_step / seconds.least),
+        chip_hours=chip_hours,
+        cost=None if price is None else chip_hours.scaled(price),
+    )
+
 
 COMPILED = "compiled"
 _USED_BY_COMPILER = re.compile(r"Used [\d.]+\w? of [\d.]+\w? hbm")

@@ -6,8 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from endistill_jax.planning.estimate import Range
-from endistill_jax.planning.planned import PlannedStep
+from endistill_jax.planning.planned import PlannedStep, Range
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.table import Column, format_count, markdown_table
 

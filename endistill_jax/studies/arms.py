@@ -13,10 +13,10 @@ from endistill_jax.checkpoints.models import TrainedModel, open_model
 from endistill_jax.checkpoints.student_init import RANDOM, StudentInit
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.interpolation.chain import Chain, plan_chain
-from endistill_jax.interpolation.settings import Interpolation
+from endistill_jax.interpolation.stages import Interpolation
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.objectives import Objective
-from endistill_jax.studies.plots import check_packages
+from endistill_jax.studies.report import check_packages
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.finetuning import Finetuning, check_runs, plan_runs
 from endistill_jax.train.flops import step_flops

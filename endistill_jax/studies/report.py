@@ -5,64 +5,187 @@
 recreates `study.md` and the plots from FOLDER/study.json.
 """
 
-import json
+import io
+import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
-from endistill_jax.checkpoints.manifest import objective_of_path, plain, renamed_metrics
 from endistill_jax.core.errors import StorageFailure, UserError
-from endistill_jax.reports.files import json_text, write_atomically
-from endistill_jax.reports.table import print_table
-from endistill_jax.storage import reading_failure, stored_path
-from endistill_jax.studies.figures import Raw
-from endistill_jax.studies.plots import study_plots
-from endistill_jax.studies.tables import study_markdown, study_tables
+from endistill_jax.extras import STUDIES, require
+from endistill_jax.reports.files import write_atomically
+from endistill_jax.reports.table import print_table, spread
+from endistill_jax.studies.results import (
+    PROBE,
+    BySeed,
+    Raw,
+    arm_runs,
+    curve,
+    downstream,
+    read_raw,
+    sites,
+    study_markdown,
+    study_tables,
+    task_metrics,
+    trains_on,
+    value_of,
+)
 
-RAW_FILE = "study.json"
-TABLE_FILE = "study.md"
+# Okabe and Ito's colorblind-safe palette; then further shades of it.
+_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8A8A8A", "#B8A800", "#7B4FA3")
+_MARKERS = "osv^DXP*<>"
+_DOTS_PER_INCH = 110
 
 
-def raw_file(folder: str | os.PathLike) -> epath.Path:
-    """The path of a folder's `study.json`."""
-    return stored_path(folder) / RAW_FILE
-
-
-def read_raw(folder: str | os.PathLike) -> Raw:
-    """Reads `study.json`.
+def check_packages() -> None:
+    """Checks that plots can be drawn: before anything is trained, not at the end.
 
     Raises:
-        UserError: there is none, or it is not of a study.
-        StorageFailure: the storage could not be read.
+        UserError: if Matplotlib is not installed.
     """
-    file = raw_file(folder)
-    try:
-        raw = json.loads(file.read_text())
-        raw["judged_by"]["shards"], raw["runs"]
-        _rename(raw)
-    except OSError as error:
-        raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no record of a study; move it away") from None
-    return raw
+    require("matplotlib", "drawing the plots of a study", STUDIES)
 
 
-def _rename(raw: Raw) -> None:
-    """Metrics and the probe of a study of manifest schema 1, under their present names."""
-    raw["teacher_figures"] = renamed_metrics(raw["teacher_figures"])
-    for run in raw["runs"]:
-        for each in (run, *run.get("stages", ())):
-            each["evaluations"] = [renamed_metrics(evaluation) for evaluation in each["evaluations"]]
-    probe = raw["judged_by"].get("probe")
-    if probe and "path" in probe:
-        probe["objective"] = plain(objective_of_path(probe.pop("path")).described())
+def study_plots(raw: Raw) -> dict[str, bytes]:
+    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such.
+
+    Raises:
+        UserError: if Matplotlib is not installed.
+    """
+    check_packages()
+    plots = {"held_out_loss.png": _held_out_loss(raw)}
+    if task_metrics(raw):
+        plots["downstream.png"] = _downstream(raw)
+    if sites(raw):
+        plots["divergence.png"] = _divergence(raw)
+    return {name: _png(figure) for name, figure in plots.items()}
 
 
-def write_raw(folder: str | os.PathLike, raw: Raw) -> None:
-    """Writes `study.json`."""
-    write_atomically(raw_file(folder), json_text(raw, indent=1) + "\n")
+def _held_out_loss(raw: Raw) -> Any:
+    """The loss on non-sentinel tokens over steps: of an arm's seeds the mean, in a band of their standard deviation."""
+    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    for arm in _arms(raw):
+        _draw_curve(axes, raw, arm, curve(raw, arm, "token_loss"))
+    figures = raw["teacher_figures"]
+    for name, key in (("teacher", "token_loss"), ("bigram", "bigram_loss")):
+        loss = value_of(figures, key) if key in figures else math.nan
+        if math.isfinite(loss):
+            axes.axhline(loss, color="0.5", linestyle=":", linewidth=1)
+            axes.annotate(name, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
+    axes.set(xlabel="step", ylabel="held-out loss on non-sentinel tokens, nats a token")
+    _legend(figure, axes)
+    return figure
+
+
+def _downstream(raw: Raw) -> Any:
+    """A panel a metric: a bar for the mean of an arm's seeds, their standard deviation, and a dot for each."""
+    metrics = task_metrics(raw)
+    columns = min(len(metrics), 3)
+    figure, axes = _figure(-(-len(metrics) // columns), columns, width=4.6, height=0.6 + 0.36 * len(_arms(raw)))
+    panels = [panel for row in axes for panel in row]
+    for panel, (task, metric) in zip(panels, metrics, strict=False):
+        for place, arm in enumerate(_arms(raw)):
+            values = list(downstream(raw, arm, task, metric).values())
+            mean, deviation = spread(values)
+            panel.barh(
+                place,
+                mean,
+                xerr=deviation,
+                color=_style(raw, arm)["color"],
+                alpha=0.65,
+                capsize=3,
+            )
+            panel.plot(values, [place] * len(values), ".", color="black", markersize=4)
+        panel.set_yticks(range(len(_arms(raw))), _arms(raw))
+        panel.invert_yaxis()
+        panel.set_title(f"{task}: {metric}", fontsize=10)
+    for panel in panels[len(metrics) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _divergence(raw: Raw) -> Any:
+    """A panel a site: how far each arm is from the teacher over training, dashed where it is not trained on that."""
+    names = sites(raw)
+    columns = min(len(names), 2)
+    figure, axes = _figure(-(-len(names) // columns), columns, width=4.6, height=3.3)
+    panels = [panel for row in axes for panel in row]
+    for panel, site in zip(panels, names, strict=False):
+        for arm in _arms(raw):
+            trained = trains_on(raw, arm, site)
+            _draw_curve(panel, raw, arm, curve(raw, arm, PROBE + site), linestyle="-" if trained else "--")
+        panel.set_title(site, fontsize=10)
+        panel.set(xlabel="step", ylabel="nats a token" if site == "logits" else "nats a row")
+        # Of no positive number there is no logarithm to scale an axis by.
+        if any(mean > 0 for line in panel.get_lines() for mean in line.get_ydata()):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(_sparse)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    figure.suptitle("divergence from the teacher on held-out text (dashed: not trained on)", fontsize=11)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _draw_curve(axes: Any, raw: Raw, arm: str, points: dict[int, BySeed], linestyle: str = "-") -> None:
+    steps = list(points)
+    means, deviations = zip(*(spread(list(values.values())) for values in points.values()), strict=True)
+    style = _style(raw, arm)
+    label = f"{arm} (last stage)" if len(raw["arms"][arm]["steps"]) > 1 else arm
+    axes.plot(steps, means, label=label, linestyle=linestyle, markersize=4, linewidth=1.5, **style)
+    low, high = ([x + sign * y for x, y in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _arms(raw: Raw) -> list[str]:
+    return [arm for arm in raw["arms"] if arm_runs(raw, arm)]
+
+
+def _style(raw: Raw, arm: str) -> dict[str, str]:
+    """An arm's color and marker, the same in every plot."""
+    place = list(raw["arms"]).index(arm)
+    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
+    """A figure, outside of pyplot's global state, and its panels [rows][columns], each of the size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right center", frameon=False)
+    for line in legend.get_lines():
+        line.set_linestyle("-")  # an arm's line may be solid in one panel and dashed in another
+
+
+def _sparse(value: float, _: int) -> str:
+    """The text of a minor tick of a logarithmic axis: of 2, 3 and 5 times a power of ten alone."""
+    text = f"{value:g}"
+    return text if text.strip("0.") in ("2", "3", "5") else ""
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+TABLE_FILE = "study.md"
 
 
 def write_report(folder: str | os.PathLike, raw: Raw) -> None:

@@ -16,7 +16,7 @@ from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Objective
 from endistill_jax.reports.files import json_text
 from endistill_jax.studies.arms import StudyRun
-from endistill_jax.studies.report import raw_file, read_raw
+from endistill_jax.studies.results import raw_file, read_raw
 from endistill_jax.train.experiment import Data
 from endistill_jax.train.finetuning import Finetuning, metric_names, prepare_evaluation, run_all
 from endistill_jax.train.metrics import FILE_NAME, read_metrics

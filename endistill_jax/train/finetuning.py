@@ -11,7 +11,7 @@ from endistill_jax.evaluation.task_metrics import check_task_metrics, prepare_ta
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.objectives import presets
-from endistill_jax.reports.results import merge_seeds
+from endistill_jax.reports.table import merge_seeds
 from endistill_jax.train.experiment import Data, Experiment, Run
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train

@@ -14,7 +14,7 @@ from endistill_jax.checkpoints.student_init import init_from_teacher
 from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.evaluation import Evaluation, Report
 from endistill_jax.multihost import agree, agree_on_folder, gather, reporting_failure
-from endistill_jax.reports.run_files import write_run_files
+from endistill_jax.reports.files import write_run_files
 from endistill_jax.sharding import host_part, place_batch
 from endistill_jax.train.best import Best
 from endistill_jax.train.metrics import open_metrics, open_progress

@@ -18,7 +18,7 @@ from endistill_jax.checkpoints.manager import Checkpointer, finished_steps, rest
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
-from endistill_jax.interpolation import chain, products
+from endistill_jax.interpolation import chain
 from endistill_jax.jobs import Experiment, Interpolation, Run, StageSettings, export, interpolate
 from endistill_jax.jobs import plan as plan_job
 from endistill_jax.main import main
@@ -233,7 +233,7 @@ def test_a_product_that_was_written_and_not_compared_is_compared_at_the_next_sta
         return open_model(source, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(products, "open_model", killed)
+        patch.setattr(chain, "open_model", killed)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 interpolate(model_dir=str(copy), **arguments)
@@ -349,8 +349,7 @@ def test_a_dry_run_tells_every_stage_and_creates_nothing(tmp_path, arguments, ca
 
 
 def test_a_plan_plans_every_stage_and_then_says_which_does_not_fit(monkeypatch, tmp_path, arguments):
-    from endistill_jax.planning.compiling import Bounds
-    from endistill_jax.planning.flags import PlanOptions
+    from endistill_jax.planning.options import Bounds, PlanOptions
     from endistill_jax.planning.topologies import parse_topology
 
     requests = []

@@ -14,7 +14,7 @@ from endistill_jax.jobs import Arm, Data, Experiment, Finetuning, Interpolation,
 from endistill_jax.objectives import presets
 from endistill_jax.sharding import HostPart, make_mesh
 from endistill_jax.studies.arms import plan_study
-from endistill_jax.studies.figures import final, paired
+from endistill_jax.studies.results import final, paired
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.training import open_teacher

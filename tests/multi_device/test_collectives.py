@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from endistill_jax.planning.collectives import Traffic, read_collectives
+from endistill_jax.planning.costs import Traffic, matmul_flops, read_collectives
 from endistill_jax.planning.hlo import parse_program
-from endistill_jax.planning.operations import matmul_flops
 from endistill_jax.sharding import make_mesh
 
 ONE_SLICE = [0] * 8

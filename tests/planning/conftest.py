@@ -9,8 +9,7 @@ import pytest
 from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import presets
-from endistill_jax.planning.planned import PlannedStep
-from endistill_jax.planning.request import StepRequest
+from endistill_jax.planning.planned import PlannedStep, StepRequest
 from endistill_jax.planning.topologies import parse_topology
 from endistill_jax.train.optimizer import OptimizerConfig
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.planning.compiling import Bounds, check_compilers, compile_bounded
+from endistill_jax.planning.compiling import check_compilers, compile_bounded
+from endistill_jax.planning.options import Bounds
 from endistill_jax.planning.topologies import parse_topology
 
 BOUNDS = Bounds(seconds=60)

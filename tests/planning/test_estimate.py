@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from endistill_jax.planning.chips import CHIPS, Chip
-from endistill_jax.planning.estimate import Assumptions, Load, Range, estimate_run, step_seconds
+from endistill_jax.planning.planned import Assumptions, Load, Range, estimate_run, step_seconds
+from endistill_jax.planning.topologies import CHIPS, Chip
 
 CHIP = Chip(name="toy", platform="tpu", peak_flops=100.0, link_bandwidth=10.0, network_bandwidth=1.0)
 HALF = Assumptions(best_utilisation=1.0, worst_utilisation=0.5, best_bandwidth=1.0, worst_bandwidth=0.5)

@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from endistill_jax.planning.collectives import read_collectives, replica_groups
-from endistill_jax.planning.hlo import parse_program
-from endistill_jax.planning.instructions import Array, parse_arrays
-from endistill_jax.planning.operations import matmul_flops
+from endistill_jax.planning.costs import matmul_flops, read_collectives, replica_groups
+from endistill_jax.planning.hlo import Array, parse_arrays, parse_program
 
 # A loop that the compiler unrolled once: its counter grows by two. The condition is a fusion, as it may be.
 UNROLLED = """HloModule jit_f, is_scheduled=true

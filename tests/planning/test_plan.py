@@ -11,7 +11,7 @@ import gin
 from endistill_jax.core.errors import UserError
 from endistill_jax.main import main
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.planning import worker
+from endistill_jax.planning import compiling
 from endistill_jax.train.step import make_train_step
 from endistill_jax.train.training import as_teacher, check_shape
 
@@ -114,9 +114,9 @@ def test_the_worker_hands_on_every_setting_of_the_training_step(make_request, mo
         given.update(settings)
         return make_train_step(**settings)
 
-    monkeypatch.setattr(worker, "make_train_step", spy)
+    monkeypatch.setattr(compiling, "make_train_step", spy)
     request = make_request("cpu:1", micro_batches=2, teacher_sharding="replicated")
-    found = worker.compile_step(request)
+    found = compiling.compile_step(request)
     assert set(given) == set(inspect.signature(make_train_step).parameters)
     assert (given["micro_batches"], given["teacher_sharding"]) == (2, "replicated")
     held = found["held"]
@@ -147,7 +147,7 @@ def test_a_plan_needs_no_checkpoint_no_task_and_no_folder(capsys):
 
 def test_a_batch_that_training_would_refuse_is_refused(make_request):
     with pytest.raises(UserError, match="^Data.batch_size is 8; it must be a multiple of 3"):
-        worker.compile_step(make_request("cpu:1", micro_batches=3))
+        compiling.compile_step(make_request("cpu:1", micro_batches=3))
 
 
 @pytest.mark.slow

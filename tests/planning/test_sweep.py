@@ -3,8 +3,9 @@
 import pytest
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.jobs.plan import run_sweep, usual_meshes
+from endistill_jax.planning.options import Sweep, parse_sweep
 from endistill_jax.planning.report import rank
-from endistill_jax.planning.sweep import Sweep, parse_sweep, run_sweep, usual_meshes
 from endistill_jax.planning.topologies import parse_topology
 
 

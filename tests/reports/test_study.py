@@ -8,9 +8,19 @@ from matplotlib.figure import Figure
 
 from endistill_jax.reports.files import json_text
 from endistill_jax.studies import report as study
-from endistill_jax.studies.figures import curve, downstream, final, paired, sites, task_metrics, trains_on
-from endistill_jax.studies.plots import study_plots
-from endistill_jax.studies.tables import study_tables
+from endistill_jax.studies.report import study_plots
+from endistill_jax.studies.results import (
+    curve,
+    downstream,
+    final,
+    paired,
+    sites,
+    study_markdown,
+    study_tables,
+    task_metrics,
+    trains_on,
+    write_raw,
+)
 
 LOSS = {"scratch": (6.0, 6.3, 6.9), "taught": (5.5, 5.9, 6.4)}
 ROUGE = {"scratch": (10.0, 11.0, 12.0), "taught": (11.0, 13.0, 12.0)}
@@ -80,7 +90,7 @@ def test_table_tells_mean_spread_and_paired_differences(raw):
         "cross": pytest.approx([1.35] * 3),
         "logits": [9.0] * 3,
     }
-    text = study.study_markdown(raw)
+    text = study_markdown(raw)
     assert "have ended" not in text
     # The spread of the differences is that of the pairs: far smaller than that of either arm.
     assert "| taught | 5.933 ± 0.451 | -0.467 ± 0.058 |" in text
@@ -91,14 +101,14 @@ def test_a_study_in_progress_has_tables_and_plots_of_what_is_there(raw):
     raw["runs"] = [run for run in raw["runs"] if run["seed"] == 2 and run["arm"] == "scratch"]
     held_out, *_ = study_tables(raw)
     assert [row["arm"] for row in held_out.rows] == ["scratch", "teacher", "bigram"]
-    assert "1 of 6 runs have ended" in study.study_markdown(raw)
+    assert "1 of 6 runs have ended" in study_markdown(raw)
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
     raw["runs"][0]["arm"] = "taught"  # the baseline has not ended yet
     held_out, *_ = study_tables(raw)
     assert held_out.rows[0]["token_loss/difference"] == []
     assert set(study_plots(raw)) == {"held_out_loss.png", "downstream.png", "divergence.png"}
     raw["runs"] = []
-    assert "0 of 6 runs have ended" in study.study_markdown(raw) and set(study_plots(raw)) == {"held_out_loss.png"}
+    assert "0 of 6 runs have ended" in study_markdown(raw) and set(study_plots(raw)) == {"held_out_loss.png"}
 
 
 def test_the_legend_says_that_a_chains_line_is_of_its_last_stage(raw, monkeypatch):
@@ -122,7 +132,7 @@ def test_a_study_without_tasks_and_probe_has_neither_tables_nor_plots_of_them(ra
 
 
 def test_everything_is_made_anew_from_the_raw_file(raw, tmp_path, capsys):
-    study.write_raw(tmp_path, raw)
+    write_raw(tmp_path, raw)
     assert json.loads((tmp_path / "study.json").read_text()) == json.loads(json_text(raw))
     study.write_report(tmp_path, raw)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -145,7 +155,7 @@ def test_a_loss_that_is_no_number_is_read_back(raw):
     raw["runs"][0]["evaluations"][-1]["token_loss"] = float("nan")
     again = json.loads(json_text(raw))
     assert str(final(again, "scratch", "token_loss")[2]) == "nan"
-    text = study.study_markdown(again)
+    text = study_markdown(again)
     assert "| scratch | nan ± nan | - |" in text and "| taught | 5.933 ± 0.451 | nan ± nan |" in text
 
 
@@ -158,5 +168,5 @@ def test_figures_that_are_no_numbers_prevent_no_table_and_no_plot(raw, number, p
         run["downstream"]["summary"]["metrics"]["rouge1"] = number
     raw["teacher_figures"]["token_loss"] = number
     again = json.loads(json_text(raw))
-    assert len(study_tables(again)) == 3 and "nan ± nan" in study.study_markdown(again)
+    assert len(study_tables(again)) == 3 and "nan ± nan" in study_markdown(again)
     assert set(study_plots(again)) == {"held_out_loss.png", "downstream.png", "divergence.png"}

@@ -1,19 +1,51 @@
-"""The flags of `--plan`. Imports nothing slow, for `--help`."""
+"""The flags of `--plan`: topologies, what a sweep varies, and limits. Imports nothing slow, for `--help`."""
 
 import argparse
 import dataclasses
 import math
+import os
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from endistill_jax.core.errors import UserError
-
-if TYPE_CHECKING:
-    from endistill_jax.planning.compiling import Bounds
-    from endistill_jax.planning.sweep import Sweep
-    from endistill_jax.planning.topologies import Topology
+from endistill_jax.planning.topologies import Topology, parse_topologies
 
 FLAGS = ("--plan", "--topology", "--sweep", "--price", "--plan_dir", "--plan_seconds", "--plan_memory")
+AXES = ("mesh", "batch", "remat", "teacher")
+REMATS = ("full", "dots", "none")  # by memory, ascending
+BATCHES = (128, 64, 32, 16, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What to vary; None leaves an axis as the run has it, an empty tuple takes the usual choices.
+
+    Attributes:
+        mesh: sizes of data, fsdp and tensor.
+        batch: examples a chip.
+        remat: of the student.
+        teacher: shardings of the teacher.
+    """
+
+    mesh: tuple[tuple[int, int, int], ...] | None = None
+    batch: tuple[int, ...] | None = None
+    remat: tuple[str, ...] | None = None
+    teacher: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Limits of one compilation on the planning host.
+
+    Attributes:
+        seconds: its time.
+        memory: bytes of its resident memory.
+    """
+
+    seconds: float = 1800.0
+    memory: int = dataclasses.field(
+        default_factory=lambda: int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +60,11 @@ class PlanOptions:
         bounds: on each compilation.
     """
 
-    topologies: "tuple[Topology, ...]"
-    sweep: "Sweep | None" = None
+    topologies: tuple[Topology, ...]
+    sweep: Sweep | None = None
     price: float | None = None
     folder: str
-    bounds: "Bounds"
+    bounds: Bounds
 
 
 def left_open(name: str) -> str:
@@ -85,9 +117,6 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     Raises:
         UserError: no topology, one that does not exist, a sweep that cannot be read, a number below 0.
     """
-    from endistill_jax.planning.compiling import Bounds
-    from endistill_jax.planning.sweep import parse_sweep
-    from endistill_jax.planning.topologies import parse_topologies
 
     given = {"price": options.price, "plan_seconds": options.plan_seconds, "plan_memory": options.plan_memory}
     for name, value in given.items():
@@ -103,3 +132,36 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
         folder=options.plan_dir or f"plans/{pathlib.PurePath(options.gin_file[-1]).stem}",
         bounds=Bounds(**bounds),
     )
+
+
+def parse_sweep(words: Sequence[str]) -> Sweep:
+    """From `batch=16,32`, `mesh=1x16x1,4x4x1`, `remat`, ...; an empty word varies everything.
+
+    Raises:
+        UserError: an axis that does not exist, a value that is none of its.
+    """
+    chosen: dict[str, tuple] = {}
+    for word in words:
+        axis, _, values = word.partition("=")
+        if not word:
+            chosen = dict.fromkeys(AXES, ()) | chosen
+            continue
+        if axis not in AXES:
+            raise UserError(f"--sweep: there is no axis {axis!r}; choose among {', '.join(AXES)}")
+        chosen[axis] = tuple(_parse_value(axis, value) for value in values.split(",") if value)
+    return Sweep(**chosen)
+
+
+def _parse_value(axis: str, value: str) -> int | str | tuple[int, ...]:
+    from endistill_jax.sharding import PLACEMENTS
+
+    allowed = {"remat": REMATS, "teacher": PLACEMENTS}.get(axis)
+    if allowed:
+        if value not in allowed:
+            raise UserError(f"--sweep={axis}={value}: choose among {', '.join(allowed)}")
+        return value
+    sizes = value.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes) or len(sizes) != (3 if axis == "mesh" else 1):
+        example = "mesh=1x16x1 (data x fsdp x tensor)" if axis == "mesh" else "batch=32 (examples a chip)"
+        raise UserError(f"--sweep={axis}={value}: write it as {example}")
+    return tuple(map(int, sizes)) if axis == "mesh" else int(value)
