@@ -90,7 +90,7 @@ def make_probe_step(
     def step(params: Any, teacher_params: Any, batch: Mapping[str, jax.Array]) -> dict[str, tuple[Any, Any]]:
         with activation_sharding(mesh):
             weights = objective.weights(batch)
-            _, sums = loss_function(params, teacher_params, batch, weights)
+            _, sums = loss_function(params, teacher_params, batch, weights=weights)
         return {name: (sums[name], weight) for name, weight in weights.items()}
 
     return step

@@ -21,10 +21,10 @@ from endistill_jax.models.family import ModelConfig
 from endistill_jax.multihost import agree
 from endistill_jax.objectives import Objective
 from endistill_jax.storage import stored_path
-from endistill_jax.train.best import Best
 from endistill_jax.train.experiment import Experiment
+from endistill_jax.train.progress import Best, Progress
 from endistill_jax.train.run import train
-from endistill_jax.train.training import Training, is_finished, last_manifest, what_was_found
+from endistill_jax.train.training import Training, is_finished, last_manifest
 
 
 def keep_product(training: Training) -> None:
@@ -285,7 +285,7 @@ def run_chain(
             if chain.keep == "params" and number < len(chain.trainings):
                 keep_product(training)
             _, manifest = last_manifest(training.model_dir)
-        found = what_was_found(manifest)
+        found = Progress.of(manifest)
         results.append(
             StageResult(
                 model_dir=training.model_dir,

@@ -8,11 +8,10 @@ from endistill_jax.core.errors import UserError, whole_numbers
 from endistill_jax.evaluation.denoising import HeldOut, prepare_held_out
 from endistill_jax.objectives import presets
 from endistill_jax.reports.table import merge_seeds, model_row, print_results, reference_rows
-from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.run import train
-from endistill_jax.train.training import Training, open_teacher
+from endistill_jax.train.training import Training, describe, open_teacher
 
 
 def demo(

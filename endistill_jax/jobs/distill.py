@@ -9,10 +9,9 @@ from endistill_jax.jobs.plan import PlanOptions, plan_experiment
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.objectives import Objective
 from endistill_jax.reports.table import DENOISING_COLUMNS, Column, model_row, print_results, reference_rows
-from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.training import Training, open_training
+from endistill_jax.train.training import Training, describe, open_training
 
 
 def distill(

@@ -6,7 +6,6 @@ from typing import Any
 from endistill_jax.core.errors import UserError, naming
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.reports.table import Column, print_results
-from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import check_folder_names
 from endistill_jax.train.finetuning import (
     Finetuning,
@@ -18,6 +17,7 @@ from endistill_jax.train.finetuning import (
     prepare_evaluation,
     run_all,
 )
+from endistill_jax.train.training import describe
 
 
 def finetune(*, model_dir: str, model: str | ModelConfig, finetuning: Finetuning, dry_run: bool = False) -> Rows | None:

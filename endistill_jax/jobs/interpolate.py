@@ -15,9 +15,8 @@ from endistill_jax.jobs.plan import PlanOptions, plan_stage_by_stage, with_teach
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.table import model_row, print_results, reference_rows
 from endistill_jax.storage import stored_path
-from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Data, Experiment
-from endistill_jax.train.training import is_finished, open_teacher
+from endistill_jax.train.training import describe, is_finished, open_teacher
 
 TEACHER_FILE = "teacher.json"
 

@@ -24,11 +24,10 @@ from endistill_jax.studies.runs import (
     split_by_end,
     teacher_metrics,
 )
-from endistill_jax.train.description import describe
 from endistill_jax.train.experiment import Data, Experiment, check_folder_names
 from endistill_jax.train.finetuning import Finetuning
 from endistill_jax.train.metrics import TENSORBOARD
-from endistill_jax.train.training import open_teacher
+from endistill_jax.train.training import describe, open_teacher
 
 
 def study(

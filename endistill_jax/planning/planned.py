@@ -19,9 +19,9 @@ from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import LossImplementation, Objective
 from endistill_jax.planning.topologies import Chip, Topology
-from endistill_jax.train.compiler_options import CompilerOptions
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.step import CompilerOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

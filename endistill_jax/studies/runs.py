@@ -20,8 +20,9 @@ from endistill_jax.studies.results import raw_file, read_raw
 from endistill_jax.train.experiment import Data
 from endistill_jax.train.finetuning import Finetuning, metric_names, prepare_evaluation, run_all
 from endistill_jax.train.metrics import FILE_NAME, read_metrics
-from endistill_jax.train.run import TrainingResult, train
-from endistill_jax.train.training import Finished, finished, has_ended
+from endistill_jax.train.progress import Progress
+from endistill_jax.train.run import train
+from endistill_jax.train.training import finished, is_finished, last_manifest
 
 HELD_OUT = "held_out/"
 
@@ -47,7 +48,7 @@ def split_by_end(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[StudyRu
     """Complete runs, and those with something left to do."""
     ended, left = [], []
     for run in runs:
-        (ended if all(map(has_ended, run.folders)) else left).append(run)
+        (ended if all(is_finished(last_manifest(folder)[1]) for folder in run.folders) else left).append(run)
     return ended, left
 
 
@@ -114,7 +115,7 @@ def _run_to_end(run: StudyRun, evaluations: Evaluations | None) -> Record:
     return record
 
 
-def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Finished | TrainingResult | StageResult]:
+def _trained(run: StudyRun, evaluations: Evaluations | None) -> Sequence[Progress | StageResult]:
     """The results of every stage."""
     if run.chain is None:
         return [finished(run.training) or train(run.training, evaluations.students)]

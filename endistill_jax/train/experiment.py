@@ -17,8 +17,8 @@ from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import LossImplementation, Objective
 from endistill_jax.sharding import PLACEMENTS, make_mesh
-from endistill_jax.train.best import MODES
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.progress import MODES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

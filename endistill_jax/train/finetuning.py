@@ -104,11 +104,7 @@ def plan_runs(
 
 
 def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
-    """Validates settings early, without reading any example.
-
-    Raises:
-        UserError: naming the setting and valid values.
-    """
+    """Validates settings early, without reading any example."""
     folders = [training.model_dir for training in trainings]
     if len(set(folders)) < len(folders):
         raise UserError("Finetuning.learning_rates or seeds has a value twice; give each once")
@@ -121,11 +117,7 @@ def check_runs(trainings: Sequence[Training], finetuning: Finetuning) -> None:
 
 
 def prepare_evaluation(trainings: Sequence[Training], finetuning: Finetuning) -> Evaluation:
-    """The evaluator of the runs.
-
-    Raises:
-        UserError: a split without examples, or no metric of the name of `Run.keep_best`.
-    """
+    """The evaluator of the runs; refuses a split without examples, or a `keep_best` that is no metric of the task."""
     evaluation = prepare_task_metrics(
         finetuning.data, trainings[0].mesh(), scored_by=finetuning.scored_by, decoding=finetuning.decoding
     )

@@ -6,6 +6,7 @@ an uninterrupted one, bit for bit. This requires the training loop to write all 
 checkpoint of step S.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -26,11 +27,7 @@ TENSORBOARD = "tensorboard"  # a folder
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, ignoring a truncated last line; metrics by their present names.
-
-    Raises:
-        UserError: another line is not a JSON object with a step.
-    """
+    """The records of a `metrics.jsonl`, ignoring a truncated last line; metrics by their present names."""
     lines = stored_path(path).read_bytes().split(b"\n")  # bytes: a cut may go through a character
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut off
@@ -43,18 +40,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Writes the scalars of steps to `metrics.jsonl` and TensorBoard; a context manager. One process of a run has one.
 
     Args:
         directory: the run's folder; created if missing.
-        resume_step: the checkpoint's step that the run resumes from: later lines of an earlier attempt are removed.
-            None starts an empty file.
-        tensorboard: write TensorBoard scalars too, to `directory/tensorboard`; a bucket needs TensorFlow for it, a
-            local folder does not. Steps repeated after a resume overlay the earlier ones there.
-
-    Raises:
-        UserError: an existing `metrics.jsonl` is not a metrics file, or TensorBoard is requested but not installed.
+        resume_step: the step that the run resumes from: later lines of an earlier attempt are removed. None starts an
+            empty file.
+        tensorboard: write to `directory/tensorboard` too; a bucket needs TensorFlow for it, a local folder does not.
+            Steps repeated after a resume overlay the earlier ones there.
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True):
@@ -70,36 +64,22 @@ class MetricWriter:
         self._tensorboard = _TensorBoardScalars(str(folder / TENSORBOARD)) if tensorboard else None
 
     def write(self, step: int, scalars: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """Appends one line and closes the file, so that a killed process loses no line it has logged.
-
-        In a bucket the whole file is rewritten each time; an open one would not be visible there.
-
-        Args:
-            step: number of optimizer updates done.
-            scalars: name -> number or scalar array; the same in every run of the same settings.
-            timing: name -> number; seconds, throughput, memory and anything else that differs between runs.
-        """
+        """Appends one line: scalars that are the same in every run of the same settings, timing that is not."""
         if reserved := {"step", "timing"} & set(scalars):
             raise ValueError(f"{', '.join(sorted(reserved))}: not a name for a scalar of {FILE_NAME}")
         scalars = {name: float(value) for name, value in scalars.items()}
         timing = {name: float(value) for name, value in (timing or {}).items()}
         record = {"step": int(step)} | scalars | ({"timing": timing} if timing else {})
+        # Closed each time, so that a killed process loses no line, and in a bucket, where it is rewritten, it is seen.
         with self._path.open("a") as file:
             file.write(json_text(record) + "\n")
         if self._tensorboard is not None:
             timed = {f"timing/{name}": value for name, value in timing.items()}
             self._tensorboard.write(int(step), scalars | timed)
 
-    def close(self) -> None:
-        """Closes the TensorBoard writer."""
+    def __exit__(self, *_: object) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-    def __enter__(self) -> "MetricWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _TensorBoardScalars:
@@ -123,7 +103,7 @@ class _TensorBoardScalars:
         self._writer.close()
 
 
-class Progress:
+class ProgressDisplay(contextlib.AbstractContextManager):
     """A progress bar on a terminal, plain log lines elsewhere; a context manager.
 
     Args:
@@ -178,32 +158,18 @@ class Progress:
         else:
             print(line.rstrip(), file=self._stream, flush=True)
 
-    def close(self) -> None:
-        """Closes the bar."""
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> "Progress":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class NullWriter:
-    """Stands in for `MetricWriter` and `Progress` on non-primary hosts."""
+class NullWriter(contextlib.AbstractContextManager):
+    """Stands in for `MetricWriter` and `ProgressDisplay` on non-primary hosts."""
 
     def write(self, *_: object, **__: object) -> None:
-        """Writes nothing."""
+        pass
 
-    def advance(self, *_: object) -> None:
-        """Shows nothing."""
-
-    def say(self, *_: object) -> None:
-        """Prints nothing."""
-
-    def __enter__(self) -> "NullWriter":
-        return self
+    advance = say = write
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -216,8 +182,8 @@ def open_metrics(directory: str, *, resume_step: int | None, tensorboard: bool) 
     return MetricWriter(directory, resume_step=resume_step, tensorboard=tensorboard)
 
 
-def open_progress(total_steps: int, *, first_step: int, description: str) -> Progress | NullWriter:
-    """A `Progress` on the primary host, else one that writes nothing."""
+def open_progress(total_steps: int, *, first_step: int, description: str) -> ProgressDisplay | NullWriter:
+    """A `ProgressDisplay` on the primary host, else one that writes nothing."""
     if jax.process_index():
         return NullWriter()
-    return Progress(total_steps, first_step=first_step, description=description)
+    return ProgressDisplay(total_steps, first_step=first_step, description=description)

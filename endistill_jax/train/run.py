@@ -15,218 +15,162 @@ from endistill_jax.core.errors import Stopped, UserError
 from endistill_jax.evaluation import Evaluation, Report
 from endistill_jax.multihost import agree, agree_on_folder, gather, reporting_failure
 from endistill_jax.reports.files import write_run_files
-from endistill_jax.sharding import host_part, place_batch
-from endistill_jax.train.best import Best
+from endistill_jax.sharding import HostPart, host_part, place_batch
 from endistill_jax.train.metrics import open_metrics, open_progress
 from endistill_jax.train.optimizer import make_optimizer, make_schedule
+from endistill_jax.train.progress import Best, Progress, StopSignal
 from endistill_jax.train.state import TrainState, abstract_state, init_state, state_shardings
 from endistill_jax.train.step import make_train_step, window_means
-from endistill_jax.train.stopping import StopSignal
 from endistill_jax.train.training import Training
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """The result of a run.
-
-    Attributes:
-        params: the trained parameters, on the mesh.
-        report: its held-out metrics.
-        best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
-        tokens: real tokens read, inputs and targets.
-        seconds: spent in training steps, over all attempts; compilation included, evaluation and saving not.
-    """
+@dataclasses.dataclass(kw_only=True)
+class TrainingResult(Progress):
+    """The trained parameters, on the mesh; their held-out metrics; and the totals of the run."""
 
     params: Any
     report: Report
-    best: Best
-    tokens: int
-    seconds: float
 
 
 def train(training: Training, evaluation: Evaluation) -> TrainingResult:
     """Runs a training to its end, resuming from the last checkpoint if there is one; a finished run is only evaluated.
 
-    Raises:
-        UserError: the checkpoint is of another run, or the loss is not finite.
-        Stopped: a signal stopped the run, after saving.
+    Raises `Stopped` after saving if a signal stops it.
     """
     agree_on_folder(training.model_dir)
     # Other hosts are notified of failures before the checkpoints are closed, which would wait for them.
     with open_checkpoints(training) as checkpointer, reporting_failure():
-        return _train(training, evaluation, checkpointer)
+        # ---- Devices, and the step to resume from
 
+        mesh = training.mesh()
+        rows = host_part(mesh)
+        resumed = checkpointer.latest_step()
+        manifest = None if resumed is None else checkpointer.manifest(resumed)
 
-def _train(training: Training, evaluation: Evaluation, checkpointer: Checkpointer) -> TrainingResult:
-    # ---- Devices, and the step to resume from
+        # ---- Other models: loaded before the student takes any memory; then all hosts agree on what is run
 
-    mesh = training.mesh()
-    rows = host_part(mesh)
-    resumed = checkpointer.latest_step()
-    manifest = None if resumed is None else checkpointer.manifest(resumed)
+        training = training.with_shards(manifest)
+        student, objective, run = training.student, training.objective, training.run
+        teacher = training.teacher_config
+        teacher_params = None if training.teacher is None else training.load_teacher()
+        if training.initial is not None:
+            training.load_initial()  # onto the mesh: a fingerprint of what was not loaded would read it onto every host
+        agree("run", plain(training.identity()) | {"resumed from step": resumed})
 
-    # ---- Other models: loaded before the student takes any memory; then all hosts agree on what is run
+        # ---- Data: in as many shards as the run started with, whatever the number of hosts now
 
-    training = training.with_shards(manifest)
-    student, objective, run = training.student, training.objective, training.run
-    teacher = training.teacher_config
-    teacher_params = None if training.teacher is None else training.load_teacher()
-    if training.initial is not None:
-        training.load_initial()  # onto the mesh: a fingerprint of what was not loaded would read it onto every host
-    agree("run", plain(training.identity()) | {"resumed from step": resumed})
+        iterator = make_training_iterator(training, rows)
 
-    # ---- Data: in as many shards as the run started with, whatever the number of hosts now
+        # ---- State: fresh, initialized from the teacher, or restored together with the position in the data
 
-    iterator = make_training_iterator(training, rows.index, rows.count)
+        optimizer = make_optimizer(training.experiment.optimizer, run.steps)
+        schedule = make_schedule(training.experiment.optimizer, run.steps)
+        init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
+        progress = Progress(best=Best(metric=run.keep_best, mode=run.best_mode, patience=run.patience))
+        if resumed is None:
+            params = initial_params(training, teacher_params)
+            state = init_state(student, optimizer, mesh, init_key, params, objective=objective, teacher=teacher)
+            del params
+        else:
+            training.check_resumes(resumed, manifest)
+            shapes = abstract_state(student, optimizer, objective, teacher)
+            state = restore_state(
+                checkpointer, resumed, shapes, state_shardings(student, optimizer, mesh, objective, teacher), iterator
+            )
+            progress.restore(manifest, continued=training.is_continued(manifest))
+        del init_key  # not used anymore
+        if training.initial is not None:
+            training.initial.release()
 
-    # ---- State: fresh, initialized from the teacher, or restored together with the position in the data
+        # ---- Step
 
-    optimizer = make_optimizer(training.experiment.optimizer, run.steps)
-    schedule = make_schedule(training.experiment.optimizer, run.steps)
-    init_key, dropout_key = jax.random.split(jax.random.key(run.seed))
-    progress = Progress(best=Best(metric=run.keep_best, mode=run.best_mode, patience=run.patience))
-    if resumed is None:
-        params = initial_params(training, teacher_params)
-        state = init_state(student, optimizer, mesh, init_key, params, objective=objective, teacher=teacher)
-        del params
-    else:
-        training.check_resumes(resumed, manifest)
-        shapes = abstract_state(student, optimizer, objective, teacher)
-        state = restore_state(
-            checkpointer, resumed, shapes, state_shardings(student, optimizer, mesh, objective, teacher), iterator
+        train_step = make_train_step(
+            student=student,
+            teacher=teacher,
+            objective=objective,
+            optimizer=optimizer,
+            mesh=mesh,
+            micro_batches=run.micro_batches,
+            base_key=dropout_key,
+            implementation=run.losses,
+            teacher_sharding=training.experiment.teacher_sharding,
+            compiler_options=run.compiler_options,
         )
-        progress.restore(manifest, continued=training.is_continued(manifest))
-    del init_key  # not used anymore
-    if training.initial is not None:
-        training.initial.release()
+        if not objective.needs_teacher:
+            teacher_params = None
 
-    # ---- Step
+        # ---- Loop: never blocks on the devices between logs, so the next batch is read while a step runs
 
-    train_step = make_train_step(
-        student=student,
-        teacher=teacher,
-        objective=objective,
-        optimizer=optimizer,
-        mesh=mesh,
-        micro_batches=run.micro_batches,
-        base_key=dropout_key,
-        implementation=run.losses,
-        teacher_sharding=training.experiment.teacher_sharding,
-        compiler_options=run.compiler_options,
-    )
-    if not objective.needs_teacher:
-        teacher_params = None
+        first, report, window = resumed or 0, None, []
+        with (
+            open_metrics(training.model_dir, resume_step=resumed, tensorboard=run.tensorboard) as writer,
+            open_progress(run.steps, first_step=first, description=training.label) as screen,
+            StopSignal() as stop,
+        ):
+            if jax.process_index() == 0:
+                write_run_files(training.model_dir)
+                if training.vocabulary_file() is not None:
+                    keep_tokenizer(training.model_dir, training.vocabulary_file())
+            screen.say(start_line(training, resumed, manifest))
+            if resumed is None and run.eval_at_start:
+                writer.write(0, evaluation.evaluate(student, state.params).scalars("held_out/"))
 
-    # ---- Loop: never blocks on the devices between logs, so the next batch is read while a step runs
-
-    first, report, window = resumed or 0, None, []
-    with (
-        open_metrics(training.model_dir, resume_step=resumed, tensorboard=run.tensorboard) as writer,
-        open_progress(run.steps, first_step=first, description=training.label) as screen,
-        StopSignal() as stop,
-    ):
-        if jax.process_index() == 0:
-            write_run_files(training.model_dir)
-            if training.vocabulary_file() is not None:
-                keep_tokenizer(training.model_dir, training.vocabulary_file())
-        screen.say(start_line(training, resumed, manifest))
-        if resumed is None and run.eval_at_start:
-            writer.write(0, evaluation.evaluate(student, state.params).scalars("held_out/"))
-
-        started = time.monotonic()
-        own_tokens = 0  # of this host, since the last log
-        for step in range(first + 1, run.steps + 1) if not progress.finished else ():
-            batch = next(iterator)
-            own_tokens += count_tokens(batch) if rows.leads else 0
-            state, metrics = train_step(state, teacher_params, place_batch(batch, mesh))
-            window.append(metrics)
-            if step % run.log_every and step != run.steps:
-                continue
-
-            # -- Log. One collective sums the hosts' tokens and synchronizes stop signals.
-            means = window_means(window)
-            window.clear()
-            elapsed = time.monotonic() - started
-            gathered = gather([own_tokens, stop.number or 0])  # [hosts, 2]
-            own_tokens, signal_number = 0, int(gathered[:, 1].max())
-            progress.tokens += int(gathered[:, 0].sum())
-            progress.seconds += elapsed
-            check_finite(means["loss"], step, checkpointer.latest_step())
-            scalars = means | {"learning_rate": float(schedule(step - 1)), "tokens": progress.tokens}
-            writer.write(step, scalars, timing={"seconds": progress.seconds, "window_seconds": elapsed})
-            screen.advance(step, {"loss": means["loss"]})
-
-            # -- Evaluate
-            last, improved, held_out = step == run.steps, False, None
-            if (run.eval_every and step % run.eval_every == 0) or last:
-                report = evaluation.evaluate(student, state.params)
-                held_out = report.scalars()
-                improved = progress.best.update(step, held_out)
-                last = last or progress.best.is_over
-                writer.write(step, report.scalars("held_out/"))
-                screen.say(f"step {step}: {report.summary()}")
-
-            # -- Save. Metrics are already written: a resumed run drops lines after the step it resumes from.
-            stopping = signal_number != 0 and not last
-            progress.finished = last
-            if step % run.checkpoint_every == 0 or last or stopping or improved:
-                positions = iterator.state() if rows.leads else {}
-                saved = make_manifest(training, progress, held_out)
-                checkpointer.save(step, state.saved(), positions, saved, held_out, force=True)
-
-            # -- Stop
-            if stopping:
-                checkpointer.wait()
-                raise Stopped(
-                    f"stopped at step {step} of {run.steps}, which is saved; the same command resumes from there",
-                    signal_number,
-                )
-            if last:
-                break
             started = time.monotonic()
+            own_tokens = 0  # of this host, since the last log
+            for step in range(first + 1, run.steps + 1) if not progress.finished else ():
+                batch = next(iterator)
+                own_tokens += count_tokens(batch) if rows.leads else 0
+                state, metrics = train_step(state, teacher_params, place_batch(batch, mesh))
+                window.append(metrics)
+                if step % run.log_every and step != run.steps:
+                    continue
 
-        # ---- Result: a finished run is evaluated again
+                # -- Log. One collective sums the hosts' tokens and synchronizes stop signals.
+                means = window_means(window)
+                window.clear()
+                elapsed = time.monotonic() - started
+                gathered = gather([own_tokens, stop.number or 0])  # [hosts, 2]
+                own_tokens, signal_number = 0, int(gathered[:, 1].max())
+                progress.tokens += int(gathered[:, 0].sum())
+                progress.seconds += elapsed
+                check_finite(means["loss"], step, checkpointer.latest_step())
+                scalars = means | {"learning_rate": float(schedule(step - 1)), "tokens": progress.tokens}
+                writer.write(step, scalars, timing={"seconds": progress.seconds, "window_seconds": elapsed})
+                screen.advance(step, {"loss": means["loss"]})
 
-        report = report or evaluation.evaluate(student, state.params)
-    return TrainingResult(
-        params=state.params, report=report, best=progress.best, tokens=progress.tokens, seconds=progress.seconds
-    )
+                # -- Evaluate
+                last, improved, held_out = step == run.steps, False, None
+                if (run.eval_every and step % run.eval_every == 0) or last:
+                    report = evaluation.evaluate(student, state.params)
+                    held_out = report.scalars()
+                    improved = progress.best.update(step, held_out)
+                    last = last or progress.best.is_over
+                    writer.write(step, report.scalars("held_out/"))
+                    screen.say(f"step {step}: {report.summary()}")
 
+                # -- Save. Metrics are already written: a resumed run drops lines after the step it resumes from.
+                stopping = signal_number != 0 and not last
+                progress.finished = last
+                if step % run.checkpoint_every == 0 or last or stopping or improved:
+                    positions = iterator.state() if rows.leads else {}
+                    saved = make_manifest(training, progress, held_out)
+                    checkpointer.save(step, state.saved(), positions, saved, held_out, force=True)
 
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """Totals of a run; stored in the manifest, so that a resumed run continues them.
+                # -- Stop
+                if stopping:
+                    checkpointer.wait()
+                    raise Stopped(
+                        f"stopped at step {step} of {run.steps}, which is saved; the same command resumes from there",
+                        signal_number,
+                    )
+                if last:
+                    break
+                started = time.monotonic()
 
-    Attributes:
-        best: the best evaluation so far.
-        tokens: real tokens read, inputs and targets.
-        seconds: spent in training steps.
-        finished: whether the run is complete.
-    """
+            # ---- Result: a finished run is evaluated again
 
-    best: Best
-    tokens: int = 0
-    seconds: float = 0.0
-    finished: bool = False
-
-    def plain(self) -> dict[str, Any]:
-        """The entry in a manifest."""
-        return {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "best": self.best.plain(),
-            "finished": self.finished,
-        }
-
-    def restore(self, manifest: Manifest, *, continued: bool) -> None:
-        """Restores totals from a manifest; a finished run that is extended is no longer finished."""
-        saved = manifest["progress"]
-        self.tokens, self.seconds = saved["tokens"], saved["seconds"]
-        if "best" in saved:
-            self.best.restore(saved["best"])
-        self.finished = saved.get("finished", False) and not continued
-        if continued:
-            self.best.waited = 0
+            report = report or evaluation.evaluate(student, state.params)
+        return TrainingResult(params=state.params, report=report, **vars(progress))
 
 
 def open_checkpoints(training: Training) -> Checkpointer:
@@ -241,7 +185,7 @@ def open_checkpoints(training: Training) -> Checkpointer:
     )
 
 
-def make_training_iterator(training: Training, part_index: int, part_count: int) -> Any:
+def make_training_iterator(training: Training, rows: HostPart) -> Any:
     """The stream of this host's rows of every batch."""
     from endistill_jax.data.pipeline import make_iterator
 
@@ -254,20 +198,21 @@ def make_training_iterator(training: Training, part_index: int, part_count: int)
         seed=training.run.seed,
         pack=data.pack,
         shards=data.shards,
-        part_index=part_index,
-        part_count=part_count,
+        part_index=rows.index,
+        part_count=rows.count,
     )
 
 
 def initial_params(training: Training, teacher_params: Any) -> Any:
-    """Initial parameters from a trained model or the teacher; None for fresh ones."""
+    """Initial parameters from a trained model or cut from the teacher; None for random ones."""
     if training.initial is not None:
         return training.load_initial()
     init = training.experiment.init
     if init.kind == "random":
         return None
-    teacher, mesh = training.teacher.config, training.mesh()
-    return init_from_teacher(init, teacher_params, teacher=teacher, student=training.student, mesh=mesh)
+    return init_from_teacher(
+        init, teacher_params, teacher=training.teacher_config, student=training.student, mesh=training.mesh()
+    )
 
 
 def restore_state(
@@ -314,11 +259,6 @@ def start_line(training: Training, resumed: int | None, manifest: Manifest | Non
 
 
 def check_finite(loss: float, step: int, saved: int | None) -> None:
-    """Ends the run if the loss is not finite.
-
-    Raises:
-        UserError: naming the last good checkpoint.
-    """
     if not np.isfinite(loss):
         raise UserError(
             f"the loss became {loss} by step {step}; lower the learning rate (the last checkpoint, of step {saved}, "

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from endistill_jax.core.attention import STACKS, platform_attention_bytes
 from endistill_jax.core.errors import UserError
@@ -24,9 +24,11 @@ from endistill_jax.models.family import ModelConfig, apply, logical_axes
 from endistill_jax.objectives import LossImplementation, MeshAxes, Objective, loss_and_sums
 from endistill_jax.objectives.implementation import DENSE
 from endistill_jax.sharding import activation_sharding, batch_sharding, logical_rules, param_shardings
-from endistill_jax.train.compiler_options import CompilerOptions, options_of_platform
 from endistill_jax.train.state import TrainState, split_trainable, state_shardings
 
+# Platform -> option -> value, such as {"tpu": {"xla_tpu_enable_latency_hiding_scheduler": True}}.
+CompilerOptions = Mapping[str, Mapping[str, str | int | float | bool]]
+PLATFORMS = ("cpu", "gpu", "tpu")
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -64,9 +66,9 @@ class LossFunction:
         trained: Any,
         teacher_params: Any,
         batch: Batch,
-        weights: Mapping[str, jax.Array],
         dropout_key: jax.Array | None = None,
         *,
+        weights: Mapping[str, jax.Array],
         step: jax.Array | None = None,
         share: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -76,8 +78,8 @@ class LossFunction:
             trained: the student's parameters and those of the terms; differentiated.
             teacher_params: constants; None without a teacher.
             batch: the (micro-)batch.
-            weights: of the whole batch.
             dropout_key: None disables dropout.
+            weights: of the whole batch, of which this may be a micro-batch.
             step: for schedules of coefficients and interpolated targets; None uses the initial coefficients and the
                 teacher's targets.
             share: state of adaptive interpolated targets.
@@ -113,19 +115,16 @@ class LossFunction:
         return implementation.attention_bytes or by_platform
 
 
-def _over_micro_batches(gradient: Callable[[Batch, jax.Array], Any], batch: Batch, count: int, key: jax.Array) -> Any:
-    """Accumulates `gradient(micro_batch, key)` over the micro-batches of a batch, with a key each."""
-    if count == 1:
-        return gradient(batch, key)
+def accumulate(gradient: Callable[[Batch, jax.Array], Any], batch: Batch, count: int, key: jax.Array) -> Any:
+    """Sums `gradient(micro_batch, key)` over the micro-batches of a batch, with a key each."""
     parts = split_micro_batches(batch, count)
 
-    def accumulate(total: Any, xs: tuple) -> tuple[Any, None]:
+    def add(total: Any, xs: tuple) -> tuple[Any, None]:
         micro_batch, index = xs
         return jax.tree.map(jnp.add, total, gradient(micro_batch, jax.random.fold_in(key, index))), None
 
     shapes = jax.eval_shape(gradient, {name: x[0] for name, x in parts.items()}, key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))[0]
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (parts, jnp.arange(count)))[0]
 
 
 def norms_by_stack(axes: Any, gradient: Any) -> dict[str, jax.Array]:
@@ -196,16 +195,20 @@ def make_train_step(
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with activation_sharding(mesh):
             weights = objective.weights(batch)
-            loss_at = functools.partial(loss_function, step=state.step, share=state.objective.get("share"))
-            gradient = jax.value_and_grad(loss_at, has_aux=True)
-            key = jax.random.fold_in(base_key, state.step)
-
-            (loss, sums), grads = _over_micro_batches(
-                lambda part, key: gradient(state.trainable, teacher_params, part, weights, key),
-                batch,
-                micro_batches,
-                key,
+            share = state.objective.get("share")
+            gradient = functools.partial(
+                jax.value_and_grad(loss_function, has_aux=True),
+                state.trainable,
+                teacher_params,
+                weights=weights,
+                step=state.step,
+                share=share,
             )
+            key = jax.random.fold_in(base_key, state.step)
+            if micro_batches == 1:
+                (loss, sums), grads = gradient(batch, key)
+            else:
+                (loss, sums), grads = accumulate(gradient, batch, micro_batches, key)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trained = optax.apply_updates(state.trainable, updates)
             params, own = split_trainable(trained)
@@ -213,7 +216,7 @@ def make_train_step(
             metrics = _loss_metrics(batch, loss, sums, weights)
             metrics |= _norm_metrics(student_axes, grads, updates, trained)
             if objective.interpolated_targets is not None:
-                targets, share = objective.interpolated_targets, state.objective.get("share")
+                targets = objective.interpolated_targets
                 metrics["teacher_share"] = (targets.share(state.step, share), jnp.ones((), jnp.float32))
                 if share is not None:
                     carried["share"] = targets.update(state.step, share, loss)
@@ -256,3 +259,41 @@ def window_means(window: list[Metrics]) -> dict[str, float]:
         sums, weights = np.asarray([metrics[name] for metrics in fetched], np.float64).T
         means[name] = float(sums.sum() / weights.sum()) if weights.sum() else float("nan")
     return means
+
+
+def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str, str | int | float | bool] | None:
+    """The options for the mesh's devices, each validated by compiling a trivial program; None if there are none.
+
+    Raises:
+        UserError: naming the unknown platform, or the option that the compiler rejects.
+    """
+    options = options or {}
+    for platform, chosen in options.items():
+        if platform not in PLATFORMS or not isinstance(chosen, Mapping):
+            raise UserError(
+                f"compiler_options has {platform!r}: {chosen!r}; give options by platform ({', '.join(PLATFORMS)}), "
+                "such as {'tpu': {'xla_option': value}}"
+            )
+    platform = LossImplementation(axes=MeshAxes(mesh=mesh)).platform
+    chosen = dict(options.get(platform, {}))
+    # Compile for local devices; a planned mesh may have none here.
+    device = next(iter(mesh.local_devices), mesh.devices.flat[0])
+    for name, value in chosen.items():
+        _try_option(name, value, platform, device)
+    return chosen or None
+
+
+def _try_option(name: str, value: str | int | float | bool, platform: str, device: jax.Device) -> None:
+    if not isinstance(value, (str, int, float, bool)):
+        raise UserError(
+            f"compiler_options[{platform!r}][{name!r}] is {value!r}; it must be a string, number or truth value"
+        )
+    number = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(number).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"compiler_options[{platform!r}][{name!r}] = {value!r} is not taken by this compiler ({reason}); "
+            "correct it or leave it out"
+        ) from error

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
@@ -13,15 +14,23 @@ from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model,
 from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import check_metric
-from endistill_jax.models.family import ModelConfig, Params, check_batches, config_from_plain
+from endistill_jax.models.family import (
+    ModelConfig,
+    Params,
+    abstract_params,
+    check_batches,
+    config_from_plain,
+    count_params,
+)
 from endistill_jax.multihost import agree
 from endistill_jax.objectives import Objective
+from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import check_rows, param_shardings
 from endistill_jax.storage import check_writable_place
-from endistill_jax.train.best import Best
-from endistill_jax.train.compiler_options import options_of_platform
 from endistill_jax.train.experiment import Data, Experiment, Run, Teacher
 from endistill_jax.train.optimizer import make_schedule
+from endistill_jax.train.progress import Progress
+from endistill_jax.train.step import options_of_platform
 
 # What of an identity is a fingerprint of another model's parameters.
 CONTENTS = ("teacher", "initial")
@@ -29,17 +38,15 @@ CONTENTS = ("teacher", "initial")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training, checked but not started.
+    """An experiment in a folder, its other models opened; not started.
 
     Attributes:
         model_dir: where checkpoints, metrics and tables go.
-        experiment: what is trained.
-        teacher: the frozen model, None if the experiment has none.
         initial: a trained model that is trained further; its settings but for dropout and execution are the student's.
         scoring: how held-out examples are scored, as plain values; empty for denoising, which has one way.
         label: a word for progress lines.
-        may_continue: whether a run that came to its end may be given more steps: not where it is compared with others,
-            or has taught one.
+        may_continue: whether a finished run may be given more steps; not one that is compared with others, or whose
+            result is already another's teacher.
     """
 
     model_dir: str
@@ -52,35 +59,26 @@ class Training:
 
     @property
     def student(self) -> ModelConfig:
-        """The model that is trained."""
         return self.experiment.student
 
     @property
     def objective(self) -> Objective:
-        """What it is trained with."""
         return self.experiment.objective
 
     @property
     def data(self) -> Data:
-        """What it reads."""
         return self.experiment.data
 
     @property
     def run(self) -> Run:
-        """How long, on which mesh, what is kept."""
         return self.experiment.run
 
     @property
     def teacher_config(self) -> ModelConfig | None:
-        """The teacher's settings, if there is a teacher."""
         return None if self.teacher is None else self.teacher.config
 
     def check(self) -> None:
-        """Finds what would go wrong later, before anything is created.
-
-        Raises:
-            UserError: naming the setting and what would be right.
-        """
+        """Finds what would go wrong later, before anything is created."""
         from endistill_jax.data.pipeline import check_split
 
         experiment = self.experiment
@@ -94,7 +92,12 @@ class Training:
         check_split(self.task(), "train")
         make_schedule(experiment.optimizer, self.run.steps)
         self.objective.validate(self.student, self.teacher_config)
-        self._check_targets()
+        targets = self.objective.interpolated_targets
+        if targets is not None and targets.steps > self.run.steps:
+            raise UserError(
+                f"InterpolatedTargets.steps is {targets.steps}, but the run ends after {self.run.steps} steps "
+                "and would never see the teacher's own targets; make it at most that"
+            )
         if not self.scoring and self.student.depth("decoder"):
             check_metric(self.run.keep_best)
         experiment.init.check(self.teacher_config, self.student)
@@ -105,20 +108,8 @@ class Training:
             check_same_vocabulary(self.vocabulary(), self.initial, "the model")
             check_shape(self.initial.source, self.initial.config, self.student, "the student")
 
-    def _check_targets(self) -> None:
-        targets = self.objective.interpolated_targets
-        if targets is not None and targets.steps > self.run.steps:
-            raise UserError(
-                f"InterpolatedTargets.steps is {targets.steps}, but the run ends after {self.run.steps} steps "
-                "and would never see the teacher's own targets; make it at most that"
-            )
-
     def check_mesh(self) -> None:
-        """Finds what the mesh does not divide, or its compiler does not take; reads nothing.
-
-        Raises:
-            UserError: naming the setting and what would be right.
-        """
+        """Finds what the mesh does not divide, or its compiler does not take; reads nothing."""
         mesh, run = self.mesh(), self.run
         param_shardings(self.student, mesh, whose="the student's" if self.teacher else "the model's")
         if self.teacher is not None:
@@ -137,7 +128,6 @@ class Training:
         }
 
     def mesh(self) -> Mesh:
-        """The device mesh of the run."""
         return self.run.mesh_of_devices()
 
     def load_teacher(self) -> Params:
@@ -165,7 +155,7 @@ class Training:
         return None if path is None else VocabularyFile(path, vocabulary.extra_ids)
 
     def with_shards(self, manifest: Manifest | None) -> "Training":
-        """The same training, its text in as many shards as it is said, as the run began with, or as there are hosts."""
+        """The same with the number of data shards resolved: as set, as the run started with, or one for each host."""
         from endistill_jax.sharding import host_part
 
         saved = (manifest or {}).get("run", {}).get("data", {})
@@ -174,44 +164,37 @@ class Training:
         return dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, data=data))
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption; reads the teacher, if that was not done."""
+        """What must not change between a checkpoint and its resumption; reads the other models' parameters."""
         identity = self.settings() | {"teacher": None if self.teacher is None else self.teacher.fingerprint}
         return identity if self.initial is None else identity | {"initial": self.initial.fingerprint}
 
     def settings(self) -> dict[str, Any]:
-        """The identity but for what other models contain: for this none of them is read. Values may be dataclasses."""
-        experiment, run, student = self.experiment, self.run, self.student
+        """The identity without the contents of other models, so none is read. Values may be dataclasses."""
+        experiment, run, data, student = self.experiment, self.run, self.data, self.student
+        read = ("inputs_length", "targets_length", "batch_size", "pack", "shards")
         return {
             "model": student.architecture() | {"dtype": student.dtype, "dropout_rate": student.dropout_rate},
             "teacher_dtype": None if self.teacher is None else self.teacher.config.dtype,
             "objective": self.objective.described(),
             "optimizer": experiment.optimizer,
             "task": self.task().name,
-            "data": {
-                name: getattr(self.data, name)
-                for name in ("inputs_length", "targets_length", "batch_size", "pack", "shards")
-            },
+            "data": {name: getattr(data, name) for name in read},
             "steps": run.steps,
             "seed": run.seed,
             "micro_batches": run.micro_batches,
             "vocabulary": fingerprint_vocabulary(self.vocabulary()),
             "student_init": experiment.init.facts(self.teacher_config, student),
-            # What decides the metrics, and by them which step is the best and when to end.
-            "evaluation": self.data.evaluated | dict(self.scoring) | run.chosen_by,
+            # Decides the metrics, and by them which step is the best and when to end.
+            "evaluation": data.evaluated | dict(self.scoring) | run.chosen_by,
         }
 
     def check_resumes(self, step: int, manifest: Manifest, *, contents: bool = True) -> None:
-        """Compares this training with the one that left a checkpoint.
-
-        A run that came to its end may be given more steps.
+        """Refuses a checkpoint of another training, naming every difference.
 
         Args:
             step: of the checkpoint.
             manifest: of the checkpoint.
-            contents: compare what the teacher, or the model that is trained further, contains too; reads them.
-
-        Raises:
-            UserError: naming every difference.
+            contents: compare the parameters of teacher and initial model too; reads them.
         """
         training, saved = self.with_shards(manifest), manifest["run"]
         current = training.identity() if contents else training.settings()
@@ -223,41 +206,29 @@ class Training:
         check_same(saved, current, f"the checkpoint of step {step} in {self.model_dir}")
 
     def check_saved(self) -> None:
-        """Compares this training with the last checkpoint in its folder, if there is one; reads no parameters.
-
-        Raises:
-            UserError: naming every difference but those of what other models contain.
-        """
+        """As `check_resumes` with the last checkpoint in its folder, if there is one; reads no parameters."""
         step, manifest = last_manifest(self.model_dir)
         if manifest:
             self.check_resumes(step, manifest, contents=False)
 
     def is_continued(self, manifest: Manifest) -> bool:
-        """Whether the run of a manifest came to its end, and this one is longer."""
+        """Whether the manifest is of a finished run, and this one is longer."""
         return self.may_continue and is_finished(manifest) and self.run.steps > manifest["run"]["steps"]
 
 
 def open_training(model_dir: str, experiment: Experiment, **settings: Any) -> Training:
-    """A training whose teacher and initial checkpoint are opened; reads no parameters.
-
-    Raises:
-        UserError: if one of them cannot be opened, or the teacher has another shape than it was said to have.
-    """
-    teacher, initial, student = None, None, experiment.student
+    """A training whose teacher and initial checkpoint are opened; reads no parameters."""
+    teacher, initial, scan_layers = None, None, experiment.student.scan_layers
     if experiment.teacher is not None:
-        teacher = open_teacher(experiment.teacher, student.scan_layers)
+        teacher = open_teacher(experiment.teacher, scan_layers)
     if experiment.initial_checkpoint is not None:
-        initial = open_model(experiment.initial_checkpoint, scan_layers=student.scan_layers)
+        initial = open_model(experiment.initial_checkpoint, scan_layers=scan_layers)
         print_notes(initial)
     return Training(model_dir=model_dir, experiment=experiment, teacher=teacher, initial=initial, **settings)
 
 
 def open_teacher(teacher: Teacher, scan_layers: bool) -> TrainedModel:
-    """Opens a teacher, whose layers run in a compiled loop if the student's do.
-
-    Raises:
-        UserError: if there is none, or it has another shape than it was said to have.
-    """
+    """Opens a teacher; its layers run in a compiled loop (`scan_layers`) if the student's do."""
     opened = open_model(teacher.source, teacher.dtype, scan_layers)
     print_notes(opened)
     if teacher.config is not None:
@@ -271,11 +242,7 @@ def as_teacher(shape: ModelConfig, dtype: str, scan_layers: bool) -> ModelConfig
 
 
 def check_shape(source: str, found: ModelConfig, expected: ModelConfig, role: str) -> None:
-    """A checkpoint must have the shape that was said.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Refuses a checkpoint of another shape than the settings say."""
     said, has = expected.architecture(), found.architecture()
     differing = [
         f"{name} {has.get(name)} instead of {said.get(name)}"
@@ -289,11 +256,7 @@ def check_shape(source: str, found: ModelConfig, expected: ModelConfig, role: st
 
 
 def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedModel | None) -> None:
-    """Teacher, student and task must have the same vocabulary: equal in content, not only in size.
-
-    Raises:
-        UserError: if they do not, or the model has fewer rows than the vocabulary has ids.
-    """
+    """Teacher, student and task must have the same vocabulary: equal in content, not only in size."""
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
             f"the model's vocab_size is {config.vocab_size}, but the task's vocabulary has {vocabulary.vocab_size} "
@@ -304,31 +267,12 @@ def check_vocabularies(vocabulary: Any, config: ModelConfig, teacher: TrainedMod
 
 
 def check_same_vocabulary(vocabulary: Any, model: TrainedModel, role: str) -> None:
-    """A trained model must have the task's vocabulary.
-
-    Raises:
-        UserError: if it is known to have been trained with another.
-    """
+    """Refuses a model that is known to have been trained with another vocabulary than the task's."""
     if model.has_other_vocabulary(vocabulary):
         raise UserError(
             f"{role} {model.source} was trained with another vocabulary than the task's; "
             f"choose a task with {role}'s vocabulary"
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What a run found that came to its end.
-
-    Attributes:
-        best: the best evaluation by the metric of `Run.keep_best`; without one, the last.
-        tokens: real tokens read, inputs and targets.
-        seconds: spent in training steps, over all attempts.
-    """
-
-    best: Best
-    tokens: int
-    seconds: float
 
 
 def last_manifest(model_dir: str) -> tuple[int, Manifest]:
@@ -338,31 +282,45 @@ def last_manifest(model_dir: str) -> tuple[int, Manifest]:
 
 
 def is_finished(manifest: Manifest) -> bool:
-    """Whether a run's last manifest, if there is one, says that it came to its end."""
+    """Whether a run's last manifest, empty where there is none, is that of a finished run."""
     return bool(manifest.get("progress", {}).get("finished"))
 
 
-def has_ended(model_dir: str) -> bool:
-    """Whether the run in a folder, whichever it was, came to its end."""
-    return is_finished(last_manifest(model_dir)[1])
-
-
-def finished(training: Training) -> Finished | None:
-    """What a run that came to its end found, from its manifest alone; None if it did not, or is to be continued.
-
-    Raises:
-        UserError: if it was another run.
-    """
+def finished(training: Training) -> Progress | None:
+    """Totals of a finished run from its manifest alone; None if it is unfinished, or is to be continued."""
     step, manifest = last_manifest(training.model_dir)
     if not is_finished(manifest) or training.is_continued(manifest):
         return None
     training.check_resumes(step, manifest)
-    return what_was_found(manifest)
+    return Progress.of(manifest)
 
 
-def what_was_found(manifest: Manifest) -> Finished:
-    """What the manifest of a finished run's last step says."""
-    progress = manifest["progress"]
-    best = Best()
-    best.restore(progress["best"])
-    return Finished(best=best, tokens=progress["tokens"], seconds=progress["seconds"])
+def describe(training: Training) -> str:
+    """What `--dry_run` prints: a setting a line, then a parameter with its shape a line."""
+    lines = [f"model_dir: {training.model_dir}", f"mesh: {dict(training.mesh().shape)}"]
+    if training.teacher is not None:
+        lines.append(f"teacher: {training.teacher.source}, {_size(training.teacher.config)}")
+        lines.append(f"  {training.teacher.config}")
+    if training.initial is not None:
+        lines.append(f"starts from: {training.initial.source}, step {training.initial.step}")
+    lines.append(f"student: {_size(training.student)}" if training.teacher else f"model: {_size(training.student)}")
+    lines.append(f"  {training.student}")
+    if training.teacher is not None:
+        lines.append(f"init: {training.experiment.init.facts(training.teacher.config, training.student)}")
+    lines.append(f"task: {training.task().name}")
+    lines += [f"objective: {term}" for term in training.objective.terms]
+    for name in ("data", "optimizer", "run"):
+        settings = getattr(training.experiment, name)
+        shown = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        shown.pop("task", None)
+        lines.append(f"{name}: {shown}")
+    tokens = training.data.batch_size * (training.data.inputs_length + training.data.targets_length)
+    lines.append(f"tokens: at most {format_count(tokens)} a step, {format_count(tokens * training.run.steps)} in all")
+    lines.append("parameters:")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(training.student)):
+        lines.append(f"  {'/'.join(entry.key for entry in path)} {list(leaf.shape)}")
+    return "\n".join(lines)
+
+
+def _size(config: ModelConfig) -> str:
+    return f"{format_count(count_params(abstract_params(config)))} parameters"

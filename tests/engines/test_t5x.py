@@ -257,7 +257,7 @@ def dense_loss(params, teacher, batch):
     """The objective, written out."""
     weights = OBJECTIVE.weights(batch)
     dense = LossFunction(student=STUDENT, teacher=teacher.config, objective=OBJECTIVE)
-    loss, sums = dense(params, teacher.params, batch, weights)
+    loss, sums = dense(params, teacher.params, batch, weights=weights)
     return loss, (sums, weights)
 
 

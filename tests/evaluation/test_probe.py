@@ -79,7 +79,7 @@ def test_terms_are_those_of_the_dense_objective_over_all_examples(examples, mode
     still = dataclasses.replace(STUDENT, dropout_rate=0.0)
     weights = OBJECTIVE.weights(examples)
     dense = LossFunction(student=still, teacher=TEACHER, objective=OBJECTIVE)
-    _, sums = dense(models[0], models[1], examples, weights)
+    _, sums = dense(models[0], models[1], examples, weights=weights)
     assert dict(report.terms) == pytest.approx({name: float(sums[name] / weights[name]) for name in weights}, rel=1e-5)
     assert len(report.terms) == 7 and min(report.terms.values()) > 0
     weighted = sum(value / 2 for name, value in report.terms.items() if name.startswith(("encoder", "decoder")))

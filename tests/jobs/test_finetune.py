@@ -19,10 +19,10 @@ from endistill_jax.jobs import Data, Finetuning, Run, downstream, finetune
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.train import finetuning as finetuning_module
 from endistill_jax.train import run as execution
-from endistill_jax.train.best import Best
 from endistill_jax.train.finetuning import plan_runs
 from endistill_jax.train.metrics import read_metrics
 from endistill_jax.train.optimizer import OptimizerConfig
+from endistill_jax.train.progress import Best
 
 
 @pytest.fixture(scope="session")

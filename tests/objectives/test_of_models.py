@@ -64,7 +64,7 @@ def _sums_and_gradient(objective, implementation, batch, params, own=None, step=
     trained = params[STUDENT] if own is None else {"student": params[STUDENT], "objective": own}
 
     def loss(trained, teacher_params, batch):
-        return function(trained, teacher_params, batch, objective.weights(batch), step=step)
+        return function(trained, teacher_params, batch, weights=objective.weights(batch), step=step)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
     (_, sums), gradient = run(trained, params[TEACHER], batch)

@@ -41,7 +41,7 @@ for implementation in (DENSE, LossImplementation()):
 
         trained, weights = trainable(params, nn.meta.unbox(carried)), objective.weights(batch)
         run = jax.value_and_grad(function, has_aux=True)
-        (loss, _), found = run(trained, teacher_params, batch, weights, step=step, share=carried["share"])
+        (loss, _), found = run(trained, teacher_params, batch, weights=weights, step=step, share=carried["share"])
         return objective.interpolated_targets.update(step, carried["share"], loss), found
 
     models, step = (abstract_params(STUDENT), abstract_params(TEACHER)), jax.ShapeDtypeStruct((), "int32")

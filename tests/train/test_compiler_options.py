@@ -11,11 +11,10 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.core.model_io import Batch
 from endistill_jax.objectives import presets
 from endistill_jax.sharding import make_mesh
-from endistill_jax.train import compiler_options
-from endistill_jax.train.compiler_options import options_of_platform
+from endistill_jax.train import step as step_module
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state
-from endistill_jax.train.step import make_train_step
+from endistill_jax.train.step import make_train_step, options_of_platform
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def test_options_are_those_of_the_platform_of_the_mesh(mesh):
 def test_a_host_tries_options_on_a_device_of_its_own(monkeypatch):
     """Not on the first of the mesh, which may be another host's: some compilers refuse to compile for those."""
     tried = []
-    monkeypatch.setattr(compiler_options, "_try_option", lambda *arguments: tried.append(arguments[-1]))
+    monkeypatch.setattr(step_module, "_try_option", lambda *arguments: tried.append(arguments[-1]))
     ours = jax.devices("cpu")[0]
     elsewhere = SimpleNamespace(platform="cpu")
     of_two_hosts = SimpleNamespace(devices=np.array([[[elsewhere, ours]]]), local_devices=[ours])

@@ -78,7 +78,7 @@ def gradients(student, teacher, make_params, teacher_params):
 
         def loss(params, rates):
             weights = objective.weights(batch)
-            sums = function(params, teacher_params, batch, weights)[1]
+            sums = function(params, teacher_params, batch, weights=weights)[1]
             return sum(rate * sums[name] / weights[name] for name, rate in rates.items())
 
         return jax.jit(jax.grad(loss))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.train.metrics import MetricWriter, Progress, read_metrics
+from endistill_jax.train.metrics import MetricWriter, ProgressDisplay, read_metrics
 
 
 def values_at(step):
@@ -154,7 +154,7 @@ def test_tensorboard_scalars_need_no_tensorflow(tmp_path, without_modules):
 
 def test_pipe_gets_a_line_only_when_there_is_something_to_tell():
     stream = io.StringIO()
-    with Progress(10, first_step=4, description="distill", stream=stream) as progress:
+    with ProgressDisplay(10, first_step=4, description="distill", stream=stream) as progress:
         progress.advance(5)
         progress.advance(6, {"loss": 5.90123})
         progress.say("checkpoint saved")
@@ -169,7 +169,7 @@ def test_terminal_gets_a_bar_that_starts_where_the_run_resumes():
             return True
 
     stream = Terminal()
-    with Progress(10, first_step=4, description="distill", stream=stream) as progress:
+    with ProgressDisplay(10, first_step=4, description="distill", stream=stream) as progress:
         for step in range(5, 11):
             progress.advance(step, {"loss": step})
         progress.say("done")

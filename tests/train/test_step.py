@@ -126,7 +126,7 @@ def test_metrics_are_sums_and_weights_of_the_dense_losses_and_norms_of_the_updat
     update, metrics = gradient(batch)
     params, weights = make_params(student, 0), objective.weights(batch)
     dense = jax.jit(LossFunction(student=student, teacher=teacher, objective=objective).__call__)
-    loss, sums = dense(params, teacher_params, batch, weights)
+    loss, sums = dense(params, teacher_params, batch, weights=weights)
     head = {"logits_dense": update["decoder"]["logits_dense"]}
     decoder = {name: part for name, part in update["decoder"].items() if name not in head}
     norms = {

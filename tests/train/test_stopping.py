@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from endistill_jax.train.stopping import StopSignal
+from endistill_jax.train.progress import StopSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

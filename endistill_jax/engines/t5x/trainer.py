@@ -104,7 +104,7 @@ class MiniEndModel(models.EncoderDecoderModel):
             raise UserError("MiniEndModel has no teacher's parameters; train it with trainer_cls = @MiniEndTrainer")
         weights = self.objective.weights(batch)
         whole = weights if self._weights is None else self._weights
-        loss, sums = self._loss(stack_layers(unfreeze(params)), self._teacher_params, batch, whole, dropout_rng)
+        loss, sums = self._loss(stack_layers(unfreeze(params)), self._teacher_params, batch, dropout_rng, weights=whole)
         tokens = jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
         terms = {name: clu.metrics.Average(total, weights.get(name, tokens)) for name, total in sums.items()}
         return loss, {"loss": metrics.AveragePerStep(total=loss), **terms, **_timing(batch)}
