@@ -46,11 +46,7 @@ RUNNABLE = (".", "runs", "studies", "miniend_3b")  # folders of the files that r
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """Splits the command line into its options and the name and value, as gin writes it, of each `--gin.NAME=value`.
-
-    Raises:
-        UserError: an unknown flag, a flag without its value, no gin file.
-    """
+    """Splits the command line into its options and the name and value, as gin writes it, of each `--gin.NAME=value`."""
     options, rest = _parser().parse_known_args(list(words))
     flags = []
     for word in rest:
@@ -82,11 +78,7 @@ def _gin_value(text: str) -> str:
 
 
 def find(name: str, search_paths: Sequence[str] = ()) -> pathlib.Path:
-    """The gin file of that name: in the current folder, in `search_paths`, or of the package.
-
-    Raises:
-        UserError: no such file; the message lists names that are like it.
-    """
+    """The gin file of that name: in the current folder, in `search_paths`, or of the package."""
     path = pathlib.Path(name).expanduser()
     folders = [pathlib.Path(), *(pathlib.Path(folder).expanduser() for folder in search_paths), PACKAGE_FOLDER]
     for folder in folders:

@@ -45,9 +45,6 @@ def read(
         flags: name and value, as gin writes it, of each `--gin.NAME=value`; they win over files.
         search_paths: folders in which files, included ones too, are looked up.
         planning: the job will only be planned: folders, checkpoints and tasks may be left open.
-
-    Raises:
-        UserError: in one line, with file and line or the flag.
     """
     _read.update(files=gin_files, flags=flags, search_paths=search_paths)
     paths = [find(name, search_paths) for name in gin_files]  # all of them first: importing takes seconds
@@ -67,11 +64,7 @@ def read(
 
 
 def job() -> Callable[..., Any]:
-    """`jobs.run`, all settings of its job built: call it with `dry_run` or `plan`.
-
-    Raises:
-        UserError: settings that do not fit each other or their function.
-    """
+    """`jobs.run`, all settings of its job built: call it with `dry_run` or `plan`."""
     from endistill_jax import jobs
 
     with _in_one_line("", (UserError, TypeError, ValueError)):

@@ -14,7 +14,7 @@ CORE = sorted(
     path.relative_to(PACKAGE).as_posix()
     for pattern in (
         "core/*.py", "models/**/*.py", "objectives/*.py", "sharding.py",
-        "train/state.py", "train/compiler_options.py", "train/step.py", "train/optimizer.py",
+        "train/state.py", "train/step.py", "train/optimizer.py",
     )
     for path in PACKAGE.glob(pattern)
 )  # fmt: skip
@@ -40,7 +40,6 @@ def test_core_is_found():
         "models/t5/t5.py",
         "objectives/relations.py",
         "sharding.py",
-        "train/compiler_options.py",
         "train/step.py",
     } <= set(CORE)
 

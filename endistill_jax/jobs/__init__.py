@@ -58,9 +58,6 @@ def run(
         plan: passed to the job: AOT-compile its step for a topology, and do nothing else.
         data_dir: where TensorFlow Datasets keeps prepared data, local or on a bucket; None for its own default, which
             the environment variable TFDS_DATA_DIR sets.
-
-    Raises:
-        UserError: the job does not support plans, or there is no such folder.
     """
     if plan is not None:
         if "plan" not in inspect.signature(job).parameters:

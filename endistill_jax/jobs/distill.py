@@ -22,15 +22,8 @@ def distill(
     Args:
         model_dir: receives checkpoints, metrics and the final table.
         experiment: the training setup.
-        dry_run: print what would be done, and do nothing.
-        plan: AOT-compile the step for a topology, report its requirements, and do nothing else.
-
-    Returns:
-        The student's parameters and held-out metrics; None after a dry run or a plan.
-
-    Raises:
-        UserError: invalid settings, before anything is created.
-        Stopped: a signal stopped the run; progress is saved.
+        dry_run: print what would be done, and do nothing; returns None.
+        plan: AOT-compile the step for a topology, report its requirements, and do nothing else; returns None.
     """
     if plan is not None:
         plan_experiment(plan, experiment)

@@ -33,10 +33,6 @@ def finetune(*, model_dir: str, model: str | ModelConfig, finetuning: Finetuning
     Returns:
         The rows of the table, one a learning rate, a list of one number a seed where there are several; None after a
         dry run.
-
-    Raises:
-        UserError: invalid settings, before anything is created.
-        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     trainings = plan_runs(model_dir, open_initial(model), finetuning)
     check_runs(trainings, finetuning)
@@ -78,13 +74,12 @@ def downstream(
 
     Returns:
         The rows of the table, one a model, a list of one number a seed where there are several; None after a dry run.
-
-    Raises:
-        UserError: invalid settings, before anything is created.
-        Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     _check_downstream(models, tasks)
-    opened = {name: _open(name, model) for name, model in models.items()}
+    opened = {}
+    for name, model in models.items():
+        with naming(f"model {name!r}"):
+            opened[name] = open_initial(model)
     planned = {
         (model, task): plan_runs(f"{model_dir}/{model}/{task}", opened[model], how, f"{model}, {task}")
         for task, how in tasks.items()
@@ -123,11 +118,6 @@ def _check_downstream(models: Mapping[str, Any], tasks: Mapping[str, Finetuning]
     for name, how in tasks.items():
         if len(how.learning_rates) > 1 and how.run.keep_best is None:
             raise UserError(f"task {name} has several learning_rates; set Run.keep_best, by which one is chosen")
-
-
-def _open(name: str, model: str | ModelConfig) -> Any:
-    with naming(f"model {name!r}"):
-        return open_initial(model)
 
 
 def _best(rows: Rows, how: Finetuning) -> dict[str, Any]:

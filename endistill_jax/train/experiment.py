@@ -174,11 +174,8 @@ class Experiment:
     """A complete training setup, except for the output folder.
 
     Attributes:
-        student: the model to train.
         objective: see `objectives.presets`.
         data: the vocabulary must be the teacher's.
-        optimizer: optimizer and learning-rate schedule.
-        run: length, mesh, logging and checkpoints.
         teacher: None if no term of the objective uses one and the student is not initialized from one.
         init: how the student is initialized from the teacher.
         initial_checkpoint: a trained model to continue training, named like a teacher: its parameters are loaded, the
@@ -208,11 +205,7 @@ class Experiment:
 
 
 def check_folder_names(names: Iterable[str], where: str, taken: Collection[str] = ()) -> None:
-    """Checks that names are valid and unreserved as folders of a run.
-
-    Raises:
-        UserError: for the first that is not.
-    """
+    """Checks that names are valid and unreserved as folders of a run."""
     for name in names:
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"{where} has {name!r}; a name becomes a folder: letters, digits, - and _")

@@ -122,9 +122,6 @@ def init_state(
     """A fresh state, initialized shard by shard: no device ever holds all of a sharded array.
 
     Args:
-        config: the student's settings.
-        optimizer: from `make_optimizer`.
-        mesh: where the state is placed.
         key: for the initial parameters, including those of the terms.
         params: initial parameters to use instead.
         objective: whose state is included; None for a stateless one.

@@ -48,9 +48,7 @@ class LossFunction:
     """The loss of a (micro-)batch, as a function of the trainable parameters.
 
     Attributes:
-        student: settings of the student.
-        teacher: settings of the teacher; None if no term uses one.
-        objective: the terms of the loss.
+        teacher: None if no term uses one.
         implementation: the dense one is valid anywhere.
         teacher_sharding: how the teacher's parameters are sharded, if on a mesh; see `sharding.logical_rules`.
     """
@@ -77,7 +75,6 @@ class LossFunction:
         Args:
             trained: the student's parameters and those of the terms; differentiated.
             teacher_params: constants; None without a teacher.
-            batch: the (micro-)batch.
             dropout_key: None disables dropout.
             weights: of the whole batch, of which this may be a micro-batch.
             step: for schedules of coefficients and interpolated targets; None uses the initial coefficients and the
@@ -162,9 +159,7 @@ def make_train_step(
     The state is donated: the one passed in must not be used again. `teacher_params` is None without a teacher.
 
     Args:
-        student: settings of the student.
-        teacher: settings of the teacher; None if no term of the objective uses one.
-        objective: the terms of the loss.
+        teacher: None if no term of the objective uses one.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`.
         micro_batches: number of gradient accumulation steps.
@@ -262,11 +257,7 @@ def window_means(window: list[Metrics]) -> dict[str, float]:
 
 
 def options_of_platform(options: CompilerOptions | None, mesh: Mesh) -> dict[str, str | int | float | bool] | None:
-    """The options for the mesh's devices, each validated by compiling a trivial program; None if there are none.
-
-    Raises:
-        UserError: naming the unknown platform, or the option that the compiler rejects.
-    """
+    """The options for the mesh's devices, each validated by compiling a trivial program; None if there are none."""
     options = options or {}
     for platform, chosen in options.items():
         if platform not in PLATFORMS or not isinstance(chosen, Mapping):
