@@ -49,12 +49,6 @@ def test_handlers_are_as_before_afterwards_even_after_an_error(usual, asked):
     assert usual == []
 
 
-def test_signals_that_were_not_named_act_as_usual(usual):
-    with StopSignal((signal.SIGTERM,)) as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert usual == [signal.SIGINT] and stop.number is None
-
-
 def test_outside_the_main_thread_nothing_is_changed():
     before = [signal.getsignal(number) for number in SIGNALS]
     seen = []
