@@ -18,8 +18,8 @@ from endistill_jax.models.family import ModelConfig, logical_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# How parameters are placed: sharded by all rules, or replicated except along axes that shard activations too.
-PLACEMENTS = ("sharded", "replicated")
+# How parameters are sharded: by all rules, or replicated except along axes that shard activations too.
+PARAM_SHARDINGS = ("sharded", "replicated")
 
 # Logical axis -> mesh axis. Examples are sharded over `data` and `fsdp`; `fsdp` also shards every kernel along the
 # residual width, `tensor` along heads, MLP width and vocabulary. The residual width of activations is not sharded.
@@ -38,18 +38,15 @@ LOGICAL_RULES = (
 )
 
 
-def logical_rules(placement: str = "sharded") -> tuple[tuple[str, Any], ...]:
+def logical_rules(sharding: str = "sharded") -> tuple[tuple[str, Any], ...]:
     """Logical axis -> mesh axis, for `flax.linen.logical_axis_rules`.
 
     A "replicated" model is not sharded along the residual width, so nothing is gathered over `fsdp`. Along heads, MLP
-        width and vocabulary it stays sharded over `tensor`, like its activations.
-
-    Raises:
-        UserError: `placement` is neither "sharded" nor "replicated".
+    width and vocabulary it stays sharded over `tensor`, like its activations.
     """
-    if placement not in PLACEMENTS:
-        raise UserError(f"placement is {placement!r}; choose one of {', '.join(PLACEMENTS)}")
-    if placement == "sharded":
+    if sharding not in PARAM_SHARDINGS:
+        raise UserError(f"the sharding of parameters is {sharding!r}; choose one of {', '.join(PARAM_SHARDINGS)}")
+    if sharding == "sharded":
         return LOGICAL_RULES
     changed = {"embed": None, "lookup_batch": ("data", "fsdp")}
     return tuple((name, changed.get(name, axis)) for name, axis in LOGICAL_RULES)
@@ -73,31 +70,24 @@ def make_mesh(
         devices: by default all.
         slices: groups of devices with a fast network inside and a slow one between them; processes, for devices that
             report no slices. None detects TPU slices and treats other devices as one.
-
-    Raises:
-        UserError: if the axes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
     named = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh {named}: sizes must be positive, and at most one of them -1")
-    known = int(np.prod([size for size in shape if size != -1]))
-    if -1 in shape and len(devices) % known == 0:
+    if -1 in shape:
+        known = -math.prod(shape)
         shape[shape.index(-1)] = len(devices) // known
-    if int(np.prod(shape)) != len(devices):
+    if math.prod(shape) != len(devices):
         raise UserError(f"mesh {named} does not fit {len(devices)} devices; the product of its axes must equal that")
     return Mesh(_arrange(shape, devices, slices), MESH_AXES)
 
 
-def count_slices(devices: Sequence[jax.Device]) -> int:
-    """Number of slices the devices belong to; 1 if they report none."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
 def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None) -> np.ndarray:
     """Devices [data, fsdp, tensor], neighbors in the fast network next to each other, slices along `data`."""
-    detected, processes = count_slices(devices), len({device.process_index for device in devices})
+    detected = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
     if slices is None:
         slices = detected if devices[0].platform == "tpu" else 1
     elif slices not in ({detected} if detected > 1 else {1, processes}):
@@ -123,34 +113,31 @@ def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None
 
 
 @contextlib.contextmanager
-def activation_sharding(mesh: Mesh, placement: str = "sharded") -> Iterator[None]:
+def activation_sharding(mesh: Mesh, sharding: str = "sharded") -> Iterator[None]:
     """Context for tracing in which a model's logical sharding constraints refer to this mesh."""
     # Flax reads the abstract mesh: under `with mesh:` alone it silently drops every constraint.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(logical_rules(placement)):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(logical_rules(sharding)):
         yield
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, placement: str = "sharded", whose: str = "the model's") -> Any:
+def param_shardings(config: ModelConfig, mesh: Mesh, sharding: str = "sharded", whose: str = "the model's") -> Any:
     """A `NamedSharding` for every parameter, by its logical axes.
 
     Args:
-        config: the model's settings.
+        config: the model's settings; the mesh must divide its widths.
         mesh: from `make_mesh`.
-        placement: "sharded" or "replicated"; see `logical_rules`.
+        sharding: "sharded" or "replicated"; see `logical_rules`.
         whose: name of the model in error messages.
-
-    Raises:
-        UserError: the mesh does not divide a width of the model; names the sizes that do.
     """
-    rules = logical_rules(placement)
+    rules = logical_rules(sharding)
     _check_divisible(config, mesh, dict(rules), whose)
-    names = jax.tree.map(_whole_vectors, logical_axes(config), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def whole_vectors(names: PartitionSpec) -> PartitionSpec:
+        # Vectors (normalization scales) are cheaper to replicate than to gather.
+        return PartitionSpec() if len([name for name in names if name != "layers"]) == 1 else names
+
+    names = jax.tree.map(whole_vectors, logical_axes(config), is_leaf=lambda x: isinstance(x, PartitionSpec))
     return nn.logical_to_mesh_sharding(names, mesh, rules)
-
-
-def _whole_vectors(names: PartitionSpec) -> PartitionSpec:
-    """Logical axes; none for vectors (normalization scales), which are cheaper to replicate than to gather."""
-    return PartitionSpec() if len([name for name in names if name != "layers"]) == 1 else names
 
 
 def _check_divisible(config: ModelConfig, mesh: Mesh, rules: Mapping[str, Any], whose: str) -> None:
@@ -190,12 +177,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class HostPart(NamedTuple):
-    """Which rows of every batch a host loads; hosts share rows if the axis `tensor` spans several of them.
+    """Which of `count` equal parts of every batch a host loads; several do if the axis `tensor` spans them.
 
-    Attributes:
-        index: of this host's part.
-        count: number of equal parts.
-        leads: whether this host is the first with this part.
+    `leads` is whether this host is the first with this part.
     """
 
     index: int
@@ -205,16 +189,13 @@ class HostPart(NamedTuple):
 
 @functools.lru_cache
 def host_part(mesh: Mesh) -> HostPart:
-    """This host's part of the rows of a batch on a mesh.
-
-    Raises:
-        UserError: if hosts share some of their rows and not others.
-    """
+    """This host's part of the rows of a batch on a mesh."""
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     rows: dict[int, set[int]] = {}
     for device, (row,) in batch_sharding(mesh).devices_indices_map((spread,)).items():
         rows.setdefault(device.process_index, set()).add(row.start or 0)
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    # Hosts must have all or none of their rows in common.
     if sum(map(len, parts)) != spread or len({len(part) for part in parts}) != 1:
         raise UserError(
             f"mesh {dict(mesh.shape)} splits the rows of a batch unevenly over {len(rows)} hosts; "
@@ -233,16 +214,9 @@ def host_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarr
 
 
 def check_rows(setting: str, rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
-    """Checks that a batch, and each of its micro-batches, divides evenly over a mesh.
+    """Checks that a batch of so many rows, and each of its micro-batches, divides evenly over a mesh.
 
-    Args:
-        setting: where the batch size comes from, for messages.
-        rows: of the global batch.
-        mesh: from `make_mesh`.
-        micro_batches: number of gradient accumulation steps.
-
-    Raises:
-        UserError: naming the setting and valid values.
+    `setting` is where the batch size comes from, for the message, which gives valid values.
     """
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = spread * micro_batches
@@ -256,11 +230,7 @@ def check_rows(setting: str, rows: int, mesh: Mesh, micro_batches: int = 1) -> N
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch -> global arrays [global_batch, ...] spread over the mesh.
-
-    Raises:
-        UserError: the examples do not divide evenly.
-    """
+    """This host's part of a batch -> global arrays [global_batch, ...] spread over the mesh."""
     rows = len(next(iter(batch.values()))) * host_part(mesh).count
     check_rows("the number of examples of a batch", rows, mesh)
     sharding = batch_sharding(mesh)

@@ -132,10 +132,10 @@ def test_parameters_are_split_as_the_rules_say(mesh):
 
 
 def test_a_replicated_model_is_split_over_tensor_alone(mesh):
-    sharded, replicated = (specs(param_shardings(CONFIG, mesh, placement)) for placement in ("sharded", "replicated"))
+    sharded, replicated = (specs(param_shardings(CONFIG, mesh, kind)) for kind in ("sharded", "replicated"))
     without = {name: tuple(None if axis == "fsdp" else axis for axis in spec) for name, spec in sharded.items()}
     assert replicated == without and {axis for spec in replicated.values() for axis in spec} == {None, "tensor"}
-    with pytest.raises(UserError, match="placement is 'whole'; choose one of sharded, replicated"):
+    with pytest.raises(UserError, match="the sharding of parameters is 'whole'; choose one of sharded, replicated"):
         param_shardings(CONFIG, mesh, "whole")
 
 

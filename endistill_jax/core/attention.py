@@ -1,11 +1,13 @@
-"""Attention sites, who sees whom at each of them, and how many scores are computed at a time."""
+"""Attention sites, which positions see each other at each of them, and how many scores are computed at a time."""
 
-import dataclasses
 import math
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+Stack = Literal["encoder", "decoder"]
+STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 
 class Segments(NamedTuple):
@@ -15,21 +17,8 @@ class Segments(NamedTuple):
     decoder: Int[Array, "batch target"]
 
 
-Stack = Literal["encoder", "decoder"]
-
-
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
-
-
 class Site(NamedTuple):
-    """One attention module of every layer of a stack.
-
-    Attributes:
-        stack: whose layers have it.
-        queries: the side of the batch that its queries come from.
-        keys: the side that its keys and values come from.
-        causal: whether a query sees no key after itself.
-    """
+    """The attention module that every layer of `stack` has, and the side of the batch its vectors come from."""
 
     stack: Stack
     queries: Stack
@@ -49,7 +38,7 @@ SITES = {
 
 
 class RowMasks(NamedTuple):
-    """What decides which pairs of positions a relation compares: see `visible_keys`."""
+    """What decides which pairs of positions a relation compares: the arguments of `visible_keys`."""
 
     query_segments: Int[Array, "batch query"]
     key_segments: Int[Array, "batch key"]
@@ -81,8 +70,12 @@ def visible_keys(
 ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Groups:
+def platform_attention_bytes(platform: str) -> int:
+    """The entry of `ATTENTION_BYTES`; for an unknown platform that of GPUs."""
+    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])
+
+
+class Groups(NamedTuple):
     """One block: `examples` x `heads` x `queries` rows of scores."""
 
     examples: int
@@ -93,29 +86,19 @@ class Groups:
 def choose_groups(examples: int, heads: int, query_length: int, key_length: int, group_bytes: int) -> Groups:
     """The largest blocks whose float32 scores take at most `group_bytes`.
 
-    Several examples are taken together where all their heads fit; else the heads of one example are split up into
-    equal parts, down to two, over which a CPU spreads its work; then the rows, by eights, but never a row.
+    Several examples are taken together where all their heads fit. Otherwise the heads of one example are split into
+    equal parts, down to two, over which a CPU spreads its work; then its rows, by eights, but never a row itself.
     """
-    row_bytes = 4 * key_length
-    rows = group_bytes // row_bytes
+    rows = group_bytes // (4 * key_length)
     fewest = 2 if heads % 2 == 0 else 1
     if rows < fewest * query_length:
         blocks = math.ceil(query_length / max(1, rows // fewest))
         queries = min(8 * math.ceil(query_length / blocks / 8), query_length)  # vector registers have eight rows on TPU
-        return Groups(examples=1, heads=fewest, queries=queries)
+        return Groups(1, fewest, queries)
     pairs = rows // query_length
     together = _largest_divisor(heads, pairs)
-    return Groups(
-        examples=_largest_divisor(examples, pairs // heads) if together == heads else 1,
-        heads=together,
-        queries=query_length,
-    )
+    return Groups(_largest_divisor(examples, pairs // heads) if together == heads else 1, together, query_length)
 
 
 def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
-
-
-def platform_attention_bytes(platform: str) -> int:
-    """The entry of `ATTENTION_BYTES` for "cpu", "gpu" or "tpu"; of GPUs for what is none of them."""
-    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])

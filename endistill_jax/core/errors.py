@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+DTYPES = ("float32", "bfloat16")  # of parameters and computations
+
 
 class UserError(ValueError):
-    """A mistake in a setting, a file or a command.
+    """A mistake in a setting, a file or a command; programs print it without a traceback and exit with an error code.
 
-    The one-line message says what is wrong, where, and what would be right. Programs print it without a traceback and
-        exit with a non-zero code.
+    The one-line message says what is wrong, where, and what would be right.
     """
 
 
@@ -23,11 +24,7 @@ class StorageFailure(Exception):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, saved where it was, and ended before its last step.
-
-    Attributes:
-        signal_number: the signal that was received.
-    """
+    """A run was asked to stop by a signal, saved where it was, and ended before its last step."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -50,20 +47,16 @@ def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None
         raise Stopped(f"{where}: {stopped}", stopped.signal_number) from stopped
 
 
-DTYPES = ("float32", "bfloat16")  # of parameters and computations
-
-
 def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
     """Validates a setting that lists things and returns it as a tuple.
+
+    Gin accepts a scalar, or `(3)`, where a tuple is meant; this refuses it.
 
     Args:
         value: as given by the user.
         where: the setting's name, for the message.
         wanted: the expected items with an example, such as "layers, such as (0, 3) or (3,)".
         fits: whether an item is valid.
-
-    Raises:
-        UserError: not a tuple or list, or an invalid item.
     """
     if not isinstance(value, (tuple, list)) or not all(map(fits, value)):
         raise UserError(f"{where} is {value!r}; give a tuple of {wanted}")
@@ -71,11 +64,7 @@ def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = 
 
 
 def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
-    """A setting that lists non-negative integers, such as seeds; on a command line `0,1` is a string.
-
-    Raises:
-        UserError: anything else.
-    """
+    """A setting that lists non-negative integers, such as seeds; on a command line `0,1` is a string."""
     return as_tuple(value, where, "whole numbers, such as '(0, 1)' or '(3,)'", is_whole)
 
 
@@ -90,11 +79,7 @@ def is_positive(value: Any) -> bool:
 
 
 def require(settings: Any, name: str, fits: bool, wanted: str) -> None:
-    """Raises unless a setting of a dataclass is valid.
-
-    Raises:
-        UserError: naming the setting, its value, and what would be right.
-    """
+    """Raises unless a setting of a dataclass is valid, with its name, its value, and what would be right."""
     if not fits:
         raise UserError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; {wanted}")
 
@@ -122,15 +107,13 @@ def require_not_negative(settings: Any, *names: str) -> None:
 def require_at_least(settings: Any, least: int, *names: str) -> None:
     """Each of the named settings must be a whole number of at least `least`."""
     for name in names:
-        require(
-            settings, name, is_whole(getattr(settings, name), least), f"it must be a whole number of at least {least}"
-        )
+        fits = is_whole(getattr(settings, name), least)
+        require(settings, name, fits, f"it must be a whole number of at least {least}")
 
 
 def require_between(settings: Any, name: str, low: float, high: float, *, open_ends: bool = False) -> None:
     """A setting must be a number between two others."""
     value = getattr(settings, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = number and (low < value < high if open_ends else low <= value <= high)
+    fits = low < value < high if open_ends else low <= value <= high
     wanted = f"it must be between {low} and {high}" if open_ends else f"it must be from {low} to {high}"
     require(settings, name, fits, wanted)

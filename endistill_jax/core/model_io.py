@@ -1,8 +1,9 @@
 """What a model reads and what it returns: batches, requests, taps and outputs."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,13 +26,10 @@ class Lengths(NamedTuple):
     target: int
 
 
-def segment_ids(batch: Batch, side: Literal["encoder", "decoder"]) -> Int[Array, "batch length"]:
-    """The batch's own ids when it is packed, else 1 at real tokens and 0 at padding.
-
-    Real decoder tokens are those with a target: the first decoder *input* is the start symbol, which has the id of
-    padding.
-    """
+def segment_ids(batch: Batch, side: Stack) -> Int[Array, "batch length"]:
+    """The batch's own ids when it is packed, else 1 at real tokens and 0 at padding."""
     ids = f"{side}_segment_ids"
+    # Not the decoder's inputs: the first of them is the start symbol, which has the id of padding.
     tokens = "encoder_input_tokens" if side == "encoder" else "decoder_target_tokens"
     return jnp.asarray(batch[ids] if ids in batch else batch[tokens] != 0, jnp.int32)
 
@@ -42,13 +40,9 @@ def batch_segments(batch: Batch) -> Segments:
 
 
 class Tap(NamedTuple):
-    """Queries, keys and values of one attention module, heads concatenated.
+    """Queries, keys and values of one attention module as projected, heads concatenated, on the model's own scale.
 
-    Attributes:
-        query: as projected, on the model's own scale.
-        key: likewise.
-        value: likewise.
-        bias: what the model adds to the scores; None where it adds nothing.
+    `bias` is what the model adds to the scores; None where it adds nothing.
     """
 
     query: Float[Array, "batch query inner"]
@@ -58,13 +52,10 @@ class Tap(NamedTuple):
 
 
 class Head(NamedTuple):
-    """An unapplied LM head: its logits are `hidden @ kernel`, multiplied in the dtype of `hidden`.
+    """An unapplied LM head, so that logits can be computed for a block of tokens at a time.
 
-    Lets the caller compute logits for a block of tokens at a time.
-
-    Attributes:
-        hidden: the decoder's output, scaled if the model scales it.
-        kernel: of the projection.
+    The logits are `hidden @ kernel`, multiplied in the dtype of `hidden`: the decoder's output, scaled if the model
+    scales it.
     """
 
     hidden: Float[Array, "batch target d_model"]
@@ -81,13 +72,13 @@ class Head(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Outputs of a forward pass, as requested.
+    """What a forward pass was asked for; keys are as requested.
 
     Attributes:
-        encoded: the encoder's output, after its final normalization; None if unused.
-        head: the unapplied head; None unless asked for.
-        taps: by (site, layer), as requested.
-        hidden: the residual stream after a layer, by (stack, layer) as requested.
+        encoded: the encoder's output, after its final normalization.
+        head: the unapplied head.
+        taps: by (site, layer).
+        hidden: the residual stream after a layer, by (stack, layer).
     """
 
     encoded: Float[Array, "batch source d_model"] | None = None
@@ -97,7 +88,6 @@ class Output(NamedTuple):
 
     @property
     def logits(self) -> Float[Array, "batch target vocab"] | None:
-        """The logits of all tokens, float32; None where no head was asked for."""
         return None if self.head is None else self.head.logits()
 
 
@@ -141,18 +131,11 @@ LOGITS = Reads(head=True)
 
 def union(reads: Iterable[Reads]) -> Reads:
     """The union of several requests."""
-    total = Reads()
-    for each in reads:
-        total |= each
-    return total
+    return functools.reduce(Reads.__or__, reads, Reads())
 
 
 def resolve_layer(layer: int, depth: int, what: str) -> int:
-    """Resolves a layer index; negative ones count from the top.
-
-    Raises:
-        UserError: there is no such layer.
-    """
+    """A layer's index from 0; negative ones count from the top. `what` names the stack in the message."""
     if not -depth <= layer < depth:
         raise UserError(f"layer {layer} of {what} does not exist; the stack has layers 0 to {depth - 1} (or -1)")
     return layer % depth

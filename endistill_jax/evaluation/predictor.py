@@ -162,7 +162,7 @@ class Predictor:
         self._pad_id = config.pad_id
         self._batch_size, self._inputs_length = batch_size, inputs_length
         self._key = jax.random.key(seed)
-        self._decode = make_decoder(config, decoding, mesh=mesh, placement=placement)
+        self._decode = make_decoder(config, decoding, mesh=mesh, sharding=placement)
         self._score = make_score_step(config, mesh, placement)
 
     def generate(

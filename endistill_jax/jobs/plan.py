@@ -17,13 +17,13 @@ from endistill_jax.planning.planned import PlannedStep, StepRequest
 from endistill_jax.planning.report import chain_text, describe_plan, plans_table, rank, write_plans
 from endistill_jax.planning.topologies import Topology
 from endistill_jax.reports.files import write_atomically
-from endistill_jax.sharding import PLACEMENTS
+from endistill_jax.sharding import PARAM_SHARDINGS
 from endistill_jax.storage import check_folder
 from endistill_jax.train.experiment import Experiment, Run
 from endistill_jax.train.optimizer import make_schedule
 from endistill_jax.train.training import as_teacher
 
-USUAL = {"batch": BATCHES, "remat": REMATS, "teacher": PLACEMENTS}
+USUAL = {"batch": BATCHES, "remat": REMATS, "teacher": PARAM_SHARDINGS}
 
 
 def plan_experiment(options: PlanOptions, experiment: Experiment) -> list[PlannedStep]:

@@ -14,12 +14,13 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from endistill_jax.core.attention import STACKS, Stack
 from endistill_jax.core.errors import UserError
@@ -28,39 +29,19 @@ from endistill_jax.core.model_io import LOGITS, Batch, Lengths, Output, Reads
 Params = dict[str, Any]
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
-    """The settings of a model: a frozen, hashable dataclass with these fields or properties, and any of its own.
+    """The settings of a model: a frozen, hashable dataclass with these fields or properties, and any of its own."""
 
-    Attributes:
-    family: of the model.
-    vocab_size: rows of the token table.
-        inner_dim: width of a tap: all heads side by side; what relation heads must divide.
-        dropout_rate: 0 draws nothing at random.
-        dtype: of activations and matrix products.
-        scan_layers: whether layers run in a compiled loop.
-        pad_id: the token that fills up the texts that are generated from, and those that are generated.
-        eos_id: the token that ends a text.
-        decoder_start_id: the decoder's first input.
-    """
-
-    @property
-    def family(self) -> "Family": ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def inner_dim(self) -> int: ...
-    @property
-    def dropout_rate(self) -> float: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def scan_layers(self) -> bool: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def decoder_start_id(self) -> int: ...
+    family: "Family"
+    vocab_size: int  # rows of the token table
+    inner_dim: int  # width of a tap: all heads side by side; what relation heads must divide
+    dropout_rate: float  # 0 draws nothing at random
+    dtype: str  # of activations and matrix products
+    scan_layers: bool  # whether layers run in a compiled loop
+    pad_id: int  # fills up the texts that are generated from, and those that are generated
+    eos_id: int  # ends a text
+    decoder_start_id: int  # the decoder's first input
 
     def depth(self, stack: Stack) -> int:
         """How many layers a stack has; 0 where the model has no such stack."""
@@ -69,20 +50,13 @@ class ModelConfig(Protocol):
     def architecture(self) -> dict[str, Any]:
         """The settings that affect parameters or outputs, as plain data; `config_from_plain` is the inverse.
 
-        What was added later is left out where it has its default, so that models from before stay equal.
+        Settings added later are left out at their default, so that models from before stay equal.
         """
         ...
 
 
 class ForwardFlops(NamedTuple):
-    """Operations of one forward pass.
-
-    Attributes:
-        encoder: the encoder's layers.
-        decoder: the decoder's layers, without their attention to the encoder.
-        cross: that attention.
-        head: the projection to the vocabulary.
-    """
+    """Operations of one forward pass; the decoder's are without its attention to the encoder, which is `cross`."""
 
     encoder: int
     decoder: int
@@ -91,7 +65,6 @@ class ForwardFlops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
         return sum(self)
 
 
@@ -115,13 +88,7 @@ class Parameter(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor as a Hugging Face folder keeps it.
-
-    Attributes:
-        name: such as `encoder.block.0.layer.0.SelfAttention.q.weight`.
-        shape: there.
-        transposed: whether it is the other way round than ours, as torch keeps kernels.
-    """
+    """Name and shape of a tensor in a Hugging Face folder; `transposed` if it is the other way round than ours."""
 
     name: str
     shape: tuple[int, ...]
@@ -140,19 +107,11 @@ class HuggingFaceFormat(Protocol):
     ignored: frozenset[str]
 
     def config_from_json(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
-        """The settings in a config.json.
-
-        Raises:
-            UserError: naming the file, `where`, and what is wrong in it.
-        """
+        """The settings in a config.json; a `UserError` names the file, `where`."""
         ...
 
     def config_to_json(self, config: Any, dtype: str) -> dict[str, Any]:
-        """The content of config.json.
-
-        Raises:
-            UserError: if transformers has no such model.
-        """
+        """The content of config.json; a `UserError` if transformers has no such model."""
         ...
 
     def tensor_of(self, parameter: Parameter) -> Tensor:
@@ -160,11 +119,7 @@ class HuggingFaceFormat(Protocol):
         ...
 
     def elsewhere(self, names: frozenset[str], raw: Mapping[str, Any], where: str) -> dict[str, str]:
-        """Tensors that are to be read from another name than their own: name -> the one among `names`.
-
-        Raises:
-            UserError: if one is nowhere.
-        """
+        """Tensors to read from another name than their own: name -> the one among `names`."""
         ...
 
     def copies(self, config: Any) -> dict[str, tuple[str, str]]:
@@ -193,7 +148,7 @@ class Family(Protocol):
     huggingface: HuggingFaceFormat
     t5x: Any
 
-    def boxed_init(self, config: Any, key: jax.Array) -> Any:
+    def boxed_init(self, config: Any, key: Key[Array, ""]) -> Any:
         """Fresh parameters in Flax's boxes, which carry the logical name of every axis; see `sharding.LOGICAL_RULES`.
 
         A kernel is the leaf `kernel`, [..., inputs, outputs].
@@ -207,7 +162,7 @@ class Family(Protocol):
         batch: Batch,
         reads: Reads,
         *,
-        dropout_key: jax.Array | None,
+        dropout_key: Key[Array, ""] | None,
         frozen: bool,
         attention_bytes: int | None,
     ) -> Output:
@@ -215,11 +170,11 @@ class Family(Protocol):
         ...
 
     def forward_flops(self, config: Any, lengths: Lengths, reads: Reads) -> ForwardFlops:
-        """See `forward_flops` of this module."""
+        """Operations of a forward pass that computes only what is read."""
         ...
 
-    def read_source(self, config: Any, params: Any, tokens: jax.Array) -> Any:
-        """Encodes int [batch, source] tokens once per search; the result has `segments`, 0 at padding."""
+    def read_source(self, config: Any, params: Any, tokens: Int[Array, "batch source"]) -> Any:
+        """Encodes the input, once per search; the result has `segments`, 0 at padding."""
         ...
 
     def init_cache(self, config: Any, batch_size: int, max_length: int, beams: int = 1) -> Any:
@@ -227,17 +182,22 @@ class Family(Protocol):
         ...
 
     def read_tokens(
-        self, config: Any, source: Any, cache: Any, tokens: jax.Array, ancestors: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        """One token of each beam -> float32 logits [batch, beams, vocab_size] of the next, and the cache after it.
+        self,
+        config: Any,
+        source: Any,
+        cache: Any,
+        tokens: Int[Array, "batch beams"],
+        ancestors: Int[Array, "batch beams positions"] | None = None,
+    ) -> tuple[Float[Array, "batch beams vocab"], Any]:
+        """One token of each beam -> float32 logits of the next, and the cache after it.
 
         Args:
             config: the model's settings.
             source: from `read_source`.
             cache: of the positions before; must not be full.
-            tokens: int [batch, beams].
-            ancestors: int [batch, beams, positions], the beam that each beam's hypothesis was in at each position, up
-                to and with this one. None where there is one beam.
+            tokens: `decoder_start_id` first.
+            ancestors: the beam that each beam's hypothesis was in at each position, up to and with this one. So
+                hypotheses can change beams without moving the cache. None where there is one beam.
         """
         ...
 
@@ -246,15 +206,9 @@ class Family(Protocol):
         ...
 
     def check_cut(self, teacher: Any, student: Any, *, equal_widths: bool) -> None:
-        """Checks that a student of this family can be initialized from a teacher of it.
+        """Checks that a student of this family can be initialized from a teacher of it, and be as wide if it must.
 
-        Args:
-            teacher: the teacher's settings.
-            student: the student's.
-            equal_widths: whether the student must be as wide as the teacher.
-
-        Raises:
-            UserError: naming the setting, both values, and what would be right.
+        A `UserError` names the setting, both values, and what would be right.
         """
         ...
 
@@ -272,7 +226,7 @@ def apply(
     batch: Batch,
     reads: Reads = LOGITS,
     *,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     frozen: bool = False,
     attention_bytes: int | None = None,
 ) -> Output:
@@ -281,35 +235,28 @@ def apply(
     Args:
         config: the model's settings.
         params: its parameters.
-        batch: by SeqIO's feature names; see `core.model_io.Batch`. Token 0 is padding, whatever the model's `pad_id`.
+        batch: see `core.model_io.Batch`. Token 0 is padding, whatever the model's `pad_id`.
         reads: what is returned.
         dropout_key: None runs without dropout.
         frozen: the parameters are constants: compiled differently, with the same result.
         attention_bytes: most that the float32 scores of an attention module take at a time on a device; None leaves it
             to the settings.
-
-    Raises:
-        UserError: if a layer, or the decoder, does not exist.
     """
     options = {"dropout_key": dropout_key, "frozen": frozen, "attention_bytes": attention_bytes}
     return config.family.apply(config, params, batch, reads, **options)
 
 
 def forward_flops(config: ModelConfig, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:
-    """Floating-point operations of a forward pass that computes only what is read.
-
-    Raises:
-        UserError: if a layer, or the decoder, does not exist.
-    """
+    """Floating-point operations of a forward pass that computes only what is read."""
     return config.family.forward_flops(config, lengths, reads)
 
 
-def boxed_init(config: ModelConfig, key: jax.Array) -> Any:
+def boxed_init(config: ModelConfig, key: Key[Array, ""]) -> Any:
     """Fresh parameters in Flax's boxes, which carry the logical axis names."""
     return config.family.boxed_init(config, key)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Fresh float32 parameters."""
     return nn.meta.unbox(boxed_init(config, key))
 
@@ -324,17 +271,18 @@ def logical_axes(config: ModelConfig) -> Any:
     return nn.get_partition_spec(_abstract_boxed(config))
 
 
+@functools.cache  # called a dozen times per run, and tracing a model takes a second or more
+def _abstract_boxed(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
+
+
 def count_params(params: Any) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
-    """The settings that `ModelConfig.architecture` gave, as a manifest keeps them; no "family" means T5.
-
-    Raises:
-        UserError: if there is no such family, or it has no such setting.
-    """
+    """The settings that `ModelConfig.architecture` gave, as a manifest keeps them; no "family" means T5."""
     settings = dict(plain)
     kind = family_named(settings.pop("family", "t5")).config_type
     unknown = settings.keys() - {field.name for field in dataclasses.fields(kind)}
@@ -344,17 +292,10 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_batches(config: ModelConfig, eos_id: int) -> None:
-    """Checks that a model's special tokens are those of SeqIO's batches.
+    """Checks that a model's special tokens are those of SeqIO's batches, whose vocabulary ends texts with `eos_id`.
 
-    There padding is 0 whatever the model's `pad_id`; it is masked, so its id does not matter. But every target starts
-        with 0 and ends with the vocabulary's EOS, which must be the model's `decoder_start_id` and `eos_id`.
-
-    Args:
-        config: the model's settings.
-        eos_id: the vocabulary's end.
-
-    Raises:
-        UserError: naming the setting and both ids.
+    Padding is 0 there whatever the model's `pad_id`; it is masked, so its id does not matter. But every target starts
+    with 0 and ends with the vocabulary's EOS, which must be the model's `decoder_start_id` and `eos_id`.
     """
     if config.depth("decoder") and config.decoder_start_id != 0:
         raise UserError(
@@ -369,11 +310,7 @@ def check_batches(config: ModelConfig, eos_id: int) -> None:
 
 
 def family_named(name: str) -> Family:
-    """The family in a folder of this package.
-
-    Raises:
-        UserError: if there is none of that name, with those that there are.
-    """
+    """The family in a folder of this package."""
     known = family_names()
     if name not in known:
         raise UserError(f"no model family {name!r}; choose one of {', '.join(known)}")
@@ -387,37 +324,25 @@ def family_names() -> list[str]:
     return [name for name in folders if importlib.util.find_spec(f"{__package__}.{name}.family")]
 
 
-@functools.cache  # called a dozen times per run, and tracing a model takes a second or more
-def _abstract_boxed(config: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
-
-
-_LAYER = re.compile(r"layers_(\d+)")
-
-
 def unstack_layers(params: Mapping[str, Any]) -> Params:
     """`encoder/layers/...` [layers, ...] -> `encoder/layers_0/...`, `encoder/layers_1/...`, in T5X's names."""
     params = dict(params)
     for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
         rest = dict(params[stack])
         layers = rest.pop("layers")
-        depth = len(jax.tree.leaves(layers)[0])
-        for index in range(depth):
+        for index in range(len(jax.tree.leaves(layers)[0])):
             rest[f"layers_{index}"] = jax.tree.map(lambda leaf, i=index: leaf[i], layers)
         params[stack] = rest
     return params
 
 
 def stack_layers(params: Mapping[str, Any]) -> Params:
-    """The inverse of `unstack_layers`.
-
-    Raises:
-        ValueError: if a stack's layers are not numbered 0, 1, 2, ... without a gap.
-    """
+    """The inverse of `unstack_layers`; the layers of a stack must be numbered 0, 1, 2, ... without a gap."""
     params = dict(params)
     for stack in (stack for stack in STACKS if stack in params):  # an encoder may be alone
         rest = dict(params[stack])
-        layers = {int(m.group(1)): rest.pop(name) for name in list(rest) if (m := _LAYER.fullmatch(name))}
+        matches = [match for match in map(re.compile(r"layers_(\d+)").fullmatch, rest) if match]
+        layers = {int(match.group(1)): rest.pop(match.group()) for match in matches}
         if sorted(layers) != list(range(len(layers))) or not layers:
             raise ValueError(f"{stack} has layers {sorted(layers)}; expected 0, 1, 2, ... without a gap")
         ordered = [layers[index] for index in range(len(layers))]
@@ -428,6 +353,10 @@ def stack_layers(params: Mapping[str, Any]) -> Params:
 
 
 def evenly_spaced(size: int, count: int) -> np.ndarray:
-    """`count` of the indices 0 .. size - 1, evenly spaced: [count], rising if count is at most size."""
+    """`count` of the indices 0 .. size - 1, evenly spaced: [count], rising if count is at most size.
+
+    They are round(i * (size - 1) / (count - 1)) for i = 0 .. count - 1, halves rounded up, so the first and the last
+    are among them. A single one is the first.
+    """
     gaps = max(count - 1, 1)
     return (2 * np.arange(count) * (size - 1) + gaps) // (2 * gaps)  # integers, so that halves always go up

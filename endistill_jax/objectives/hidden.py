@@ -8,32 +8,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from endistill_jax.core.attention import STACKS
+from endistill_jax.core.attention import STACKS, Stack
 from endistill_jax.core.errors import UserError, require_choice
-from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, resolve_layer, segment_ids
-from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, segment_ids
+from endistill_jax.objectives.term import LayerTerm, ModelShape, Role, TermInputs
 
 ENCODED = "encoded"
 DISTANCES = ("cosine", "l2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiddenDistance(Term):
+class HiddenDistance(LayerTerm):
     """Distance of the student's states, projected to the teacher's width, from the teacher's; summed over real tokens.
 
     Interpolated targets do not move it: the target is the teacher's state from the first step on.
 
     Attributes:
-        of: "encoder" or "decoder" for the residual stream after a layer, "encoded" for the encoder's output.
-        teacher_layer: which layer of the teacher's stack; negative counts from its end. Not read for "encoded".
-        student_layer: which layer of the student's stack.
+        of: "encoder" or "decoder" for the residual stream after a layer, "encoded" for the encoder's output, of which
+            no layer is read.
         distance: "cosine", 1 - cosine; or "l2", the mean over the width of the squared difference.
         project: whether a learned projection stands between them; without one, the widths must be equal.
     """
 
     of: str = ENCODED
-    teacher_layer: int = -1
-    student_layer: int = -1
     distance: str = "cosine"
     project: bool = True
 
@@ -41,18 +38,17 @@ class HiddenDistance(Term):
         require_choice(self, of=(*STACKS, ENCODED), distance=DISTANCES)
 
     @property
-    def side(self) -> str:
+    def side(self) -> Stack:
         """The side of the batch that the states are of."""
         return "decoder" if self.of == "decoder" else "encoder"
 
     def default_name(self) -> str:
-        layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
-        return f"hidden/{self.of}{layers}"
+        return self.named(f"hidden/{self.of}")
 
     def reads(self, role: Role) -> Reads:
         if self.of == ENCODED:
             return Reads(encoded=True)
-        return Reads(hidden=frozenset({(self.of, self._layer(role))}))
+        return Reads(hidden=frozenset({(self.of, self.layer(role))}))
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """Real tokens of the side."""
@@ -62,7 +58,7 @@ class HiddenDistance(Term):
         real = segment_ids(inputs.batch, self.side) != 0  # [batch, length]
 
         def states(output: Output, role: Role) -> Float[Array, "batch length d_model"]:
-            found = output.encoded if self.of == ENCODED else output.hidden[self.of, self._layer(role)]
+            found = output.encoded if self.of == ENCODED else output.hidden[self.of, self.layer(role)]
             return jnp.where(real[..., None], found.astype(jnp.float32), 0.0)
 
         student, teacher = states(inputs.student, "student"), states(inputs.teacher, "teacher")
@@ -87,9 +83,7 @@ class HiddenDistance(Term):
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
         if self.of != ENCODED:
-            for role, model in (("teacher", teacher), ("student", student)):
-                depth = model.depth(self.of)
-                resolve_layer(self._layer(role), depth, f"{self.name} in the {role}")
+            self.validate_layers(self.of, student, teacher)
         if not self.project and student.d_model != teacher.d_model:
             raise UserError(
                 f"{self.name}: the teacher's width is {teacher.d_model} and the student's {student.d_model}; "
@@ -99,6 +93,3 @@ class HiddenDistance(Term):
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
         length = lengths.target if self.side == "decoder" else lengths.source
         return 6 * lengths.batch * length * student.d_model * teacher.d_model if self.project else 0
-
-    def _layer(self, role: Role) -> int:
-        return self.teacher_layer if role == "teacher" else self.student_layer

@@ -5,6 +5,7 @@ at hand, and the backward pass only scales it; nothing of a block outlives it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,6 @@ class MeshAxes:
     batch: tuple[str, ...] = ("data", "fsdp")
     model: str = "tensor"
     embed: str = "fsdp"
-
-    @property
-    def batch_parts(self) -> int:
-        """Into how many parts the examples are split."""
-        parts = 1
-        for axis in self.batch:
-            parts *= self.mesh.shape[axis]
-        return parts
 
     @property
     def model_parts(self) -> int:
@@ -73,12 +66,9 @@ class LossImplementation:
         require_choice(self, relations=FORMS, vocabulary=FORMS)
 
     def blocks(self, what: str, examples: int) -> bool:
-        """Whether the blocked form of "relations" or "vocabulary" runs for so many examples.
-
-        Raises:
-            UserError: if it is forced, but the mesh does not divide the examples.
-        """
-        form, parts = getattr(self, what), 1 if self.axes is None else self.axes.batch_parts
+        """Whether the blocked form of "relations" or "vocabulary" runs for so many examples."""
+        form, axes = getattr(self, what), self.axes
+        parts = 1 if axes is None else math.prod(axes.mesh.shape[axis] for axis in axes.batch)
         if form == "blocked" and examples % parts:
             raise UserError(
                 f"LossImplementation.{what} is 'blocked', but {parts} devices do not divide {examples} examples; "
@@ -101,8 +91,6 @@ class LossImplementation:
 
 
 DEFAULT = LossImplementation()
-
-
 DENSE = LossImplementation(relations="dense", vocabulary="dense")
 
 

@@ -84,15 +84,10 @@ def joined(
     *,
     keep_scale: bool = False,
 ) -> Float[Array, "batch length teacher_inner+student_inner"]:
-    """Vectors of both models put together head by head, so scaled that their scores interpolate.
+    """Vectors of both models, as constants, put together head by head, so scaled that their scores interpolate.
 
-    Args:
-        teacher: a constant.
-        student: taken as a constant.
-        share: the teacher's, a scalar from 0 to 1.
-        heads: divides both widths.
-        keep_scale: the scores are plain products. Otherwise they are divided by the root of their heads' size, and each
-            of a score's two factors is scaled by the fourth root of (joined size / own size) to make up for it.
+    With `keep_scale` the scores are plain products. Otherwise they are divided by the root of their heads' size, and
+    each of a score's two factors is scaled by the fourth root of (joined size / own size) to make up for it.
     """
 
     def split(vectors: Float[Array, "batch length inner"]) -> Float[Array, "batch length heads head_size"]:
@@ -115,5 +110,5 @@ def joined_head(teacher: Head, student: Head, share: Scalar) -> Head:
 
 
 def _scaled(x: Float[Array, "*shape"], factor: Scalar) -> Float[Array, "*shape"]:
-    """In the type of `x`, but by the whole factor: rounded to bfloat16, it would be up to 0.4 % off for every score."""
+    # By the whole factor, then in the type of `x`: rounded to bfloat16, it would be up to 0.4 % off for every score.
     return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -49,26 +49,23 @@ class Objective:
             if name in RESERVED or name.startswith(RESERVED_PREFIXES):
                 raise UserError(f"Objective.terms has {name!r}, which is another metric's name; give it another label")
         for term in self.terms:
-            coefficient = term.coefficient
-            if callable(coefficient):
+            if callable(term.coefficient):
                 # Only its fields can tell a manifest, and a plan's process, which function it is.
-                if not dataclasses.is_dataclass(coefficient):
-                    raise UserError(
-                        f"{term.name}: coefficient is {coefficient!r}; give a number, or a Ramp of the step"
-                    )
-            elif not 0 < coefficient < float("inf"):
+                fits = dataclasses.is_dataclass(term.coefficient)
+            else:
+                fits = 0 < term.coefficient < float("inf")
+            if not fits:
                 raise UserError(
-                    f"{term.name}: coefficient is {coefficient}; give a finite number above 0, or leave the term out"
+                    f"{term.name}: coefficient is {term.coefficient!r}; give a finite number above 0, or a Ramp of the "
+                    "step, or leave the term out"
                 )
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The names of the terms, which are those of their metrics."""
         return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term reads a teacher."""
         return any(term.needs_teacher for term in self.terms)
 
     @property
@@ -78,8 +75,7 @@ class Objective:
 
     def reads(self, role: Role) -> Reads:
         """What is read of the teacher or of the student."""
-        terms = [term for term in self.terms if role == "student" or term.needs_teacher]
-        return union(term.reads(role) for term in terms)
+        return union(term.reads(role) for term in self.terms if role == "student" or term.needs_teacher)
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """The weight of each term by name, float32 scalars, from the masks alone.
@@ -95,12 +91,7 @@ class Objective:
         return {name: each(step) if callable(each) else each for name, each in given.items()}
 
     def factors(self, weights: Mapping[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What each term's sum is multiplied by in the loss: `coefficient / weight`, or 0 where the weight is 0.
-
-        Args:
-            weights: of the whole batch.
-            step: by which scheduled coefficients move; None is the first.
-        """
+        """What each term's sum is multiplied by in the loss: `coefficient / weight`, or 0 where the weight is 0."""
 
         def factor(coefficient: jax.Array | float, weight: jax.Array) -> jax.Array:
             empty = weight == 0
@@ -115,11 +106,7 @@ class Objective:
         return {name: params for name, params in made.items() if params is not None}
 
     def validate(self, student: ModelShape, teacher: ModelShape | None = None) -> None:
-        """Checks every term against the models.
-
-        Raises:
-            UserError: naming the term and what would be right; a missing teacher; interpolation towards none.
-        """
+        """Checks every term against the models; `teacher` is None where there is none."""
         if self.needs_teacher and teacher is None:
             names = ", ".join(term.name for term in self.terms if term.needs_teacher)
             raise UserError(f"the objective compares the student with a teacher ({names}), but there is none; give one")

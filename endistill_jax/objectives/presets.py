@@ -50,7 +50,7 @@ def minilm(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """The paper's MiniLM: the decoder's self-attention alone (that it is the decoder's is inferred)."""
-    terms = _relations(("decoder_self",), relation_heads, teacher_layer, student_layer)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "decoder_self")
     return Objective(terms=terms, interpolated_targets=interpolated_targets)
 
 
@@ -63,9 +63,8 @@ def implicit(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """The paper's MlmKD+MiniLM: token distributions and the decoder's self-attention."""
-    terms = _relations(("decoder_self",), relation_heads, teacher_layer, student_layer)
-    terms += (ForwardKL(temperature=temperature),)
-    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "decoder_self")
+    return Objective(terms=(*terms, ForwardKL(temperature=temperature)), interpolated_targets=interpolated_targets)
 
 
 def miniend_d(
@@ -78,7 +77,7 @@ def miniend_d(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """The paper's MiniEnD-D: the decoder's self-attention and its attention to the encoder."""
-    terms = _relations(("decoder_self", "cross"), relation_heads, teacher_layer, student_layer)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "decoder_self", "cross")
     terms += (ForwardKL(temperature=temperature),) if with_logits else ()
     return Objective(terms=terms, interpolated_targets=interpolated_targets)
 
@@ -93,7 +92,7 @@ def miniend_e(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """The paper's MiniEnD-E: the self-attention of the decoder and of the encoder."""
-    terms = _relations(("decoder_self", "encoder_self"), relation_heads, teacher_layer, student_layer)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "decoder_self", "encoder_self")
     terms += (ForwardKL(temperature=temperature),) if with_logits else ()
     return Objective(terms=terms, interpolated_targets=interpolated_targets)
 
@@ -107,9 +106,8 @@ def union(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """Ours: all three sites and the token distributions, MiniEnD-D and MiniEnD-E together."""
-    terms = _relations(("encoder_self", "decoder_self", "cross"), relation_heads, teacher_layer, student_layer)
-    terms += (ForwardKL(temperature=temperature),)
-    return Objective(terms=terms, interpolated_targets=interpolated_targets)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "encoder_self", "decoder_self", "cross")
+    return Objective(terms=(*terms, ForwardKL(temperature=temperature)), interpolated_targets=interpolated_targets)
 
 
 def encoder(
@@ -120,7 +118,7 @@ def encoder(
     interpolated_targets: InterpolatedTargets | None = None,
 ) -> Objective:
     """Ours, for models that are an encoder alone: the encoder's self-attention."""
-    terms = _relations(("encoder_self",), relation_heads, teacher_layer, student_layer)
+    terms = _relations(relation_heads, teacher_layer, student_layer, "encoder_self")
     return Objective(terms=terms, interpolated_targets=interpolated_targets)
 
 
@@ -131,12 +129,7 @@ def objective(*, terms: tuple[Term, ...], interpolated_targets: InterpolatedTarg
 
 
 def build(preset: str | Callable[..., Objective], *, relation_heads: int = 16, **settings: Any) -> Objective:
-    """A preset, by its name or as one of the functions above; the relation heads are for those that have relations.
-
-    Raises:
-        UserError: if there is no preset of that name, with the one that was meant.
-        TypeError: if the preset has no such setting.
-    """
+    """A preset, by its name or as one of the functions above; the relation heads are for those that have relations."""
     if isinstance(preset, str):
         if preset not in PRESETS:
             near = difflib.get_close_matches(preset, PRESETS, n=1)
@@ -153,20 +146,10 @@ def build(preset: str | Callable[..., Objective], *, relation_heads: int = 16, *
     return preset(**settings)
 
 
-def _relations(
-    sites: tuple[str, ...], relation_heads: int, teacher_layer: int, student_layer: int
-) -> tuple[RelationKL, ...]:
-    return tuple(
-        term
-        for site in sites
-        for term in relations(
-            site,
-            RELATIONS_OF_SITE[site],
-            relation_heads=relation_heads,
-            teacher_layer=teacher_layer,
-            student_layer=student_layer,
-        )
-    )
+def _relations(relation_heads: int, teacher_layer: int, student_layer: int, *sites: str) -> tuple[RelationKL, ...]:
+    layers = {"teacher_layer": teacher_layer, "student_layer": student_layer}
+    of_sites = (relations(site, RELATIONS_OF_SITE[site], relation_heads=relation_heads, **layers) for site in sites)
+    return tuple(term for terms in of_sites for term in terms)
 
 
 PRESETS = {each.__name__: each for each in (scratch, logits, minilm, implicit, miniend_d, miniend_e, union, encoder)}

@@ -14,40 +14,23 @@ from jaxtyping import Array, Float, Int
 
 from endistill_jax.core.attention import SITES, RowMasks, row_masks, visible_keys
 from endistill_jax.core.errors import UserError, require_choice
-from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, batch_segments, resolve_layer
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, batch_segments
 from endistill_jax.objectives.interpolated_targets import joined
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
-from endistill_jax.objectives.term import ModelShape, Ramp, Role, Term, TermInputs
+from endistill_jax.objectives.term import LayerTerm, ModelShape, Ramp, Role, TermInputs
 
 RELATIONS = ("qq", "kk", "vv", "qk")
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SiteTerm(Term):
-    """A term that compares one attention module of both models.
-
-    Attributes:
-        site: "encoder_self", "decoder_self" or "cross".
-        teacher_layer: which layer of the teacher's stack; negative counts from its end.
-        student_layer: which layer of the student's stack.
-    """
+class SiteTerm(LayerTerm):
+    """A term that compares one attention module of both models, at "encoder_self", "decoder_self" or "cross"."""
 
     site: str
-    teacher_layer: int = -1
-    student_layer: int = -1
 
     def __post_init__(self):
         require_choice(self, site=SITES)
-
-    def layer(self, role: Role) -> int:
-        """The layer of the teacher or of the student."""
-        return self.teacher_layer if role == "teacher" else self.student_layer
-
-    def named(self, what: str) -> str:
-        """`what`, and the layers where they are not the last ones."""
-        layers = "" if self.teacher_layer == self.student_layer == -1 else f"@{self.teacher_layer}:{self.student_layer}"
-        return what + layers
 
     @property
     def vectors(self) -> str:
@@ -72,9 +55,7 @@ class SiteTerm(Term):
         return 2 * lengths.batch * queries * keys * (teacher.inner_dim + 3 * student.inner_dim)
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        for role, model in (("teacher", teacher), ("student", student)):
-            depth = model.depth(SITES[self.site].stack)
-            resolve_layer(self.layer(role), depth, f"{self.name} in the {role}")
+        self.validate_layers(SITES[self.site].stack, student, teacher)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,13 +113,7 @@ class RelationKL(SiteTerm):
 def relation_scores(
     pair: Pair, segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]], relation_heads: int
 ) -> Float[Array, "batch relation_heads query key"]:
-    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)`, without a mask.
-
-    Args:
-        pair: heads joined.
-        segments: vectors at segment 0 count as zero.
-        relation_heads: divides `inner`.
-    """
+    """`queries_r @ keys_r^T / sqrt(inner / relation_heads)`, without a mask; vectors at segment 0 count as zero."""
 
     def split(
         vectors: Float[Array, "batch length inner"], segments: Int[Array, "batch length"]
@@ -155,14 +130,7 @@ def relation_scores(
 
 
 def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: RowMasks) -> Float[Array, ""]:
-    """The plain dense form: the sum over rows, float32, in nats.
-
-    Args:
-        teacher: a constant; see `relation_scores`.
-        student: likewise, of its own width.
-        relation_heads: divides both inner widths.
-        masks: see `row_masks`.
-    """
+    """The plain dense form: the sum over rows, float32, in nats. The teacher is a constant, of its own width."""
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
     def masked_scores(pair: Pair) -> Float[Array, "batch relation_heads query key"]:
@@ -177,10 +145,10 @@ def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: RowMas
 def categorical_kl(
     teacher_scores: Float[Array, "*rows choices"], student_scores: Float[Array, "*rows choices"]
 ) -> Float[Array, "*rows"]:
-    """KL(softmax(teacher) || softmax(student)) over the last axis, in nats.
+    """KL(softmax(teacher) || softmax(student)) over the last axis, in nats; the teacher is a constant.
 
     Computed as `sum_j p_t (s_t - s_s) - lse_t + lse_s`, whose gradient with respect to the student's scores is
-    `p_s - p_t`; for equal scores both are zero up to rounding. The teacher is a constant.
+    `p_s - p_t`; for equal scores both are zero up to rounding.
     """
     teacher_scores = jax.lax.stop_gradient(teacher_scores)
     teacher_lse = jax.nn.logsumexp(teacher_scores, axis=-1)
@@ -201,14 +169,6 @@ def relations(
 ) -> tuple[RelationKL, ...]:
     """A term for each of a site's relations, which share its coefficient equally."""
     share = coefficient.scaled(1 / len(names)) if isinstance(coefficient, Ramp) else coefficient / len(names)
-    return tuple(
-        RelationKL(
-            site=site,
-            relation=name,
-            coefficient=share,
-            relation_heads=relation_heads,
-            teacher_layer=teacher_layer,
-            student_layer=student_layer,
-        )
-        for name in names
-    )
+    settings = {"coefficient": share, "relation_heads": relation_heads}
+    layers = {"teacher_layer": teacher_layer, "student_layer": student_layer}
+    return tuple(RelationKL(site=site, relation=name, **settings, **layers) for name in names)

@@ -28,16 +28,9 @@ def rows_divergence(
 ) -> tuple[
     Float[Array, ""], Float[Array, "heads rows relation_dim"] | None, Float[Array, "heads relation_dim key"] | None
 ]:
-    """The sum of the divergences of all rows given, and its gradient by the student's queries and keys.
+    """The sum of the divergences of some rows of some heads, and its gradient by the student's queries and keys.
 
-    That by the keys is turned: so the large factor of its product is read in the order of memory, which is five times
-    as fast on a CPU.
-
-    Args:
-        student: its rows and keys, [heads, rows or key, dim].
-        teacher: likewise, of its own width.
-        visible: which keys a row sees.
-        with_gradient: whether to form it.
+    Both pairs are [heads, rows or key, dim], of their own width; `visible` is which keys a row sees.
     """
 
     def shifted_scores(pair: Pair) -> Float[Array, "heads rows key"]:  # 0 at a row's largest
@@ -60,6 +53,7 @@ def rows_divergence(
     d_scores = (student_exp * student_share - teacher_exp * teacher_share).astype(queries.dtype)
     scale = 1 / math.sqrt(queries.shape[-1])
     d_queries = _product("hqk,hkd->hqd", d_scores, keys) * scale
+    # Transposed: so the large factor of its product is read in the order of memory, five times as fast on a CPU.
     d_keys = _product("hqd,hqk->hdk", queries, d_scores) * scale
     return total, d_queries, d_keys
 
@@ -67,9 +61,6 @@ def rows_divergence(
 def _product(axes: str, first: jax.Array, second: jax.Array) -> jax.Array:
     # Float32 factors in full, which accelerators would otherwise round; products of two of half precision are exact.
     return jnp.einsum(axes, first, second, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-__all__ = ["MASKED_SCORE", "RELATION_BYTES", "Pair", "relation_kl_blocked"]
 
 
 # Most that one model's scores of one block take: a fraction of a TPU core's vector memory, of a CPU core's cache, and
@@ -185,17 +176,9 @@ def _over_rows(
     with_gradient: bool,
     vectors: tuple[Pair, Pair],
 ) -> tuple[jax.Array, Pair | None]:
-    """Some heads of an example, a block of rows at a time.
+    """Some heads of an example, blocks of so many `rows` at a time: their sum, and its gradient, float32.
 
-    Args:
-        segments: of queries and keys.
-        rows: queries in a block.
-        causal: whether a query sees no key after itself.
-        with_gradient: whether to form it.
-        vectors: of student and teacher, [heads, query or key, relation_dim].
-
-    Returns:
-        The sum over rows and heads, and the gradient by the student's vectors, float32.
+    The vectors are those of student and teacher, [heads, query or key, relation_dim].
     """
     (student_queries, student_keys), (teacher_queries, teacher_keys) = vectors
     query_segments, key_segments = segments

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from endistill_jax.core.attention import Stack
 from endistill_jax.core.errors import require_at_least, require_not_negative
-from endistill_jax.core.model_io import Batch, Lengths, Output, Reads
+from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, resolve_layer
 from endistill_jax.objectives.implementation import DEFAULT, LossImplementation
 
 Role = Literal["teacher", "student"]
@@ -25,14 +26,10 @@ Role = Literal["teacher", "student"]
 class ModelShape(Protocol):
     """What a term must know of a model to be checked against it; every model's configuration has these."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def inner_dim(self) -> int: ...
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    inner_dim: int
 
     def depth(self, stack: str) -> int: ...
 
@@ -69,7 +66,7 @@ class TermInputs:
         teacher: likewise, a constant; None where no term needs one.
         batch: `decoder_target_tokens`, `decoder_loss_weights` [batch, target], and what `batch_segments` reads.
         params: what `init_params` made, as it is now.
-        share: the teacher's share of interpolated targets, a scalar from 0 to 1; None for the teacher's own.
+        share: the teacher's share of interpolated targets, from 0 to 1; None for the teacher's own.
         implementation: dense or blocked, and the mesh.
     """
 
@@ -99,12 +96,11 @@ class Term:
         return self.label or self.default_name()
 
     def default_name(self) -> str:
-        """The class's name, in the way of metrics."""
+        """The class's name in snake case."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the term reads a teacher."""
         return True
 
     def reads(self, role: Role) -> Reads:
@@ -116,7 +112,7 @@ class Term:
         raise NotImplementedError
 
     def sum(self, inputs: TermInputs) -> Float[Array, ""]:
-        """The unnormalised sum over a (micro-)batch, float32; differentiable with respect to the student."""
+        """The unnormalized sum over a (micro-)batch, float32; differentiable with respect to the student."""
         raise NotImplementedError
 
     def init_params(self, key: jax.Array, student: ModelShape, teacher: ModelShape | None) -> Any:
@@ -127,12 +123,29 @@ class Term:
         return None
 
     def validate(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        """Checks the term against the models, before anything runs.
-
-        Raises:
-            UserError: naming the term, and what would be right.
-        """
+        """Checks the term against the models, before anything runs; a `UserError` names it and what would be right."""
 
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape | None) -> int:
         """Operations of its own matrix products, value and gradient, beyond the two models'."""
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerTerm(Term):
+    """A term that compares one layer of each model; negative layers count from the end of a stack."""
+
+    teacher_layer: int = -1
+    student_layer: int = -1
+
+    def layer(self, role: Role) -> int:
+        return self.teacher_layer if role == "teacher" else self.student_layer
+
+    def named(self, what: str) -> str:
+        """`what`, and the layers where they are not the last ones."""
+        last = self.teacher_layer == self.student_layer == -1
+        return what if last else f"{what}@{self.teacher_layer}:{self.student_layer}"
+
+    def validate_layers(self, stack: Stack, student: ModelShape, teacher: ModelShape | None) -> None:
+        """Refuses layers that the models' stacks do not have."""
+        for role, model in (("teacher", teacher), ("student", student)):
+            resolve_layer(self.layer(role), model.depth(stack), f"{self.name} in the {role}")

@@ -23,9 +23,13 @@ from endistill_jax.core.model_io import Batch, Head, Reads
 from endistill_jax.objectives.term import ModelShape, Role, Term, TermInputs
 
 Columns = Float[Array, "tokens columns"]
-
-
 Tokens = Float[Array, " tokens"]
+Targets = Int[Array, " tokens"]
+Scalar = Float[Array, ""]
+Sums = dict[str, Scalar]
+
+CROSS_ENTROPY = "cross_entropy"
+TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
 
 
 class TokenDistribution:
@@ -34,10 +38,10 @@ class TokenDistribution:
     Args:
         logits: float32.
         targets: the real tokens; one that is in no vocabulary has no logit.
-        axis: the mesh axis over which the columns are split; None where all of them are here.
+        axis: the mesh axis over which the vocabulary's columns are split; None where all of them are here.
     """
 
-    def __init__(self, logits: Columns, targets: Int[Array, " tokens"], axis: str | None = None):
+    def __init__(self, logits: Columns, targets: Targets, axis: str | None = None):
         self.logits, self.targets, self.axis = logits, targets, axis
 
     def with_logits(self, logits: Columns) -> "TokenDistribution":
@@ -80,12 +84,10 @@ class TokenDistribution:
 
     @functools.cached_property
     def exp(self) -> Columns:
-        """Of `shifted`."""
         return jnp.exp(self.shifted)
 
     @functools.cached_property
     def exp_sum(self) -> Tokens:
-        """Of `exp`."""
         return self.sum(self.exp)
 
     @functools.cached_property
@@ -94,14 +96,13 @@ class TokenDistribution:
         return self.largest + jnp.log(self.exp_sum)
 
     @functools.cached_property
-    def columns(self) -> Int[Array, " tokens"]:
+    def columns(self) -> Targets:
         """The targets as columns of this device; other numbers where a target is another device's."""
         offset = 0 if self.axis is None else self.logits.shape[-1] * jax.lax.axis_index(self.axis)
         return self.targets - offset
 
     @functools.cached_property
     def is_target(self) -> Bool[Array, "tokens columns"]:
-        """Where the target is."""
         return jnp.arange(self.logits.shape[-1]) == self.columns[:, None]
 
     @functools.cached_property
@@ -120,25 +121,18 @@ class TokenDistribution:
         return jnp.where(self.in_vocabulary, jnp.log(self.exp_sum) - shifted, jnp.nan)
 
 
-CROSS_ENTROPY = "cross_entropy"
-
-
-TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
-
-
-Scalar = Float[Array, ""]
-
-
-Sums = dict[str, Scalar]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenTerm(Term):
     """A loss of the distributions over the vocabulary, summed over target tokens by their loss weights.
 
     A subclass gives `token_loss`. It is called with all tokens (dense) or some at a time (blocked), on a device that
-    may have only some of the vocabulary's columns, and is differentiated there. It has no parameters of its own.
+    may have only some of the vocabulary's columns, and is differentiated there, with respect to the logits alone.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.init_params is not Term.init_params:
+            raise TypeError(f"{cls.__name__} is a TokenTerm, which cannot have parameters of its own; subclass Term")
 
     def reads(self, role: Role) -> Reads:
         return Reads(head=role == "student" or self.needs_teacher)
@@ -146,21 +140,19 @@ class TokenTerm(Term):
     def weight(self, batch: Batch) -> Scalar:
         return jnp.sum(batch["decoder_loss_weights"], dtype=jnp.float32)
 
-    def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> Float[Array, " tokens"]:
+    def token_loss(self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets) -> Tokens:
         """Nats a token. Sums over the vocabulary are `student.sum`, so that its columns may be split."""
         raise NotImplementedError
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets
+    ) -> tuple[Tokens, Columns]:
         """`token_loss`, and its gradient with respect to the student's logits.
 
         Derived here; a term that can do it in fewer passes over the logits overrides this.
         """
 
-        def total(logits: Float[Array, "tokens columns"]) -> tuple[Scalar, Float[Array, " tokens"]]:
+        def total(logits: Columns) -> tuple[Scalar, Tokens]:
             losses = self.token_loss(student.with_logits(logits), teacher, targets)
             return jnp.sum(losses), losses
 
@@ -185,49 +177,12 @@ class TokenTerm(Term):
             )
 
 
-def weighted_sum(losses: Float[Array, " tokens"], weights: Float[Array, " tokens"]) -> Scalar:
-    """Not by a product: what is at weight 0 may be NaN, such as the cross-entropy of an impossible target."""
-    return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
-
-
-def dense_token_sums(
-    terms: Sequence[TokenTerm],
-    student: Head,
-    teacher: Head | None,
-    targets: Int[Array, "batch target"],
-    weights: Num[Array, "batch target"],
-) -> Sums:
-    """The plain form: by name the sum of every term and of the models' cross-entropies, which are constants.
-
-    Args:
-        terms: of the objective that read the distributions over the vocabulary.
-        student: the student's head.
-        teacher: the teacher's, a constant; None without one.
-        targets: the real tokens.
-        weights: not negative; 0 at padding.
-    """
-
-    def distribution(head: Head) -> TokenDistribution:
-        # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
-        hidden = jnp.where((weights != 0)[..., None], head.hidden, 0)
-        return TokenDistribution(head._replace(hidden=hidden).logits().reshape(targets.size, -1), targets.reshape(-1))
-
-    ours, theirs = distribution(student), None if teacher is None else distribution(teacher)
-    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
-    sums = {CROSS_ENTROPY: weighted_sum(jax.lax.stop_gradient(ours.cross_entropy), weights)}
-    if theirs is not None:
-        sums[TEACHER_CROSS_ENTROPY] = weighted_sum(theirs.cross_entropy, weights)
-    return sums | {term.name: weighted_sum(term.token_loss(ours, theirs, targets), weights) for term in terms}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossEntropy(TokenTerm):
     """`lse(logits) - logits[target] + z_loss * lse(logits)^2`.
 
-    A target outside the vocabulary gives NaN rather than a plausible number.
-
-    Attributes:
-        z_loss: coefficient of the squared log normalizer, which keeps it near zero.
+    The coefficient `z_loss` of the squared log normalizer keeps it near zero. A target outside the vocabulary gives NaN
+    rather than a plausible number.
     """
 
     z_loss: float = 0.0
@@ -242,9 +197,7 @@ class CrossEntropy(TokenTerm):
     def needs_teacher(self) -> bool:
         return False
 
-    def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> Float[Array, " tokens"]:
+    def token_loss(self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets) -> Tokens:
         # A comparison and a sum rather than a gather: its gradient is no scatter, and stays where the columns are.
         target = student.sum(jnp.where(student.is_target, student.logits, 0.0))
         normalizer = student.log_normalizer
@@ -252,8 +205,8 @@ class CrossEntropy(TokenTerm):
         return jnp.where(student.in_vocabulary, losses, jnp.nan)
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets
+    ) -> tuple[Tokens, Columns]:
         losses = student.cross_entropy + self.z_loss * jnp.square(student.log_normalizer)
         slope = (1 + 2 * self.z_loss * student.log_normalizer) / student.exp_sum
         gradient = student.exp * slope[:, None] - student.is_target
@@ -267,9 +220,7 @@ class _Divergence(TokenTerm):
     def __post_init__(self):
         require_positive(self, "temperature")
 
-    def token_loss(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> Float[Array, " tokens"]:
+    def token_loss(self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets) -> Tokens:
         log_p, log_q = teacher.log_softmax(self.temperature), student.log_softmax(self.temperature)
         return self.temperature**2 * student.sum(self.terms(log_p, log_q))
 
@@ -289,9 +240,9 @@ class ForwardKL(_Divergence):
         return jnp.exp(log_p) * (log_p - log_q)
 
     def loss_and_gradient(
-        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Int[Array, " tokens"]
-    ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
-        """By hand: the exponentials are those of the cross-entropies, and no log-probability is formed."""
+        self, student: TokenDistribution, teacher: TokenDistribution | None, targets: Targets
+    ) -> tuple[Tokens, Columns]:
+        # By hand: the exponentials are those of the cross-entropies, and no log-probability is formed.
         teacher_shifted, teacher_exp, teacher_sum = teacher.softened(self.temperature)
         student_shifted, student_exp, student_sum = student.softened(self.temperature)
         teacher_share, student_share = 1 / teacher_sum, 1 / student_sum
@@ -346,3 +297,33 @@ class SkewedKL(_Divergence):
     def terms(self, log_p: Columns, log_q: Columns) -> Columns:
         log_m = jnp.logaddexp(log_p + jnp.log(self.alpha), log_q + jnp.log1p(-self.alpha))
         return jnp.exp(log_p) * (log_p - log_m)
+
+
+def weighted_sum(losses: Tokens, weights: Tokens) -> Scalar:
+    # Not by a product: what is at weight 0 may be NaN, such as the cross-entropy of an impossible target.
+    return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
+
+
+def dense_token_sums(
+    terms: Sequence[TokenTerm],
+    student: Head,
+    teacher: Head | None,
+    targets: Int[Array, "batch target"],
+    weights: Num[Array, "batch target"],
+) -> Sums:
+    """The plain form: by name the sum of every term and of the models' cross-entropies, which are constants.
+
+    The teacher's head is a constant; weights are not negative, and 0 at padding.
+    """
+
+    def distribution(head: Head) -> TokenDistribution:
+        # Cleared before the arithmetic: a `where` on the result alone would leave 0 * NaN in the gradient.
+        hidden = jnp.where((weights != 0)[..., None], head.hidden, 0)
+        return TokenDistribution(head._replace(hidden=hidden).logits().reshape(targets.size, -1), targets.reshape(-1))
+
+    ours, theirs = distribution(student), None if teacher is None else distribution(teacher)
+    targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
+    sums = {CROSS_ENTROPY: weighted_sum(jax.lax.stop_gradient(ours.cross_entropy), weights)}
+    if theirs is not None:
+        sums[TEACHER_CROSS_ENTROPY] = weighted_sum(theirs.cross_entropy, weights)
+    return sums | {term.name: weighted_sum(term.token_loss(ours, theirs, targets), weights) for term in terms}

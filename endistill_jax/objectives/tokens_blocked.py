@@ -48,21 +48,10 @@ def token_loss(
     factors: Mapping[str, Float[Array, ""] | float],
     implementation: LossImplementation,
 ) -> tuple[Float[Array, ""], Sums]:
-    """`sum over terms of factor * sum over tokens`, without holding all logits.
+    """`sum over terms of factor * sum over tokens`, and the sums of `dense_token_sums`, without holding all logits.
 
-    What is at positions of weight zero, be it NaN, changes neither value nor gradient.
-
-    Args:
-        terms: of the objective that read the distributions over the vocabulary.
-        student: the student's head.
-        teacher: the teacher's, a constant; None without one.
-        targets: the real tokens.
-        weights: not negative; 0 at padding.
-        factors: by term name. The gradient is formed together with the value, so they must be known here; constants.
-        implementation: size of the blocks, and the mesh.
-
-    Returns:
-        The weighted sum, and by name the sum of every term and of the models' cross-entropies, which are constants.
+    What is at positions of weight zero, be it NaN, changes neither value nor gradient. The gradient is formed together
+    with the value, so the factors, by term name, must be known here; they are constants.
     """
     axes, columns = implementation.sharded_axes, student.kernel.shape[1]
     split = axes is not None and axes.model_parts > 1 and columns % axes.model_parts == 0

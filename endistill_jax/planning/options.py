@@ -153,9 +153,9 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
 
 
 def _parse_value(axis: str, value: str) -> int | str | tuple[int, ...]:
-    from endistill_jax.sharding import PLACEMENTS
+    from endistill_jax.sharding import PARAM_SHARDINGS
 
-    allowed = {"remat": REMATS, "teacher": PLACEMENTS}.get(axis)
+    allowed = {"remat": REMATS, "teacher": PARAM_SHARDINGS}.get(axis)
     if allowed:
         if value not in allowed:
             raise UserError(f"--sweep={axis}={value}: choose among {', '.join(allowed)}")

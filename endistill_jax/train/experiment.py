@@ -16,7 +16,7 @@ from endistill_jax.core.errors import DTYPES, UserError, as_tuple, is_whole, req
 from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.objectives import LossImplementation, Objective
-from endistill_jax.sharding import PLACEMENTS, make_mesh
+from endistill_jax.sharding import PARAM_SHARDINGS, make_mesh
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.progress import MODES
 
@@ -166,7 +166,7 @@ class Teacher:
     sharding: str = "sharded"
 
     def __post_init__(self):
-        require_choice(self, dtype=DTYPES, sharding=PLACEMENTS)
+        require_choice(self, dtype=DTYPES, sharding=PARAM_SHARDINGS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -123,12 +123,12 @@ def test_one_beam_without_penalty_is_greedy(config, decoders, ending_params, tok
     "settings, told",
     [
         ({"strategy": "beams"}, "choose one of greedy, sample, beam"),
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
-        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"max_length": 0}, "max_length is 0; it must be a whole number of at least 1"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number of at least 0"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p is 1.1; it must be in \(0, 1\]"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
-        ({"beams": 0}, "beams is 0; it must be at least 1"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be a finite number above 0"),
+        ({"beams": 0}, "beams is 0; it must be a whole number of at least 1"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
     ],
 )
@@ -138,11 +138,11 @@ def test_settings_that_mean_nothing_are_refused(settings, told):
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(config, ending_params, tokens):
-    with pytest.raises(UserError, match="it must have at least 24, twice as many, or give at most 11 beams"):
+    with pytest.raises(UserError, match="beams is 12; the model's vocabulary of 23 tokens allows 11 beams at most"):
         make_decoder(config, Decoding(max_length=4, strategy="beam", beams=12))
-    with pytest.raises(UserError, match="eos_id is 23, and the model's vocabulary has 23 tokens"):
+    with pytest.raises(UserError, match="eos_id is 23; the model's vocabulary has 23 tokens"):
         make_decoder(config, Decoding(max_length=4, eos_id=23))
-    with pytest.raises(UserError, match="eos_id is 0, which the model pads with"):
+    with pytest.raises(UserError, match="eos_id is 0; the model pads with that"):
         make_decoder(config, Decoding(max_length=4, eos_id=0))
     with pytest.raises(UserError, match="encoder alone and generates no text"):
         make_decoder(dataclasses.replace(config, num_decoder_layers=0), Decoding(max_length=4))

@@ -48,10 +48,10 @@ def test_text_does_not_depend_on_the_mesh(params, tokens, search):
     key = jax.random.key(3)
     expected = make_decoder(CONFIG, SEARCHES[search])(params, tokens, key)
     assert len(set((np.asarray(expected.tokens[:13]) != 0).sum(axis=1))) > 1
-    for axes, placement in MESHES.items():
+    for axes, sharding in MESHES.items():
         mesh = make_mesh(*map(int, axes.split("x")))
-        placed = jax.device_put(params, param_shardings(CONFIG, mesh, placement))
-        found = make_decoder(CONFIG, SEARCHES[search], mesh=mesh, placement=placement)(placed, tokens, key)
+        placed = jax.device_put(params, param_shardings(CONFIG, mesh, sharding))
+        found = make_decoder(CONFIG, SEARCHES[search], mesh=mesh, sharding=sharding)(placed, tokens, key)
         assert found.tokens.sharding.is_equivalent_to(batch_sharding(mesh), 2)
         np.testing.assert_array_equal(found.tokens, expected.tokens, err_msg=axes)
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5, err_msg=axes)

@@ -1,4 +1,4 @@
-"""The shapes that the annotations of core/ and objectives/ promise, checked while every term is traced."""
+"""The shapes that annotations promise, checked while every term is traced and text is generated."""
 
 import subprocess
 import sys
@@ -8,13 +8,18 @@ import pytest
 CHECKED = """
 from jaxtyping import install_import_hook
 
-modules = ["core.attention", "core.model_io", "objectives"]
+modules = ["core.attention", "core.model_io", "objectives", "models.t5", "models.generation"]
 install_import_hook([f"endistill_jax.{name}" for name in modules], "beartype.beartype")
+
+import dataclasses
+import functools
 
 import jax
 from tiny_models import STUDENT, TEACHER, packed_batch
 
-from endistill_jax.models.family import abstract_params
+from endistill_jax.models.family import abstract_params, apply
+from endistill_jax.models.generation.generation import Decoding, generate
+from endistill_jax.models.t5.layers import RMSNorm
 from endistill_jax.objectives import (
     AttentionKL, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenDistance, InterpolatedTargets, LossImplementation,
     Objective, ReverseKL, SkewedKL, relations,
@@ -48,10 +53,25 @@ for implementation in (DENSE, LossImplementation()):
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in packed_batch().items()}
     jax.eval_shape(gradient, *models, batch, jax.eval_shape(lambda: jax.random.key(0)), step)
 
-try:
-    relation_scores((jax.numpy.ones((2, 3, 8)), jax.numpy.ones((2, 4, 6))), (jax.numpy.ones((2, 3), int),) * 2, 2)
-except Exception as error:
-    print("checked", type(error).__name__)
+for settings in ({}, {"strategy": "sample", "top_k": 3, "top_p": 0.9}, {"strategy": "beam", "beams": 2}):
+    for scan_layers in (True, False):
+        for bias_per_layer in (True, False):
+            config = dataclasses.replace(TEACHER, scan_layers=scan_layers, bias_per_layer=bias_per_layer)
+            run = functools.partial(generate, config, Decoding(max_length=5, **settings))
+            tokens = jax.ShapeDtypeStruct((3, 7), "int32")
+            jax.eval_shape(run, abstract_params(config), tokens, jax.eval_shape(lambda: jax.random.key(0)))
+
+config = dataclasses.replace(TEACHER, attention_bytes=64, tied_head=False, dropout_rate=0.1)
+jax.eval_shape(lambda params, batch: apply(config, params, batch), abstract_params(config), batch)
+wrong = (
+    lambda: relation_scores((jax.numpy.ones((2, 3, 8)), jax.numpy.ones((2, 4, 6))), (jax.numpy.ones((2, 3), int),) * 2, 2),
+    lambda: RMSNorm(TEACHER, parent=None).init(jax.random.key(0), jax.numpy.ones((2, 3))),
+)
+for function in wrong:
+    try:
+        function()
+    except Exception as error:
+        print("checked", type(error).__name__)
 """
 
 
@@ -66,4 +86,4 @@ def test_every_term_keeps_its_shapes_and_a_wrong_one_is_noticed(request):
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("checked TypeCheckError")
+    assert ended.stdout.splitlines() == ["checked TypeCheckError"] * 2

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
 
-from endistill_jax.core.errors import UserError
+from endistill_jax.core.errors import UserError, require, require_at_least, require_choice, require_positive
 from endistill_jax.models.family import ModelConfig
 from endistill_jax.models.generation.search import SearchState, beam_search, draw, filter_logits, most_likely, search
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
@@ -45,58 +47,43 @@ class Decoding:
     eos_id: int | None = None
 
     def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"Decoding.strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
-        for name, least in (("max_length", 1), ("top_k", 0), ("beams", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"Decoding.{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0.0 < self.temperature < float("inf"):
-            raise UserError(
-                f"Decoding.temperature is {self.temperature}; it must be positive (strategy 'greedy' is the limit 0)"
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"Decoding.top_p is {self.top_p}; it must be in (0, 1]")
-        if not abs(self.length_penalty) < float("inf"):
-            raise UserError(f"Decoding.length_penalty is {self.length_penalty}; it must be a finite number")
+        require_choice(self, strategy=STRATEGIES)
+        require_at_least(self, 1, "max_length", "beams")
+        require_at_least(self, 0, "top_k")
+        require_positive(self, "temperature")
+        require(self, "top_p", 0 < self.top_p <= 1, "it must be in (0, 1]")
+        require(self, "length_penalty", math.isfinite(self.length_penalty), "it must be a finite number")
 
     def validate(self, config: ModelConfig) -> None:
-        """Checks the settings against a model's.
-
-        Raises:
-            UserError: if the model has no decoder, or its vocabulary is too small for them.
-        """
+        """Checks that the model has a decoder and a vocabulary that the settings fit."""
         if not config.depth("decoder"):
             raise UserError("the model is an encoder alone and generates no text; give one with a decoder")
         size = config.vocab_size
-        if self.eos_id is not None and not 0 <= self.eos_id < size:
-            raise UserError(f"Decoding.eos_id is {self.eos_id}, and the model's vocabulary has {size} tokens")
-        if self.eos_id == config.pad_id:
-            raise UserError(f"Decoding.eos_id is {self.eos_id}, which the model pads with; give the token of the end")
-        if self.strategy == "beam" and size < 2 * self.beams:
-            raise UserError(
-                f"Decoding.beams is {self.beams}, and the model's vocabulary has {size} tokens; it must have at least "
-                f"{2 * self.beams}, twice as many, or give at most {size // 2} beams"
-            )
+        fits = self.eos_id is None or 0 <= self.eos_id < size
+        require(self, "eos_id", fits, f"the model's vocabulary has {size} tokens")
+        require(self, "eos_id", self.eos_id != config.pad_id, "the model pads with that; give the token of the end")
+        fits = self.strategy != "beam" or size >= 2 * self.beams
+        require(self, "beams", fits, f"the model's vocabulary of {size} tokens allows {size // 2} beams at most")
 
 
 class Decoded(NamedTuple):
     """Generated text.
 
     Attributes:
-        tokens: int32 [batch, max_length], up to and with the end, then the model's `pad_id`.
-        scores: float32 [batch], the sum of the log-probabilities that the model gives to the tokens (when sampling too:
-            before temperature and filters); of beam search divided by n ** length_penalty.
+        tokens: up to and with the end, then the model's `pad_id`.
+        scores: the sum of the log-probabilities that the model gives to the tokens (when sampling too: before
+            temperature and filters); of beam search divided by n ** length_penalty.
     """
 
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: Int[Array, "batch max_length"]
+    scores: Float[Array, " batch"]
 
 
 Decode = Callable[..., Decoded]
 
 
 def make_decoder(
-    config: ModelConfig, decoding: Decoding, *, mesh: Mesh | None = None, placement: str = "sharded"
+    config: ModelConfig, decoding: Decoding, *, mesh: Mesh | None = None, sharding: str = "sharded"
 ) -> Decode:
     """Builds the jitted search; make it once for a model and keep it, or it compiles again. It compiles once a shape.
 
@@ -104,17 +91,14 @@ def make_decoder(
         config: the model's settings.
         decoding: how text is generated.
         mesh: what it runs on; None for wherever the arguments are.
-        placement: how the parameters are sharded; see `sharding.logical_rules`. "sharded" gathers what is split
-            along `fsdp` while it generates; "replicated" is faster where the memory allows it.
+        sharding: of the parameters; see `sharding.logical_rules`. "sharded" gathers what is split along `fsdp` while it
+            generates; "replicated" is faster where the memory allows it.
 
     Returns:
         A function (params, tokens, key=None, row_ids=None) -> `Decoded`: `tokens` are int [batch, source], one example
         a row, padded with the model's `pad_id`, and a row of nothing but padding stays empty, with score 0. `key`, of
         "sample" alone, and `row_ids`, int [batch], by default 0, 1, ..., decide together what is drawn for a row: give
         rows their number in the whole data, and they do not depend on how it is cut into batches.
-
-    Raises:
-        UserError: if settings and model do not go together; by the function, if it is to sample without a key.
     """
     decoding.validate(config)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -123,22 +107,20 @@ def make_decoder(
         config = dataclasses.replace(config, scan_layers=False)
 
     def decode(params: Any, tokens: jax.Array, key: jax.Array | None, row_ids: jax.Array | None) -> Decoded:
-        with contextlib.nullcontext() if mesh is None else activation_sharding(mesh, placement):
+        with contextlib.nullcontext() if mesh is None else activation_sharding(mesh, sharding):
             return generate(config, decoding, params, tokens, key, row_ids)
 
     options = {}
     if mesh is not None:
         rows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-        options = {"in_shardings": (param_shardings(config, mesh, placement), rows, whole, rows), "out_shardings": rows}
+        options = {"in_shardings": (param_shardings(config, mesh, sharding), rows, whole, rows), "out_shardings": rows}
     jitted = jax.jit(decode, **options)
 
     def checked(
         params: Any, tokens: jax.Array, key: jax.Array | None = None, row_ids: jax.Array | None = None
     ) -> Decoded:
         if key is None and decoding.strategy == "sample":
-            raise UserError(
-                "decoding draws at random (strategy 'sample') and was given no key; give jax.random.key(seed)"
-            )
+            raise UserError("strategy 'sample' draws at random and was given no key; give jax.random.key(seed)")
         return jitted(params, tokens, key, row_ids)
 
     return checked
@@ -148,9 +130,9 @@ def generate(
     config: ModelConfig,
     decoding: Decoding,
     params: Any,
-    tokens: jax.Array,
-    key: jax.Array | None = None,
-    row_ids: jax.Array | None = None,
+    tokens: Int[Array, "batch source"],
+    key: Key[Array, ""] | None = None,
+    row_ids: Int[Array, " batch"] | None = None,
 ) -> Decoded:
     """What `make_decoder` jits: a pure function, for programs of which generating is a part."""
     length = decoding.max_length

@@ -15,28 +15,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.model_io import Batch
 from endistill_jax.models.family import ModelConfig
 
+Logits = Float[Array, "batch vocab"]
+
+_BLOCK = 128
+
 
 class SearchState(NamedTuple):
-    """The loop state of the search.
+    """The loop state of a search with one hypothesis.
 
     Attributes:
         cache: of the tokens read so far.
-        token: int32 [batch], the one to be read next.
-        tokens: int32 [batch, max_length], what was generated, then `pad_id`.
-        scores: float32 [batch], the sum of the log-probabilities of what was generated.
-        finished: bool [batch], whether the end was generated.
+        token: the one to be read next.
+        tokens: what was generated, then `pad_id`.
+        scores: the sum of the log-probabilities of what was generated.
+        finished: whether the end was generated.
     """
 
     cache: Any
-    token: jax.Array
-    tokens: jax.Array
-    scores: jax.Array
-    finished: jax.Array
+    token: Int[Array, " batch"]
+    tokens: Int[Array, "batch max_length"]
+    scores: Float[Array, " batch"]
+    finished: Bool[Array, " batch"]
 
 
 def search(
@@ -45,22 +50,12 @@ def search(
     batch: Batch,
     max_length: int,
     eos_id: int,
-    choose: Callable[[jax.Array, SearchState], jax.Array],
+    choose: Callable[[Logits, SearchState], Int[Array, " batch"]],
 ) -> SearchState:
-    """Generates until every example has ended or `max_length` tokens were generated.
+    """Generates until every example has ended or `max_length` tokens, the end included, were generated.
 
-    An example without input, which fills a batch up, has ended before it begins.
-
-    Args:
-        config: the model's settings.
-        params: all its parameters.
-        batch: `encoder_input_tokens` [batch, source], padded with `pad_id`; not packed.
-        max_length: tokens generated at most, the end included.
-        eos_id: the token that ends an example.
-        choose: from float32 logits [batch, vocab_size] and the state before, the next token of each example.
-
-    Raises:
-        UserError: if the batch is packed.
+    An example without input, which fills a batch up, has ended before it begins. Inputs are padded with `pad_id`.
+    `choose` takes float32 logits and the state before them, and returns the next token of each example.
     """
     if "encoder_segment_ids" in batch:
         raise UserError("text is generated for one example a row, and this batch is packed; give it unpacked")
@@ -93,67 +88,132 @@ def search(
     return jax.lax.while_loop(unfinished, generate, start)
 
 
-def most_likely(logits: jax.Array, state: SearchState) -> jax.Array:
-    """The greedy choice: int32 [batch] from [batch, vocab_size]."""
+def most_likely(logits: Logits, state: SearchState) -> Int[Array, " batch"]:
+    """The greedy choice."""
     return largest(logits, 1)[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "eos_id"))
-def greedy(config: ModelConfig, params: Any, batch: Batch, max_length: int, eos_id: int | None = None) -> jax.Array:
-    """The most likely token at every step: int32 [batch, max_length], up to and with the end, then `pad_id`.
-
-    The end is the model's, unless another is given.
-    """
+def greedy(
+    config: ModelConfig, params: Any, batch: Batch, max_length: int, eos_id: int | None = None
+) -> Int[Array, "batch max_length"]:
+    """The most likely token at every step, up to and with the end (by default the model's), then `pad_id`."""
     eos_id = config.eos_id if eos_id is None else eos_id
     return search(config, params, batch, max_length, eos_id, most_likely).tokens
 
 
-class Hypotheses(NamedTuple):
-    """Several hypotheses of each example, the best first.
+def filter_logits(logits: Logits, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Logits:
+    """Logits at a temperature, -inf where a token may not be drawn; the filters apply one after the other, in order.
 
-    Attributes:
-        scores: float32 [batch, beams]; -inf where there is none.
-        tokens: int32 [batch, beams, max_length], then padding.
+    Args:
+        logits: float32.
+        temperature: what logits are divided by.
+        top_k: keeps the k most likely tokens, and all that are as likely as the k-th; 0 keeps all.
+        top_p: keeps the smallest set of most likely tokens with at least this total probability (nucleus sampling,
+            Holtzman et al., arXiv 1904.09751); tokens as likely as the last one kept are kept too.
     """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = largest(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if top_p < 1.0:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        logits = jnp.where(probabilities >= _nucleus_threshold(probabilities, top_p), logits, -jnp.inf)
+    return logits
 
-    scores: jax.Array
-    tokens: jax.Array
+
+def _nucleus_threshold(probabilities: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch 1"]:
+    """The largest probability t of each row such that tokens of at least t together have `top_p`."""
+
+    # By halving an interval of the bit patterns, which are ordered as the positive numbers are: 31 sums over the
+    # vocabulary instead of a sort, which takes many times as long on a CPU.
+    def as_number(bits: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halve(_: Any, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # At `low` the tokens have enough, at `high` they have not.
+        low, high = interval
+        middle = low + (high - low) // 2
+        kept = jnp.where(probabilities >= as_number(middle), probabilities, 0.0)
+        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((len(probabilities), 1), jnp.int32)
+    above_one = jax.lax.bitcast_convert_type(jnp.full_like(low, 2, jnp.float32), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, above_one))
+    return as_number(low)
+
+
+def draw(
+    logits: Logits, key: Key[Array, ""], row_ids: Int[Array, " batch"], position: Int[Array, ""] | int
+) -> Int[Array, " batch"]:
+    """One token of each row, by its id and the token's position; -inf where a token may not be drawn."""
+    key = jax.random.fold_in(key, position)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def largest(
+    values: Float[Array, "*rows size"], count: int
+) -> tuple[Float[Array, "*rows {count}"], Int[Array, "*rows {count}"]]:
+    """The largest values along the last axis and their indices; the same as `jax.lax.top_k`."""
+    *rows, size = values.shape
+    if size % _BLOCK or size < 4 * _BLOCK * count:
+        return tuple(jax.lax.top_k(values, count))
+    # They are in the `count` blocks with the largest maxima, which are cheap to compute: on a CPU this takes a small
+    # fraction of the time of `top_k` or `argmax` over a vocabulary.
+    blocks = values.reshape(*rows, size // _BLOCK, _BLOCK)
+    # In their order, so that of equal values the first comes first.
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=-2)  # [..., count, block]
+    found, index = jax.lax.top_k(candidates.reshape(*rows, count * _BLOCK), count)
+    return found, jnp.take_along_axis(chosen, index // _BLOCK, axis=-1) * _BLOCK + index % _BLOCK
+
+
+class Hypotheses(NamedTuple):
+    """Several hypotheses of each example, the best first; the score is -inf where there is none."""
+
+    scores: Float[Array, "batch beams"]
+    tokens: Int[Array, "batch beams max_length"]
 
 
 class BeamState(NamedTuple):
-    """The loop state of the search.
+    """The loop state of beam search.
 
     Attributes:
         cache: of the positions read so far.
         running: live hypotheses, with their log-probabilities.
-        ancestors: int32 [batch, beams, max_length], the beam each of them was in at each position; see `read_tokens`.
+        ancestors: the beam that each of them was in at each position; see `Family.read_tokens`.
         ended: finished hypotheses, with their penalized scores.
-        done: bool [batch], whether an example's answer is found.
+        done: whether an example's answer is found.
     """
 
     cache: Any
     running: Hypotheses
-    ancestors: jax.Array
+    ancestors: Int[Array, "batch beams max_length"]
     ended: Hypotheses
-    done: jax.Array
+    done: Bool[Array, " batch"]
 
 
 def beam_search(
-    config: ModelConfig, params: Any, tokens: jax.Array, max_length: int, eos_id: int, beams: int, length_penalty: float
-) -> tuple[jax.Array, jax.Array]:
-    """The best hypothesis of each example.
+    config: ModelConfig,
+    params: Any,
+    tokens: Int[Array, "batch source"],
+    max_length: int,
+    eos_id: int,
+    beams: int,
+    length_penalty: float,
+) -> tuple[Int[Array, "batch max_length"], Float[Array, " batch"]]:
+    """The best hypothesis of each example, up to and with the end, then `pad_id`; and its penalized score.
 
     Args:
         config: the model's settings; its vocabulary has at least `2 * beams` tokens.
         params: all its parameters.
-        tokens: int [batch, source], padded with `pad_id`; an example without input gets no text and the score 0.
+        tokens: padded with `pad_id`; an example without input gets no text and the score 0.
         max_length: tokens generated at most, the end included; what has not ended by then ends there.
         eos_id: the token that ends an example.
         beams: number of live hypotheses.
         length_penalty: the score of n tokens is their log-probability / n ** length_penalty.
-
-    Returns:
-        int32 [batch, max_length] up to and with the end, then `pad_id`; and the penalized scores, float32 [batch].
     """
     source = config.family.read_source(config, params, tokens)
     rows = len(tokens)
@@ -195,14 +255,10 @@ def beam_search(
     return ended.tokens[:, 0], jnp.where(jnp.isneginf(ended.scores[:, 0]), 0.0, ended.scores[:, 0])
 
 
-def _best_continuations(logits: jax.Array, scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best continuations of all live hypotheses: log-probability, hypothesis and token, each [batch, count].
-
-    Args:
-        logits: float32 [batch, beams, vocab_size].
-        scores: float32 [batch, beams], log-probabilities of the hypotheses.
-        count: how many.
-    """
+def _best_continuations(
+    logits: Float[Array, "batch beams vocab"], scores: Float[Array, "batch beams"], count: int
+) -> tuple[Float[Array, "batch {count}"], Int[Array, "batch {count}"], Int[Array, "batch {count}"]]:
+    """The best continuations of all live hypotheses: log-probability, hypothesis and token."""
     each = min(count, logits.shape[-1])
     best, token = largest(logits, each)  # [batch, beams, each]
     before = scores - jax.nn.logsumexp(logits, axis=-1)
@@ -218,89 +274,14 @@ def _best_of(one: Hypotheses, other: Hypotheses) -> Hypotheses:
     return Hypotheses(scores, _of_beam(together.tokens, kept))
 
 
-def _of_beam(texts: jax.Array, beam: jax.Array) -> jax.Array:
-    """[batch, beams, length] and int [batch, count] -> [batch, count, length]."""
+def _of_beam(
+    texts: Int[Array, "batch beams length"], beam: Int[Array, "batch count"]
+) -> Int[Array, "batch count length"]:
     return jnp.take_along_axis(texts, beam[..., None], axis=1)
 
 
-def _set_at(texts: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
-    """Writes [batch, beams] at a position of [batch, beams, length]; nothing if there is no such position."""
+def _set_at(
+    texts: Int[Array, "batch beams length"], position: Int[Array, ""], token: Int[Array, "batch beams"]
+) -> Int[Array, "batch beams length"]:
+    """Writes tokens at a position; nothing if there is no such position."""
     return jnp.where(jnp.arange(texts.shape[-1]) == position, token[..., None], texts)
-
-
-_BLOCK = 128
-
-
-def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The largest values along the last axis and their indices, each [..., count]; the same as `jax.lax.top_k`.
-
-    They are in the `count` blocks with the largest maxima, which are cheap to compute: on a CPU this takes a small
-        fraction of the time of `top_k` or `argmax` over a vocabulary.
-    """
-    *rows, size = values.shape
-    if size % _BLOCK or size < 4 * _BLOCK * count:
-        return jax.lax.top_k(values, count)
-    blocks = values.reshape(*rows, size // _BLOCK, _BLOCK)
-    # In their order, so that of equal values the first comes first.
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)
-    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=-2)  # [..., count, block]
-    found, index = jax.lax.top_k(candidates.reshape(*rows, count * _BLOCK), count)
-    return found, jnp.take_along_axis(chosen, index // _BLOCK, axis=-1) * _BLOCK + index % _BLOCK
-
-
-def filter_logits(logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-    """Logits at a temperature, -inf where a token may not be drawn; the filters apply one after the other, in order.
-
-    Args:
-        logits: float32 [batch, vocab_size].
-        temperature: what logits are divided by.
-        top_k: keeps the k most likely tokens, and all that are as likely as the k-th; 0 keeps all.
-        top_p: keeps the smallest set of most likely tokens with at least this total probability (nucleus sampling,
-            Holtzman et al., arXiv 1904.09751); tokens as likely as the last one kept are kept too.
-    """
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = largest(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p < 1.0:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(probabilities >= _nucleus_threshold(probabilities, top_p), logits, -jnp.inf)
-    return logits
-
-
-def draw(logits: jax.Array, key: jax.Array, row_ids: jax.Array, position: jax.Array) -> jax.Array:
-    """One token of each row: int32 [batch].
-
-    Args:
-        logits: float32 [batch, vocab_size], -inf where a token may not be drawn.
-        key: of the whole search.
-        row_ids: int [batch], distinguishes rows.
-        position: int scalar, of the token in its row.
-    """
-    key = jax.random.fold_in(key, position)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _nucleus_threshold(probabilities: jax.Array, top_p: float) -> jax.Array:
-    """The largest probability t of each row such that tokens of at least t together have `top_p`: [batch, 1].
-
-    By halving an interval of the bit patterns, which are ordered as the positive numbers are: 31 sums over the
-    vocabulary instead of a sort, which takes many times as long on a CPU.
-    """
-
-    def as_number(bits: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # At `low` the tokens have enough, at `high` they have not.
-        low, high = interval
-        middle = low + (high - low) // 2
-        kept = jnp.where(probabilities >= as_number(middle), probabilities, 0.0)
-        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low = jnp.zeros((len(probabilities), 1), jnp.int32)
-    above_one = jax.lax.bitcast_convert_type(jnp.full_like(low, 2, jnp.float32), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, above_one))
-    return as_number(low)

@@ -11,26 +11,25 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from endistill_jax.core.attention import Groups, choose_groups
 
 # Finite, so that a row that sees no key gets a uniform softmax and finite gradients instead of NaN.
 MASKED_SCORE = -1e10
 
+Queries = Float[Array, "batch heads query head_dim"]
+Keys = Float[Array, "batch heads key head_dim"]
+Scores = Float[Array, "batch heads query key"]
+Bias = Float[Array, "1 heads #query key"]
+Mask = Bool[Array, "batch 1 #query key"]  # true where a key is visible
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_weights(
-    scores: jax.Array, position_bias: jax.Array | None, mask: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
+def attention_weights(scores: Scores, position_bias: Bias | None, mask: Mask, dtype: jnp.dtype) -> Scores:
     """softmax(scores + position_bias) over the visible keys, computed in float32 and returned in `dtype`.
 
     Saves only its output for the backward pass. A row that sees no key gets uniform weights and no gradient.
-
-    Args:
-        scores: [batch, num_heads, query_length, key_length], float32.
-        position_bias: [1, num_heads, query_length, key_length] or None.
-        mask: [batch, 1, query_length, key_length], true where a key is visible.
-        dtype: of the weights.
     """
     if position_bias is not None:
         scores = scores + position_bias
@@ -59,42 +58,25 @@ attention_weights.defvjp(_weights_forward, _weights_backward)
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    position_bias: jax.Array | None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
-) -> jax.Array:
-    """The sum of the values, weighted by attention: [batch, num_heads, query_length, head_dim].
-
-    Args:
-        query: [batch, num_heads, query_length, head_dim].
-        key: [batch, num_heads, key_length, head_dim].
-        value: as `key`.
-        mask: [batch, 1, query_length, key_length], true where a key is visible.
-        position_bias: [1, num_heads, query_length, key_length] or None.
-        drop: applied to the weights.
-    """
-    # [batch, num_heads, query_length, key_length]
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    mask: Mask,
+    position_bias: Bias | None,
+    drop: Callable[[Scores], Scores] = lambda weights: weights,
+) -> Queries:
+    """The sum of the values, weighted by attention; `drop` is applied to the weights."""
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     weights = drop(attention_weights(scores, position_bias, mask, value.dtype))
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
 def attend_in_groups(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    position_bias: jax.Array | None,
-    group_bytes: int,
-) -> jax.Array:
+    query: Queries, key: Keys, value: Keys, mask: Mask, position_bias: Bias | None, group_bytes: int
+) -> Queries:
     """As `attend`, with at most `group_bytes` of scores at a time on a device, or those of two heads of one example.
 
-    The gradient computes a group's scores again. Where a mesh is set, each device runs over its own examples and heads:
-    a loop that the compiler had to split itself would gather what it slices. A mesh that does not divide them computes
-    all at once.
+    The gradient computes a group's scores again. A mesh that does not divide examples and heads computes all at once.
     """
     arrays = (query, key, value, mask, position_bias)
     mesh = jax.sharding.get_abstract_mesh()
@@ -107,6 +89,7 @@ def attend_in_groups(
     run = functools.partial(_run_groups, groups)
     if parts == (1, 1):
         return run(*arrays)
+    # Each device loops over its own examples and heads: a loop that the compiler had to split would gather its slices.
     vectors, masks, biases = (
         nn.logical_to_mesh_axes((*axes, None, None)) for axes in (("batch", "heads"), ("batch", None), (None, "heads"))
     )

@@ -18,10 +18,9 @@ has one bias a stack.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,21 +28,15 @@ from jax.sharding import PartitionSpec
 
 from endistill_jax.core.attention import STACKS, Stack
 from endistill_jax.core.errors import UserError
-from endistill_jax.models.family import evenly_spaced
+from endistill_jax.models.family import evenly_spaced, logical_axes
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.t5 import boxed_init
 
 WIDTHS = ("d_model", "num_heads", "head_dim", "mlp_dim")
 
 
 def check_cut(teacher: T5Config, student: T5Config, *, equal_widths: bool) -> None:
-    """Checks that a student can be initialized from its teacher; see `models.family.Family`.
-
-    Raises:
-        UserError: naming the setting, both values, and what would be right.
-    """
-    kind = "layers" if equal_widths else "slice"
-    start = f"StudentInit.kind is {kind!r}, but"
+    """Checks that a student can be initialized from its teacher; see `models.family.Family`."""
+    start = f"StudentInit.kind is {'layers' if equal_widths else 'slice'!r}, but"
     for name in ("mlp_activations", "relative_buckets", "relative_max_distance"):
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if ours != theirs:
@@ -72,27 +65,9 @@ def cut_params(
     params: Mapping[str, Any], *, teacher: T5Config, student: T5Config, layers: Mapping[Stack, np.ndarray]
 ) -> Any:
     """The teacher's parameters at the chosen indices, scaled, in float32; NumPy arrays if the teacher's are."""
-    widths = width_indices(teacher, student)
-
-    def cut(path: tuple, leaf: Any, axes: PartitionSpec) -> Any:
-        names = [entry.key for entry in path]
-        taken = take(leaf, axes, widths | {"layers": layers.get(names[0])})
-        scale = 1.0
-        if names[-1] == "kernel":
-            scale = math.sqrt(leaf.shape[-2] / taken.shape[-2])  # kernels are [..., inputs, outputs]
-        if names[-2:] == ["query", "kernel"]:
-            scale *= math.sqrt(teacher.head_dim / student.head_dim)
-        return taken.astype(np.float32) * scale
-
-    axes = nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(student, jax.random.key(0))))
-    return jax.tree_util.tree_map_with_path(cut, _like_student(params, teacher, student), axes)
-
-
-def width_indices(teacher: T5Config, student: T5Config) -> dict[str, np.ndarray]:
-    """Which of the teacher's indices the student takes, by logical axis; layers apart."""
     heads = evenly_spaced(teacher.num_heads, student.num_heads)
     dimensions = evenly_spaced(teacher.head_dim, student.head_dim)
-    return {
+    widths = {
         "embed": evenly_spaced(teacher.d_model, student.d_model),
         "heads": heads,
         "joined_kv": (heads[:, None] * teacher.head_dim + dimensions).reshape(-1),
@@ -100,6 +75,29 @@ def width_indices(teacher: T5Config, student: T5Config) -> dict[str, np.ndarray]
         "vocab": np.arange(student.vocab_size),
         "relpos_buckets": np.arange(student.relative_buckets),
     }
+
+    def cut(path: tuple, leaf: Any, axes: PartitionSpec) -> Any:
+        names = [entry.key for entry in path]
+        indices = widths | {"layers": layers.get(names[0])}
+        taken = leaf
+        for axis, name in enumerate(axes):
+            taken = _take(taken, indices[name], axis)
+        scale = 1.0
+        if names[-1] == "kernel":
+            scale = math.sqrt(leaf.shape[-2] / taken.shape[-2])  # kernels are [..., inputs, outputs]
+        if names[-2:] == ["query", "kernel"]:
+            scale *= math.sqrt(teacher.head_dim / student.head_dim)
+        return taken.astype(np.float32) * scale
+
+    return jax.tree_util.tree_map_with_path(cut, _like_student(params, teacher, student), logical_axes(student))
+
+
+def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+    # Axes taken in full are skipped, which avoids communication between their shards.
+    if np.array_equal(indices, np.arange(leaf.shape[axis])):
+        return leaf
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.take(leaf, indices, axis, mode="clip")  # in range as they are; other modes make JAX mask
 
 
 def _like_student(params: Mapping[str, Any], teacher: T5Config, student: T5Config) -> Mapping[str, Any]:
@@ -119,18 +117,3 @@ def _like_student(params: Mapping[str, Any], teacher: T5Config, student: T5Confi
         repeated = xp.broadcast_to(table, (teacher.depth(stack), *table.shape))
         params[stack] = {**rest, "layers": {**rest["layers"], "relpos_bias": {"rel_embedding": repeated}}}
     return params
-
-
-def take(leaf: Any, axes: Sequence[str | None], indices: Mapping[str, np.ndarray]) -> Any:
-    """A parameter at some indices of each axis, by the axes' logical names; a NumPy array if it is one."""
-    for axis, name in enumerate(axes):
-        leaf = _take(leaf, indices[name], axis)
-    return leaf
-
-
-def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
-    # Axes taken in full are skipped, which avoids communication between their shards.
-    if np.array_equal(indices, np.arange(leaf.shape[axis])):
-        return leaf
-    xp = np if isinstance(leaf, np.ndarray) else jnp
-    return xp.take(leaf, indices, axis, mode="clip")  # in range as they are; other modes make JAX mask

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from endistill_jax.core.model_io import LOGITS
 from endistill_jax.models.t5.config import T5Config
@@ -28,11 +29,11 @@ class Cache(NamedTuple):
     Attributes:
         kept: keys and values of its self-attention, each [layers, batch, num_heads, positions * beams, head_dim], the
             beams of a position side by side; or for each layer such a pair without the first axis.
-        index: int32 scalar, how many positions were read.
+        index: how many positions were read.
     """
 
     kept: OfLayers
-    index: jax.Array
+    index: Int[Array, ""]
 
 
 class Source(NamedTuple):
@@ -42,12 +43,12 @@ class Source(NamedTuple):
         params: the model's parameters, the decoder's layers split as the keys and values are.
         cross: keys and values of the encoder's output, each [layers, batch, num_heads, source, head_dim], or for each
             layer such a pair without the first axis.
-        segments: int32 [batch, source], 0 is padding.
+        segments: 0 is padding.
     """
 
     params: Any
     cross: OfLayers
-    segments: jax.Array
+    segments: Int[Array, "batch source"]
 
 
 def init_cache(
@@ -70,25 +71,17 @@ def init_cache(
     return Cache(KeysValues(zeros(config.num_decoder_layers), zeros(config.num_decoder_layers)), index)
 
 
-def encode(config: T5Config, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """The encoder's output, without dropout: [batch, source, d_model].
-
-    Args:
-        config: the model's settings.
-        params: all its parameters.
-        tokens: int [batch, source].
-        segments: int [batch, source], 0 is padding.
-    """
+def encode(
+    config: T5Config, params: Any, tokens: Int[Array, "batch source"], segments: Int[Array, "batch source"]
+) -> Float[Array, "batch source d_model"]:
+    """The encoder's output, without dropout."""
     x = _apply(Embedding, config, params["token_embedder"], tokens)
     reads = StackReads(taps={}, hidden={}, to_top=True)
     return _apply(Encoder, config, params["encoder"], x, segments, reads, deterministic=True, frozen=True)[0]
 
 
-def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> KeysValues:
-    """Keys and values of the encoder's output in every decoder layer; the same at every token, so computed once.
-
-    Each is [layers, batch, num_heads, source, head_dim].
-    """
+def cross_keys_values(config: T5Config, params: Any, encoded: Float[Array, "batch source d_model"]) -> KeysValues:
+    """Keys and values of the encoder's output in every decoder layer, stacked; the same at every token."""
     layers = params["decoder"]["layers"]["encoder_decoder_attention"]
 
     def of_layer(layer_params: Any) -> KeysValues:
@@ -100,63 +93,45 @@ def cross_keys_values(config: T5Config, params: Any, encoded: jax.Array) -> Keys
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
-def read_source(config: T5Config, params: Any, tokens: jax.Array) -> Source:
-    """Encodes [batch, source] tokens, once per search; `pad_id` is padding.
-
-    Without a loop over layers the decoder's parameters are unstacked here once, rather than at every token.
-
-    Raises:
-        UserError: if the model has no decoder.
-    """
+def read_source(config: T5Config, params: Any, tokens: Int[Array, "batch source"]) -> Source:
+    """Encodes the input, once per search; `pad_id` is padding."""
     check_reads(config, LOGITS)
     segments = jnp.asarray(tokens != config.pad_id, jnp.int32)
     cross = cross_keys_values(config, params, encode(config, params, tokens, segments))
     if config.scan_layers:
         return Source(params, cross, segments)
-    layers, cross = (_split(tree, config.num_decoder_layers) for tree in (params["decoder"]["layers"], cross))
+    # Without a loop over layers, parameters are unstacked here once, rather than at every token.
+    layers, cross = (
+        tuple(_take(tree, layer) for layer in range(config.num_decoder_layers))
+        for tree in (params["decoder"]["layers"], cross)
+    )
     return Source({**params, "decoder": {**params["decoder"], "layers": layers}}, cross, segments)
 
 
 def decode_step(
-    config: T5Config, params: Any, cache: Cache, cross: KeysValues, tokens: jax.Array, encoder_segments: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Decodes one token of each example.
-
-    Args:
-        config: the model's settings.
-        params: all its parameters.
-        cache: of the tokens before; must not be full.
-        cross: from `cross_keys_values`.
-        tokens: int [batch], `decoder_start_id` first.
-        encoder_segments: int [batch, source], 0 is padding.
-
-    Returns:
-        float32 logits [batch, vocab_size], and the cache with these tokens in it.
-    """
+    config: T5Config,
+    params: Any,
+    cache: Cache,
+    cross: KeysValues,
+    tokens: Int[Array, " batch"],
+    encoder_segments: Int[Array, "batch source"],
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """`read_tokens` for one token of each example, with what `cross_keys_values` returned."""
     logits, cache = read_tokens(config, Source(params, cross, encoder_segments), cache, tokens[:, None])
     return logits[:, 0], cache
 
 
 def read_tokens(
-    config: T5Config, source: Source, cache: Cache, tokens: jax.Array, ancestors: jax.Array | None = None
-) -> tuple[jax.Array, Cache]:
-    """Decodes one token of each beam of each example.
-
-    Args:
-        config: the model's settings.
-        source: what the tokens attend to; split by layers if the cache is.
-        cache: of the positions before; must not be full.
-        tokens: int [batch, beams].
-        ancestors: int [batch, beams, positions], the beam that each beam's hypothesis was in at each position, up to
-            and with this one. So hypotheses can change beams without moving the cache. None where there is one
-            beam.
-
-    Returns:
-        float32 logits [batch, beams, vocab_size], and the cache with these tokens in it.
-    """
+    config: T5Config,
+    source: Source,
+    cache: Cache,
+    tokens: Int[Array, "batch beams"],
+    ancestors: Int[Array, "batch beams positions"] | None = None,
+) -> tuple[Float[Array, "batch beams vocab"], Cache]:
+    """Decodes one token of each beam of each example; see `models.family.Family`. `source` is split if the cache is."""
     params, beams = source.params, tokens.shape[1]
     x = _apply(Embedding, config, params["token_embedder"], tokens)
-    mask = _self_attention_mask(cache, beams, ancestors)
+    mask = _self_attention_mask(cache, tokens, ancestors)
     bias_of_stack = None if config.bias_per_layer else _bias_row(config, params["decoder"], cache, beams)
     cross_mask = (source.segments != 0)[:, None, None]  # [batch, 1, 1, source]
     start = (0, 0, cache.index * beams, 0)
@@ -177,14 +152,11 @@ def read_tokens(
 
         return run(x, layer_params, layer_cross, write), None
 
-    def run_of_split(x: jax.Array, kept: KeysValues, *of_layer: Any) -> tuple[jax.Array, KeysValues]:
-        return run(x, *of_layer, lambda new: (_write(kept, new, start),) * 2)
-
     layers = params["decoder"]["layers"]
     if not isinstance(cache.kept, KeysValues):
         kept = []
-        for of_layer in zip(cache.kept, layers, source.cross, strict=True):
-            x, written = run_of_split(x, *of_layer)
+        for own, layer_params, layer_cross in zip(cache.kept, layers, source.cross, strict=True):
+            x, written = run(x, layer_params, layer_cross, lambda new, own=own: (_write(own, new, start),) * 2)
             kept.append(written)
         kept = tuple(kept)
     else:
@@ -199,17 +171,20 @@ def read_tokens(
     return _logits(config, params, x), Cache(kept=kept, index=cache.index + 1)
 
 
-def _self_attention_mask(cache: Cache, beams: int, ancestors: jax.Array | None) -> jax.Array:
-    """What a position sees of those before: bool [.., beams, positions * beams]."""
+def _self_attention_mask(
+    cache: Cache, tokens: Int[Array, "batch beams"], ancestors: Int[Array, "batch beams positions"] | None
+) -> Bool[Array, "batch 1 #beams keys"]:
+    """What a position sees of those before; keys are [positions, beams], flattened."""
+    batch, beams = tokens.shape
     mask = jnp.arange(_positions(cache, beams)) <= cache.index
     if ancestors is None:
-        return mask
+        return jnp.broadcast_to(mask, (batch, 1, 1, len(mask)))
     own = (ancestors[..., None] == jnp.arange(beams)) & mask[:, None]  # [batch, beams, positions, beams]
-    return own.reshape(len(own), 1, beams, -1)
+    return own.reshape(batch, 1, beams, -1)
 
 
-def _bias_row(config: T5Config, owner: Any, cache: Cache, beams: int) -> jax.Array:
-    """The position bias of a stack's or a layer's parameters: [1, num_heads, 1, positions * beams]."""
+def _bias_row(config: T5Config, owner: Any, cache: Cache, beams: int) -> Float[Array, "1 heads 1 keys"]:
+    """The position bias of a stack's or a layer's parameters."""
     bias_of_decoder = functools.partial(RelativePositionBias, bidirectional=False)
     arguments = (cache.index, _positions(cache, beams))
     return jnp.repeat(_apply(bias_of_decoder, config, owner["relpos_bias"], *arguments, method="row"), beams, axis=-1)
@@ -219,7 +194,7 @@ def _positions(cache: Cache, beams: int) -> int:
     return jax.tree.leaves(cache.kept)[0].shape[-2] // beams
 
 
-def _logits(config: T5Config, params: Any, x: jax.Array) -> jax.Array:
+def _logits(config: T5Config, params: Any, x: Float[Array, "batch beams d_model"]) -> Float[Array, "batch beams vocab"]:
     x = _apply(RMSNorm, config, params["decoder"]["decoder_norm"], x)
     if config.tied_head:
         return _apply(Embedding, config, params["token_embedder"], x, method="head").logits()
@@ -233,10 +208,6 @@ def _apply(module: Callable[..., nn.Module], config: T5Config, params: Any, *arg
 
 def _take(tree: Any, index: jax.Array | int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _split(tree: Any, layers: int) -> tuple[Any, ...]:
-    return tuple(_take(tree, layer) for layer in range(layers))
 
 
 def _write(kept: KeysValues, new: KeysValues, start: tuple) -> KeysValues:

@@ -44,7 +44,6 @@ class T5Family:
         frozen: bool,
         attention_bytes: int | None,
     ) -> Output:
-        """One forward pass; see `models.family.apply`."""
         if attention_bytes is not None:
             config = dataclasses.replace(config, attention_bytes=attention_bytes)
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -53,12 +52,10 @@ class T5Family:
         return model.apply({"params": params}, batch, reads, deterministic=not rngs, frozen=frozen, rngs=rngs)
 
     def describe(self, config: T5Config) -> str:
-        """Layers, widths and head, in a phrase."""
-        layers = f"{config.num_encoder_layers} encoder layers and no decoder"
-        if config.num_decoder_layers:
-            layers = f"{config.num_encoder_layers} encoder and {config.num_decoder_layers} decoder layers"
+        depth = config.num_decoder_layers
+        decoder = f"and {depth} decoder layers" if depth else "layers and no decoder"
         parts = [
-            layers,
+            f"{config.num_encoder_layers} encoder {decoder}",
             f"width {config.d_model}",
             f"{config.num_heads} heads of {config.head_dim}",
             f"feed-forward width {config.mlp_dim} ({' x '.join(config.mlp_activations)})",

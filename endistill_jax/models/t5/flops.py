@@ -32,11 +32,7 @@ from endistill_jax.models.t5.t5 import check_reads, stack_reads
 
 
 def forward_flops(config: T5Config, lengths: Lengths, reads: Reads = LOGITS) -> ForwardFlops:
-    """Operations of a forward pass that computes only what is read: nothing above the highest of it.
-
-    Raises:
-        UserError: if a layer, or the decoder, does not exist.
-    """
+    """Operations of a forward pass that computes only what is read: nothing above the highest of it."""
     check_reads(config, reads)
     decoder_taps = _indexed(reads, "decoder", config.num_decoder_layers)
     encoder_taps = _indexed(reads, "encoder", config.num_encoder_layers)
@@ -97,17 +93,10 @@ def _block(config: T5Config, batch: int, length: int) -> int:
 
 
 def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[int]:
-    """Operations of all matrix products that the outputs of `function` need, by the length of the contracted axes.
+    """Contracted length -> operations of the matrix products of that length which the outputs of `function` need.
 
-    Args:
-        function: traced, not run.
-        args: arrays or their shapes (`jax.ShapeDtypeStruct`).
-
-    Returns:
-        Contracted length -> 2 x products' sizes, so that products of one kind can be identified by a unique length.
-
-    Raises:
-        NotImplementedError: if a loop with an unknown trip count, or a branch, contains a product.
+    The function is traced with arrays or shapes, not run. So the formulas can be checked: XLA's own `cost_analysis`
+    counts the body of a loop once, however often it runs.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -117,23 +106,18 @@ def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[in
 def _count(jaxpr: Any) -> collections.Counter[int]:
     total: collections.Counter[int] = collections.Counter()
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = _contracted_length(equation)
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (axes, _), _ = params["dimension_numbers"]
+            contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
             total[contracted] += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
-        trip_count = equation.params["length"] if equation.primitive.name == "scan" else 1
-        inner = sum(map(_count, _inner_programs(equation.params.values())), start=collections.Counter())
-        if inner and equation.primitive.name in ("while", "cond"):
-            raise NotImplementedError(
-                f"a matrix product inside {equation.primitive.name}: how often it runs is unknown"
-            )
+        inner = sum(map(_count, _inner_programs(params.values())), start=collections.Counter())
+        if inner and name in ("while", "cond"):
+            raise NotImplementedError(f"a matrix product inside {name}: how often it runs is unknown")
+        trip_count = params["length"] if name == "scan" else 1
         for contracted, flops in inner.items():
             total[contracted] += trip_count * flops
     return total
-
-
-def _contracted_length(equation: Any) -> int:
-    (axes, _), _ = equation.params["dimension_numbers"]
-    return math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
 
 
 def _inner_programs(params: Iterable[Any]) -> Iterable[Any]:

@@ -28,8 +28,6 @@ _MODULES = {
     ("decoder", "pre_mlp_layer_norm"): "2.layer_norm",
 }
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
-
-
 # In transformers "gated-gelu" is the tanh form, and a plain "gelu" or any other gated one is the form it names.
 _ACTIVATIONS = {
     "relu": ("relu",),
@@ -70,11 +68,6 @@ class T5InHuggingFace:
     ignored = frozenset({"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"})
 
     def config_from_json(self, raw: Mapping[str, Any], where: str) -> T5Config:
-        """Translates config.json.
-
-        A model whose logits are not scaled has its own head here, even if that equals the embedding: transformers 5
-        writes `tie_word_embeddings: true` for every T5.
-        """
         kind, found = raw["model_type"], (raw.get("architectures") or [None])[0]
         whole, encoder = f"{_CLASSES[kind]}ForConditionalGeneration", f"{_CLASSES[kind]}EncoderModel"
         if found not in (whole, encoder, *_OTHER_NAMES[kind], None):
@@ -89,6 +82,8 @@ class T5InHuggingFace:
                 **{ours: numbers[theirs] for ours, (theirs, _) in _IDS.items()},
                 num_decoder_layers=0 if found == encoder else numbers["num_decoder_layers"],
                 mlp_activations=_ACTIVATIONS[activation],
+                # Not scaled means a head of its own, even if that equals the embedding: transformers 5 writes
+                # `tie_word_embeddings: true` for every T5.
                 tied_head=scales_logits(raw),
                 bias_per_layer=kind == "umt5",
                 dropout_rate=float(numbers["dropout_rate"]),
@@ -96,15 +91,10 @@ class T5InHuggingFace:
                 relative_max_distance=numbers["relative_attention_max_distance"],
                 layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
             )
-        except UserError as error:  # T5Config names what it cannot be
+        except UserError as error:
             raise UserError(f"{where} does not describe a T5: {error}") from error
 
     def config_to_json(self, config: T5Config, dtype: str) -> dict[str, Any]:
-        """The content of config.json for a model of ours.
-
-        Raises:
-            UserError: if transformers has no name for the activations.
-        """
         names = [name for name, activations in _ACTIVATIONS.items() if activations == config.mlp_activations]
         if not names:
             raise UserError(f"mlp_activations {config.mlp_activations} have no name in a Hugging Face T5 config")
@@ -128,7 +118,6 @@ class T5InHuggingFace:
         }
 
     def tensor_of(self, parameter: Parameter) -> Tensor:
-        """Where Hugging Face keeps a parameter."""
         # The embedding is [vocab, embed] on both sides, and vectors have no orientation.
         transposed = parameter.path[-1] in ("kernel", "rel_embedding")
         shape = parameter.shape[::-1] if transposed else parameter.shape
@@ -146,7 +135,6 @@ class T5InHuggingFace:
         return {EMBEDDING: embedding, HEAD: embedding}
 
     def copies(self, config: T5Config) -> dict[str, tuple[str, str]]:
-        """The embedding of each stack, and of a tied head."""
         stacks = [stack for stack in ("encoder", "decoder") if config.depth(stack)]
         copies = {EMBEDDING_COPIES[stack]: (EMBEDDING, "a T5 has one embedding") for stack in stacks}
         if config.tied_head and config.num_decoder_layers:
@@ -155,7 +143,6 @@ class T5InHuggingFace:
         return copies
 
     def usage(self, config: T5Config) -> str:
-        """The class of transformers that loads such a model."""
         kind = "UMT5" if config.bias_per_layer else "T5"
         return f"{kind}ForConditionalGeneration" if config.num_decoder_layers else f"{kind}EncoderModel"
 
@@ -186,13 +173,10 @@ def scales_logits(raw: Mapping[str, Any]) -> bool:
     `tie_word_embeddings: true` for all.
     """
     if raw["model_type"] == "mt5":
-        return bool(raw.get("tie_word_embeddings", False)) and not _saved_by_transformers_5(raw)
+        version = str(raw.get("transformers_version") or "").partition(".")[0]  # none in the oldest folders
+        never_scales = version.isdecimal() and int(version) >= 5
+        return bool(raw.get("tie_word_embeddings", False)) and not never_scales
     return bool(raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True)))
-
-
-def _saved_by_transformers_5(raw: Mapping[str, Any]) -> bool:
-    version = str(raw.get("transformers_version") or "").partition(".")[0]  # none in the oldest folders
-    return version.isdecimal() and int(version) >= 5
 
 
 def _name(parameter: Parameter) -> str:

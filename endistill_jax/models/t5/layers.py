@@ -8,10 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from endistill_jax.core.model_io import Tap
-from endistill_jax.models.t5.attention import attend, attend_in_groups
+from endistill_jax.models.t5.attention import Bias, Keys, Mask, Queries, attend, attend_in_groups
 from endistill_jax.models.t5.config import T5Config
+
+Residual = Float[Array, "batch length d_model"]
+CrossMask = Bool[Array, "batch 1 #query source"]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -23,21 +27,14 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class KeysValues(NamedTuple):
-    """Keys and values kept for later queries: each [batch, num_heads, length, head_dim]; stacks put layers first."""
+    """Keys and values kept for later queries; stacks put layers first."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Float[Array, "*layers batch heads length head_dim"]
+    value: Float[Array, "*layers batch heads length head_dim"]
 
 
 class Linear(nn.Module):
-    """A projection without bias: [..., inputs] -> [..., features].
-
-    Attributes:
-        features: output width.
-        axes: logical names of the kernel's two axes.
-        stddev: standard deviation of the initial kernel.
-        dtype: compute type.
-    """
+    """A projection without bias, multiplied in `dtype`; `axes` are the logical names of the kernel's two axes."""
 
     features: int
     axes: tuple[str, str]
@@ -45,21 +42,14 @@ class Linear(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch length inputs"]) -> Float[Array, "batch length features"]:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return project(x, kernel, self.dtype)
-
-
-def project(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, output_dtype: jnp.dtype | None = None) -> jax.Array:
-    """[batch, length, inputs] @ [inputs, features] -> [batch, length, features], multiplied in `dtype`.
-
-    Batch and length are one axis in the product: XLA's CPU compiler otherwise transposes the activations for the
-    kernel's gradient, which made the backward pass of an MLP take three times as long.
-    """
-    flat = x.astype(dtype).reshape(-1, x.shape[-1])  # [batch * length, inputs]
-    y = jnp.dot(flat, kernel.astype(dtype), preferred_element_type=output_dtype or dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+        # Batch and length are one axis in the product: XLA's CPU compiler otherwise transposes the activations for the
+        # kernel's gradient, which made the backward pass of an MLP take three times as long.
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = jnp.dot(flat, kernel.astype(self.dtype), preferred_element_type=self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +58,7 @@ class RMSNorm(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Residual) -> Residual:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
@@ -83,7 +73,7 @@ class MLP(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: Residual, deterministic: bool) -> Residual:
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
         hidden = None
@@ -117,48 +107,34 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        queries_from: jax.Array,
-        keys_from: jax.Array,
-        mask: jax.Array,
-        position_bias: jax.Array | None,
+        queries_from: Float[Array, "batch query d_model"],
+        keys_from: Float[Array, "batch key d_model"],
+        mask: Mask,
+        position_bias: Bias | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, Tap]:
-        """Attends from one sequence to another.
-
-        Args:
-            queries_from: [batch, query_length, d_model].
-            keys_from: [batch, key_length, d_model].
-            mask: [batch, 1, query_length, key_length], true where a key is visible.
-            position_bias: [1, num_heads, query_length, key_length] or None.
-            deterministic: no dropout.
-
-        Returns:
-            The projected output [batch, query_length, d_model], and the queries, keys and values it used.
-        """
+    ) -> tuple[Float[Array, "batch query d_model"], Tap]:
+        """Attends from one sequence to another: the projected output, and the queries, keys and values it used."""
         projections = ((self.query, queries_from), (self.key, keys_from), (self.value, keys_from))
         tap = Tap(*(_constrained(project_from(x)) for project_from, x in projections), bias=position_bias)
         query, key, value = map(self.split_heads, tap[:3])
         return self._attend(query, key, value, mask, position_bias, deterministic), tap
 
-    def keys_values(self, x: jax.Array) -> KeysValues:
-        """The keys and values of [batch, length, d_model], to be kept for `attend`."""
+    def keys_values(self, x: Residual) -> KeysValues:
+        """Keys and values to be kept for `attend`."""
         return KeysValues(*(self.split_heads(_constrained(projection(x))) for projection in (self.key, self.value)))
 
-    def attend(
-        self, queries_from: jax.Array, kept: KeysValues, mask: jax.Array, position_bias: jax.Array | None
-    ) -> jax.Array:
+    def attend(self, queries_from: Residual, kept: KeysValues, mask: Mask, position_bias: Bias | None) -> Residual:
         """As the call, without dropout, to keys and values that were kept."""
         query = self.split_heads(_constrained(self.query(queries_from)))
         return self._attend(query, *kept, mask, position_bias, deterministic=True)
 
-    def split_heads(self, x: jax.Array) -> jax.Array:
-        """[batch, length, num_heads * head_dim] -> [batch, num_heads, length, head_dim].
-
-        Heads before length, so that both products of attention are plain batched matrix products.
-        """
+    def split_heads(self, x: Float[Array, "batch length inner"]) -> Float[Array, "batch heads length head_dim"]:
+        # Heads before length, so that both products of attention are plain batched matrix products.
         return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim).transpose(0, 2, 1, 3)
 
-    def _attend(self, query, key, value, mask, position_bias, deterministic: bool) -> jax.Array:
+    def _attend(
+        self, query: Queries, key: Keys, value: Keys, mask: Mask, position_bias: Bias | None, deterministic: bool
+    ) -> Float[Array, "batch query d_model"]:
         cfg = self.config
         drops = cfg.dropout_rate > 0 and not deterministic
         if cfg.attention_bytes is None or drops:
@@ -194,15 +170,14 @@ def relative_position_buckets(
         distance = np.maximum(-distance, 0)
     exact = buckets // 2
     # float32 like the reference implementations, so that borderline distances fall into the same bucket.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-        np.log(max_distance / exact)
-    )
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    ratio /= np.float32(np.log(max_distance / exact))
     coarse = np.minimum(exact + (ratio * np.float32(buckets - exact)).astype(np.int32), buckets - 1)
     return bucket + np.where(distance < exact, distance, coarse)
 
 
 class RelativePositionBias(nn.Module):
-    """The position bias of a stack or of a layer: [1, num_heads, query_length, key_length], float32.
+    """The position bias of a stack or of a layer, float32.
 
     Packed examples need no positions of their own: distances inside one example are those of the packed row.
     """
@@ -215,11 +190,11 @@ class RelativePositionBias(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ("heads", "relpos_buckets"))
         self.rel_embedding = self.param("rel_embedding", init, (cfg.num_heads, cfg.relative_buckets), jnp.float32)
 
-    def __call__(self, query_length: int, key_length: int) -> jax.Array:
+    def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 heads {query_length} {key_length}"]:
         return self._bias(self._buckets(query_length, key_length))
 
-    def row(self, index: jax.Array, length: int) -> jax.Array:
-        """The causal bias of one query, the index-th, to `length` keys: [1, num_heads, 1, length].
+    def row(self, index: Int[Array, ""], length: int) -> Float[Array, "1 heads 1 {length}"]:
+        """The causal bias of one query, the index-th, to `length` keys.
 
         Keys after it, which it may not see, have the bias of distance 0.
         """
@@ -228,27 +203,27 @@ class RelativePositionBias(nn.Module):
 
     def _buckets(self, query_length: int, key_length: int) -> np.ndarray:
         cfg = self.config
-        return relative_position_buckets(
-            query_length,
-            key_length,
-            bidirectional=self.bidirectional,
-            buckets=cfg.relative_buckets,
-            max_distance=cfg.relative_max_distance,
-        )
+        limits = {"buckets": cfg.relative_buckets, "max_distance": cfg.relative_max_distance}
+        return relative_position_buckets(query_length, key_length, bidirectional=self.bidirectional, **limits)
 
-    def _bias(self, buckets: jax.Array | np.ndarray) -> jax.Array:
+    def _bias(self, buckets: jax.Array | np.ndarray) -> Float[Array, "1 heads query key"]:
         # One-hot product instead of a gather: its gradient is a matrix product too, not a scatter.
         one_hot = jax.nn.one_hot(buckets, self.config.relative_buckets, dtype=jnp.float32)
         return jnp.einsum("hn,qkn->hqk", self.rel_embedding, one_hot)[None]
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each on a normalized input and added to the residual stream."""
+    """Self-attention and MLP, each on a normalized input and added to the residual stream.
+
+    `position_bias` is the stack's; None if each layer has its own (umT5).
+    """
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, mask, position_bias, deterministic: bool) -> tuple[jax.Array, dict[str, Tap]]:
+    def __call__(
+        self, x: Residual, mask: Mask, position_bias: Bias | None, deterministic: bool
+    ) -> tuple[Residual, dict[str, Tap]]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
         if cfg.bias_per_layer:
@@ -262,7 +237,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder's output, and MLP."""
+    """Causal self-attention, attention to the encoder's output, and MLP; `position_bias` as of `EncoderLayer`."""
 
     config: T5Config
 
@@ -279,8 +254,14 @@ class DecoderLayer(nn.Module):
             self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
 
     def __call__(
-        self, x, encoded, mask, position_bias, cross_mask, deterministic: bool
-    ) -> tuple[jax.Array, dict[str, Tap]]:
+        self,
+        x: Residual,
+        encoded: Float[Array, "batch source d_model"],
+        mask: Mask,
+        position_bias: Bias | None,
+        cross_mask: CrossMask,
+        deterministic: bool,
+    ) -> tuple[Residual, dict[str, Tap]]:
         if self.config.bias_per_layer:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1])
         x, self_tap, cross_tap = self._blocks(
@@ -293,17 +274,23 @@ class DecoderLayer(nn.Module):
 
     def step(
         self,
-        x,
+        x: Float[Array, "batch beams d_model"],
         write: Callable[[KeysValues], tuple[KeysValues, Any]],
         cross: KeysValues,
-        mask,
-        position_bias,
-        cross_mask,
-    ) -> tuple[jax.Array, Any]:
-        """The same for one further token [batch, 1, d_model], without dropout.
+        mask: Mask,
+        position_bias: Bias | None,
+        cross_mask: CrossMask,
+    ) -> tuple[Float[Array, "batch beams d_model"], Any]:
+        """The same for one further token of each beam, without dropout.
 
-        `write` is given the token's keys and values; it returns those of all tokens so far and whatever it wrote them
-        into, which is returned. `cross` are the keys and values of the encoder's output.
+        Args:
+            x: the residual stream.
+            write: takes the token's keys and values; returns those of all tokens so far, and what it wrote them into,
+                which is returned.
+            cross: keys and values of the encoder's output.
+            mask: of the tokens so far.
+            position_bias: the row of the token.
+            cross_mask: of the encoder's output.
         """
 
         def attend_to_past(y: jax.Array) -> tuple[jax.Array, Any]:
@@ -316,7 +303,7 @@ class DecoderLayer(nn.Module):
         x, written, _ = self._blocks(x, attend_to_past, attend_to_encoder, deterministic=True)
         return x, written
 
-    def _blocks(self, x, self_attention, cross_attention, deterministic: bool) -> tuple[jax.Array, Any, Any]:
+    def _blocks(self, x: Residual, self_attention, cross_attention, deterministic: bool) -> tuple[Residual, Any, Any]:
         """The three residual blocks; the two attentions take a normalized input and return output and extras."""
         y, self_extras = self_attention(self.pre_self_attention_layer_norm(x))
         x = x + self.dropout(y, deterministic=deterministic)

@@ -84,8 +84,7 @@ def madlad400_3b(**overrides: Any) -> T5Config:
 
     A translation model with 256,000 rows, which pads with 1 and ends with 2.
     """
-    of_its_own = {"vocab_size": 256000, "pad_id": 1, "eos_id": 2, "decoder_start_id": 0}
-    return _v1_1(32, 1024, (16, 128), 8192, of_its_own | overrides)
+    return _v1_1(32, 1024, (16, 128), 8192, {"vocab_size": 256000, "pad_id": 1, "eos_id": 2} | overrides)
 
 
 def student_6x6_768(**overrides: Any) -> T5Config:
@@ -117,12 +116,7 @@ def mini_4x4_256(*, vocab_size: int, **overrides: Any) -> T5Config:
 
 
 def build(size: str | Callable[..., T5Config], **overrides: Any) -> T5Config:
-    """A size, by its name or as one of the functions above, with some settings in place of its own.
-
-    Raises:
-        UserError: if there is no size of that name, with the one that was meant.
-        TypeError: if `T5Config` has no such setting.
-    """
+    """A size, by its name or as one of the functions above, with some settings in place of its own."""
     if callable(size):
         return size(**overrides)
     if size not in SIZES:
@@ -137,40 +131,13 @@ def _v1_0(layers: int, width: int, heads: tuple[int, int], mlp_dim: int, overrid
 
 
 def _v1_1(layers: int, width: int, heads: tuple[int, int], mlp_dim: int, overrides: dict[str, Any]) -> T5Config:
-    settings = {
-        "vocab_size": 32128,
-        "d_model": width,
-        "num_heads": heads[0],
-        "head_dim": heads[1],
-        "mlp_dim": mlp_dim,
-        "num_encoder_layers": layers,
-        "num_decoder_layers": layers,
-        "mlp_activations": ("gelu", "linear"),
-        "tied_head": False,
-    }
-    return T5Config(**settings | overrides)
+    shape = {"d_model": width, "num_heads": heads[0], "head_dim": heads[1], "mlp_dim": mlp_dim}
+    depth = {"num_encoder_layers": layers, "num_decoder_layers": layers}
+    return T5Config(**{"vocab_size": 32128} | shape | depth | overrides)
 
 
-SIZES = {
-    size.__name__: size
-    for size in (
-        t5_v1_0_small,
-        t5_v1_0_base,
-        t5_v1_0_3b,
-        t5_v1_1_small,
-        t5_v1_1_base,
-        t5_v1_1_large,
-        t5_v1_1_xl,
-        t5_v1_1_xxl,
-        umt5_small,
-        umt5_base,
-        umt5_xl,
-        umt5_xxl,
-        madlad400_3b,
-        student_6x6_768,
-        student_12x3_768,
-        student_12x12_384,
-        mini_2x2_128,
-        mini_4x4_256,
-    )
-}
+_V1_0 = (t5_v1_0_small, t5_v1_0_base, t5_v1_0_3b)
+_V1_1 = (t5_v1_1_small, t5_v1_1_base, t5_v1_1_large, t5_v1_1_xl, t5_v1_1_xxl)
+_MULTILINGUAL = (umt5_small, umt5_base, umt5_xl, umt5_xxl, madlad400_3b)
+_STUDENTS = (student_6x6_768, student_12x3_768, student_12x12_384, mini_2x2_128, mini_4x4_256)
+SIZES = {size.__name__: size for size in (*_V1_0, *_V1_1, *_MULTILINGUAL, *_STUDENTS)}

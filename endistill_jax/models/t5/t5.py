@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from endistill_jax.core.attention import SITES, Stack, visible_keys
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.model_io import LOGITS, Batch, Head, Output, Reads, Tap, resolve_layer, segment_ids
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.layers import DecoderLayer, EncoderLayer, RelativePositionBias, RMSNorm
+from endistill_jax.models.t5.layers import DecoderLayer, EncoderLayer, RelativePositionBias, Residual, RMSNorm
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
@@ -36,28 +37,16 @@ class StackReads(NamedTuple):
 
 
 def check_reads(config: T5Config, reads: Reads) -> None:
-    """Refuses to read of a site, or of a decoder, that is not there.
-
-    Raises:
-        UserError: naming what is.
-    """
+    """Refuses to read a site that does not exist, or a decoder that the model does not have."""
     for site, _ in reads.taps:
         if site not in SITES:
             raise UserError(f"there is no attention site {site!r}; choose one of {', '.join(SITES)}")
-    if config.num_decoder_layers or not reads.decoder:
-        return
-    what = [f"{site} of layer {layer}" for site, layer in reads.taps if SITES[site].stack == "decoder"]
-    what += [f"the residual stream of decoder layer {layer}" for stack, layer in reads.hidden if stack == "decoder"]
-    what += ["the head's logits"] * reads.head
-    raise UserError(f"the model is an encoder alone (num_decoder_layers is 0): {what[0]} cannot be read of it")
+    if reads.decoder and not config.num_decoder_layers:
+        raise UserError("the model is an encoder alone (num_decoder_layers is 0): nothing of a decoder can be read")
 
 
 def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> StackReads:
-    """The part of `reads` that is of one stack of so many layers.
-
-    Raises:
-        UserError: if a layer does not exist.
-    """
+    """The part of `reads` that is of one stack of so many layers."""
     taps = {
         (site, layer): resolve_layer(layer, depth, site) for site, layer in reads.taps if SITES[site].stack == stack
     }
@@ -68,8 +57,8 @@ def stack_reads(reads: Reads, stack: Stack, depth: int, *, to_top: bool) -> Stac
 def stacked_init(layer: nn.Module, num_layers: int) -> Callable[[jax.Array, jax.Array, tuple], Any]:
     """An initializer of `num_layers` layers, each with a key of its own, stacked on a leading axis named "layers"."""
 
-    def init(key: jax.Array, x: jax.Array, context: tuple) -> Any:
-        def init_one(key: jax.Array) -> Any:
+    def init(key: Key[Array, ""], x: Residual, context: tuple) -> Any:
+        def init_one(key: Key[Array, ""]) -> Any:
             return layer.init({"params": key}, x, *context, deterministic=True)["params"]
 
         stacked = jax.vmap(init_one)(jax.random.split(key, num_layers))
@@ -85,26 +74,23 @@ def stacked_init(layer: nn.Module, num_layers: int) -> Callable[[jax.Array, jax.
 def run_layers(
     layer: nn.Module,
     params: Any,
-    x: jax.Array,
+    x: Residual,
     context: tuple,
     reads: StackReads,
-    dropout_key: jax.Array | None,
+    dropout_key: Key[Array, ""] | None,
     frozen: bool = False,
-) -> tuple[jax.Array, Output]:
-    """Runs the layers that are needed and exposes what is read of them.
+) -> tuple[Residual, Output]:
+    """Runs the layers that are needed: the residual stream where the stack ended, and what is read of it.
 
     Args:
         layer: an unbound layer; its call returns the new residual stream and its taps by site.
         params: its parameters, each leaf [layers, ...].
-        x: [batch, length, d_model], the residual stream.
+        x: the residual stream.
         context: the layer's further arrays (masks, bias, encoder output), the same for every layer.
         reads: of this stack.
         dropout_key: folded with the layer's index; None runs without dropout.
         frozen: a loop indexes into the stacked parameters, rather than into a slice of those that it runs over. The
             gradient with respect to the parameters would then take a pass over all of them per layer.
-
-    Returns:
-        The residual stream where the stack ended, and an output with the taps and residual streams that are read.
     """
     cfg = layer.config
     num_layers = len(jax.tree.leaves(params)[0])
@@ -161,24 +147,24 @@ class Embedding(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.d_model), jnp.float32)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Residual:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
         # First sharded like the table, then like activations: in one step the compiler would all-gather.
         x = nn.with_logical_constraint(x, ("lookup_batch", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed_activation"))
 
-    def head(self, x: jax.Array) -> Head:
-        """v1.0's head: the table itself, applied to [batch, length, d_model] scaled by d_model ** -0.5."""
+    def head(self, x: Residual) -> Head:
+        """v1.0's head: the table itself, applied to states scaled by d_model ** -0.5."""
         return Head(x * jnp.asarray(self.config.d_model**-0.5, x.dtype), self.embedding.T)
 
 
 class OutputHead(nn.Module):
-    """v1.1's own head, for [batch, length, d_model]."""
+    """v1.1's own head."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Head:
+    def __call__(self, x: Residual) -> Head:
         cfg = self.config
         stddev = cfg.head_init_scale * cfg.d_model**-0.5
         init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("embed", "vocab"))
@@ -192,13 +178,8 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        segments: jax.Array,
-        reads: StackReads,
-        deterministic: bool,
-        frozen: bool,
-    ) -> tuple[jax.Array, Output]:
+        self, x: Residual, segments: Int[Array, "batch length"], reads: StackReads, deterministic: bool, frozen: bool
+    ) -> tuple[Residual, Output]:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout_rate)
         bias = None
@@ -214,12 +195,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Position bias, layers, final normalization and head.
-
-    Attributes:
-        config: the model's settings.
-        token_embedder: the shared table, which is the head too when the head is tied.
-    """
+    """Position bias, layers, final normalization and head, which is the shared table when it is tied."""
 
     config: T5Config
     token_embedder: nn.Module
@@ -227,10 +203,10 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        encoded: jax.Array,
-        segments: jax.Array,
-        encoder_segments: jax.Array,
+        x: Residual,
+        encoded: Float[Array, "batch source d_model"],
+        segments: Int[Array, "batch length"],
+        encoder_segments: Int[Array, "batch source"],
         reads: StackReads,
         deterministic: bool,
         frozen: bool,
@@ -266,15 +242,10 @@ class T5(nn.Module):
         """One forward pass with teacher forcing.
 
         Args:
-            batch: integer arrays by SeqIO's feature names: `encoder_input_tokens` [batch, source] and, unless only the
-                encoder is read, `decoder_input_tokens` and `decoder_target_tokens` [batch, target]; when examples are
-                packed, `encoder_segment_ids` and `decoder_segment_ids` of the same shapes. Token 0 is padding.
+            batch: needs of the decoder only what is read.
             reads: what to return, and with that, what to compute.
             deterministic: no dropout; else a "dropout" key must be given in `rngs`.
             frozen: the parameters are constants; see `run_layers`.
-
-        Raises:
-            UserError: if a layer, or the decoder, does not exist.
         """
         cfg = self.config
         check_reads(cfg, reads)
@@ -296,7 +267,7 @@ class T5(nn.Module):
         return output._replace(head=head, taps=output.taps | exposed.taps, hidden=output.hidden | exposed.hidden)
 
 
-def boxed_init(config: T5Config, key: jax.Array) -> Any:
+def boxed_init(config: T5Config, key: Key[Array, ""]) -> Any:
     """Parameters in Flax's boxes, which carry the logical axis names; see `sharding.py`."""
     tokens = jnp.ones((1, 2), jnp.int32)
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

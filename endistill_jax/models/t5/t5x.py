@@ -78,7 +78,7 @@ def places(parameter: Parameter, config: T5Config, layout: Layout) -> list[Place
 
 
 def tensor_shapes(parameter: Parameter, config: T5Config) -> tuple[tuple[int, ...], ...]:
-    """Shapes a tensor may be stored in: ours, and for attention kernels the one with an axis of heads."""
+    """Shapes a tensor may be stored in: ours, and for attention kernels one with an axis of heads too."""
     if len(parameter.path) < 2 or parameter.path[-2] not in ("query", "key", "value", "out"):
         return (parameter.shape,)
     heads = (config.num_heads, config.head_dim)
@@ -87,7 +87,6 @@ def tensor_shapes(parameter: Parameter, config: T5Config) -> tuple[tuple[int, ..
 
 
 def insert_axis(shape: tuple[int, ...], axis: int, extent: int) -> tuple[int, ...]:
-    """A shape with one more axis."""
     return (*shape[:axis], extent, *shape[axis:])
 
 
@@ -98,17 +97,10 @@ def _in_layer(stack: str, rest: tuple[str, ...], layer: int, layout: Layout) -> 
 
 
 def infer(shapes: Mapping[str, Shape], where: Where) -> tuple[T5Config, Layout]:
-    """The sizes of a model and how it is laid out, from the shapes of its arrays.
+    """The sizes of a model and how it is laid out, from the shapes of its arrays by T5X's names.
 
-    Whether layers that each have a position bias have the same one is not to be seen from shapes: one a stack is taken.
-    A checkpoint does not say token ids: T5's are taken.
-
-    Args:
-        shapes: of all arrays, by T5X's names.
-        where: for messages.
-
-    Raises:
-        UserError: if an array that determines a size is missing or of another rank, or the sizes make no T5.
+    Shapes do not show whether layers that each have a position bias have the same one: one a stack is taken. Nor does
+    a checkpoint say token ids: T5's are taken.
     """
     found = _Shapes(shapes, where)
     vocab_size, d_model = found.shape(EMBEDDING, 2)
@@ -167,7 +159,6 @@ class _Shapes:
         return f"{stack}/{'layers_0' if layout.scan_axis is None else stack}/{rest}"
 
     def depth(self, stack: str, layout: Layout) -> int:
-        """How many layers a stack has."""
         if layout.scan_axis is None:
             pattern = re.compile(rf"{stack}/layers_(\d+)/")
             numbers = {int(match.group(1)) for name in self._shapes if (match := pattern.match(name))}
@@ -187,11 +178,7 @@ def _layout(shapes: Mapping[str, Shape], d_model: int) -> Layout:
 
 
 def network_settings(config: T5Config, layout: Layout) -> tuple[str, dict[str, Any]]:
-    """The folder of `t5x.examples` with a model's network, and the fields of its T5Config.
-
-    Raises:
-        UserError: if no network of T5X's can be such a model.
-    """
+    """The folder of `t5x.examples` with a model's network, and the fields of its T5Config."""
     if not config.num_decoder_layers:
         raise UserError("the model is an encoder alone; T5X's networks have a decoder")
     for name, value in _FIXED.items():
@@ -219,7 +206,7 @@ def network_settings(config: T5Config, layout: Layout) -> tuple[str, dict[str, A
 
 
 def choose_layout(config: T5Config, *, scanned: bool) -> Layout:
-    """How a model is written: by the network of `t5` where that can have it, unless scanned layers are asked for."""
+    """How a model is written: for the network of `t5` where that can have it, unless scanned layers are asked for."""
     if scanned:
         return SCANNED
     return SCALABLE if config.bias_per_layer else PLAIN
