@@ -45,14 +45,12 @@ class ModelConfig(Protocol):
 
     def depth(self, stack: Stack) -> int:
         """How many layers a stack has; 0 where the model has no such stack."""
-        ...
 
     def architecture(self) -> dict[str, Any]:
         """The settings that affect parameters or outputs, as plain data; `config_from_plain` is the inverse.
 
         Settings added later are left out at their default, so that models from before stay equal.
         """
-        ...
 
 
 class ForwardFlops(NamedTuple):
@@ -108,27 +106,21 @@ class HuggingFaceFormat(Protocol):
 
     def config_from_json(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
         """The settings in a config.json; a `UserError` names the file, `where`."""
-        ...
 
     def config_to_json(self, config: Any, dtype: str) -> dict[str, Any]:
         """The content of config.json; a `UserError` if transformers has no such model."""
-        ...
 
     def tensor_of(self, parameter: Parameter) -> Tensor:
         """Where a parameter is kept."""
-        ...
 
     def elsewhere(self, names: frozenset[str], raw: Mapping[str, Any], where: str) -> dict[str, str]:
         """Tensors to read from another name than their own: name -> the one among `names`."""
-        ...
 
     def copies(self, config: Any) -> dict[str, tuple[str, str]]:
         """Aliases: name -> the tensor's own name, and the error message if their values differ."""
-        ...
 
     def usage(self, config: Any) -> str:
         """The class of transformers that loads such a model."""
-        ...
 
 
 class Family(Protocol):
@@ -153,7 +145,6 @@ class Family(Protocol):
 
         A kernel is the leaf `kernel`, [..., inputs, outputs].
         """
-        ...
 
     def apply(
         self,
@@ -167,19 +158,15 @@ class Family(Protocol):
         attention_bytes: int | None,
     ) -> Output:
         """See `apply` of this module."""
-        ...
 
     def forward_flops(self, config: Any, lengths: Lengths, reads: Reads) -> ForwardFlops:
         """Operations of a forward pass that computes only what is read."""
-        ...
 
     def read_source(self, config: Any, params: Any, tokens: Int[Array, "batch source"]) -> Any:
         """Encodes the input, once per search; the result has `segments`, 0 at padding."""
-        ...
 
     def init_cache(self, config: Any, batch_size: int, max_length: int, beams: int = 1) -> Any:
         """An empty cache for `max_length` positions; `index` is how many were read."""
-        ...
 
     def read_tokens(
         self,
@@ -199,25 +186,21 @@ class Family(Protocol):
             ancestors: the beam that each beam's hypothesis was in at each position, up to and with this one. So
                 hypotheses can change beams without moving the cache. None where there is one beam.
         """
-        ...
 
     def describe(self, config: Any) -> str:
         """What the model is, in a phrase without its size: layers, widths, head."""
-        ...
 
     def check_cut(self, teacher: Any, student: Any, *, equal_widths: bool) -> None:
         """Checks that a student of this family can be initialized from a teacher of it, and be as wide if it must.
 
         A `UserError` names the setting, both values, and what would be right.
         """
-        ...
 
     def cut(self, params: Any, *, teacher: Any, student: Any, layers: Mapping[Stack, Any]) -> Any:
         """A student's parameters out of its teacher's: those of some layers, at some indices of every width, float32.
 
         NumPy arrays if `params` are; checked before.
         """
-        ...
 
 
 def apply(

@@ -44,10 +44,6 @@ class TokenDistribution:
     def __init__(self, logits: Columns, targets: Targets, axis: str | None = None):
         self.logits, self.targets, self.axis = logits, targets, axis
 
-    def with_logits(self, logits: Columns) -> "TokenDistribution":
-        """The same tokens with other logits."""
-        return TokenDistribution(logits, self.targets, self.axis)
-
     def sum(self, x: Columns) -> Tokens:
         """Sum over the whole vocabulary."""
         total = jnp.sum(x, axis=-1)
@@ -153,7 +149,7 @@ class TokenTerm(Term):
         """
 
         def total(logits: Columns) -> tuple[Scalar, Tokens]:
-            losses = self.token_loss(student.with_logits(logits), teacher, targets)
+            losses = self.token_loss(TokenDistribution(logits, student.targets, student.axis), teacher, targets)
             return jnp.sum(losses), losses
 
         gradient, losses = jax.grad(total, has_aux=True)(student.logits)

@@ -7,7 +7,7 @@ import numpy as np
 from endistill_jax.core.attention import SITES
 from endistill_jax.core.model_io import LOGITS, Reads
 from endistill_jax.models.family import ModelConfig, apply
-from endistill_jax.models.generation.search import greedy
+from endistill_jax.models.generation.generation import Decoding, make_decoder
 
 Arrays = dict[str, np.ndarray]
 
@@ -43,7 +43,7 @@ def run_ours(params: Any, config: ModelConfig, batch: Arrays) -> Arrays:
 
 def generate_ours(params: Any, config: ModelConfig, batch: Arrays, length: int) -> np.ndarray:
     """Greedy decoding: [batch, length], padded after the end."""
-    return np.asarray(greedy(config, params, {"encoder_input_tokens": batch["inputs"]}, length))
+    return np.asarray(make_decoder(config, Decoding(max_length=length))(params, batch["inputs"]).tokens)
 
 
 def differences(ours: Arrays, theirs: Arrays, batch: Arrays) -> dict[str, float]:

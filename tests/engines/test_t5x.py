@@ -17,7 +17,7 @@ from flax.core import freeze, unfreeze
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import abstract_params, stack_layers, unstack_layers
-from endistill_jax.models.t5 import decoding
+from endistill_jax.models.generation.generation import Decoding, make_decoder
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import (
     CrossEntropy,
@@ -177,8 +177,8 @@ def test_temperature_sampling_at_zero_is_our_greedy_search(config):
     batch = make_batch() | {"decoder_input_tokens": np.zeros((4, 10), np.int32)}
     model = t5x_model(our_module(config), decode_fn=t5x_decoding.temperature_sample)
     tokens = jax.jit(model.predict_batch)(unstack_layers(params), batch)
-    source = {"encoder_input_tokens": batch["encoder_input_tokens"]}
-    np.testing.assert_array_equal(tokens, decoding.greedy(config, params, source, 10))
+    expected = make_decoder(config, Decoding(max_length=10))(params, batch["encoder_input_tokens"])
+    np.testing.assert_array_equal(tokens, expected.tokens)
 
 
 @needs_t5x

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.models.generation import search
+from endistill_jax.models.generation.generation import Decoding, generate
+from endistill_jax.models.generation.search import search
 from endistill_jax.models.t5 import decoding
 from endistill_jax.models.t5.t5 import T5
 
@@ -68,12 +68,13 @@ def test_each_step_gives_the_logits_of_the_whole_forward_pass(config, make_param
     tokens = source["encoder_input_tokens"]
     segments = jnp.asarray(tokens != 0, jnp.int32)
     cross = decoding.cross_keys_values(config, params, decoding.encode(config, params, tokens, segments))
-    step = jax.jit(decoding.decode_step, static_argnums=0)
+    step = jax.jit(lambda *args: decoding.read_tokens(config, *args))
+    keys_values = decoding.Source(params, cross, segments)
     cache = decoding.init_cache(config, len(tokens), targets.shape[1], split=False)
     inputs = np.pad(targets, ((0, 0), (1, 0)))
     for index in range(targets.shape[1]):
-        logits, cache = step(config, params, cache, cross, inputs[:, index], segments)
-        np.testing.assert_allclose(logits, expected[:, index], atol=1e-5, rtol=1e-5)
+        logits, cache = step(keys_values, cache, inputs[:, index, None])
+        np.testing.assert_allclose(logits[:, 0], expected[:, index], atol=1e-5, rtol=1e-5)
     assert cache.index == targets.shape[1]
 
 
@@ -104,19 +105,23 @@ def with_likely_end(params):
     return params | {"decoder": params["decoder"] | {"logits_dense": {"kernel": kernel}}}
 
 
+def greedy(config, params, source):
+    tokens = source["encoder_input_tokens"]
+    return jax.jit(generate, static_argnums=(0, 1))(config, Decoding(max_length=LENGTH), params, tokens).tokens
+
+
 def test_greedy_is_the_argmax_of_whole_passes(config, params, source):
     params = with_likely_end(params)
     expected = greedy_by_whole_passes(config, params, source)
     lengths = (expected != 0).sum(axis=1)
     assert len(set(lengths)) > 1, f"examples should end at different lengths, and all have {lengths}"
     for variant in (config, unrolled(config)):
-        np.testing.assert_array_equal(search.greedy(variant, params, source, LENGTH, EOS), expected)
+        np.testing.assert_array_equal(greedy(variant, params, source), expected)
 
 
 def test_greedy_does_not_depend_on_padding(config, params, source):
     padded = {name: np.pad(tokens, ((0, 0), (0, 5))) for name, tokens in source.items()}
-    expected = search.greedy(config, params, source, LENGTH)
-    np.testing.assert_array_equal(search.greedy(config, params, padded, LENGTH), expected)
+    np.testing.assert_array_equal(greedy(config, params, padded), greedy(config, params, source))
 
 
 def test_search_stops_when_every_example_has_ended(small, make_params, source):
@@ -125,7 +130,7 @@ def test_search_stops_when_every_example_has_ended(small, make_params, source):
     def third_is_end(logits, state):
         return jnp.where(state.cache.index == 2, EOS, jnp.full(len(logits), 5, jnp.int32))
 
-    state = search.search(small, params, source, LENGTH, EOS, third_is_end)
+    state = search(small, params, source["encoder_input_tokens"], LENGTH, EOS, third_is_end)
     assert state.cache.index == 3
     np.testing.assert_array_equal(state.tokens, [[5, 5, EOS] + [0] * (LENGTH - 3)] * 4)
 
@@ -136,7 +141,7 @@ def test_an_ended_example_stays_ended_while_others_go_on(small, make_params, sou
     def by_row(logits, state):
         return jnp.where(jnp.arange(4) == state.cache.index, EOS, 5)
 
-    state = search.search(small, params, source, LENGTH, EOS, by_row)
+    state = search(small, params, source["encoder_input_tokens"], LENGTH, EOS, by_row)
     assert state.cache.index == 4
     expected = np.array([[EOS, 0, 0, 0], [5, EOS, 0, 0], [5, 5, EOS, 0], [5, 5, 5, EOS]])
     np.testing.assert_array_equal(state.tokens[:, :4], expected)
@@ -144,14 +149,10 @@ def test_an_ended_example_stays_ended_while_others_go_on(small, make_params, sou
 
 
 def test_search_ends_at_the_given_length(small, make_params, source):
-    state = search.search(small, make_params(small), source, 3, EOS, lambda logits, state: jnp.full(4, 5, jnp.int32))
+    tokens = source["encoder_input_tokens"]
+    state = search(small, make_params(small), tokens, 3, EOS, lambda logits, state: jnp.full(4, 5, jnp.int32))
     np.testing.assert_array_equal(state.tokens, np.full((4, 3), 5))
     assert not state.finished.any()
-
-
-def test_packed_batches_are_refused(small, make_params, make_batch):
-    with pytest.raises(UserError, match="packed"):
-        search.greedy(small, make_params(small), make_batch([[0, 1], [2, 3]], 9, 9, packed=True), 3)
 
 
 def test_cache_is_laid_out_layers_first_then_examples(config):

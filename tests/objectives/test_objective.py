@@ -28,6 +28,7 @@ from endistill_jax.objectives import (
     RelationKL,
     ReverseKL,
     SkewedKL,
+    TokenTerm,
     loss_and_sums,
     relations,
 )
@@ -470,3 +471,11 @@ def test_a_missing_teacher_and_another_vocabulary_are_refused():
     with pytest.raises(UserError, match="logits: .* 101 and 100 entries"):
         Objective(terms=(ForwardKL(),)).validate(STUDENT, other)
     Objective(terms=relations("cross", ("qk",), relation_heads=6)).validate(STUDENT, other)
+
+
+def test_a_token_term_with_parameters_of_its_own_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match="Projected is a TokenTerm, which cannot have parameters of its own"):
+
+        class Projected(TokenTerm):
+            def init_params(self, key, student, teacher):
+                return jnp.ones(3)

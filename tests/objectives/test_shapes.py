@@ -15,6 +15,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from tiny_models import STUDENT, TEACHER, packed_batch
 
 from endistill_jax.models.family import abstract_params, apply
@@ -64,8 +65,8 @@ for settings in ({}, {"strategy": "sample", "top_k": 3, "top_p": 0.9}, {"strateg
 config = dataclasses.replace(TEACHER, attention_bytes=64, tied_head=False, dropout_rate=0.1)
 jax.eval_shape(lambda params, batch: apply(config, params, batch), abstract_params(config), batch)
 wrong = (
-    lambda: relation_scores((jax.numpy.ones((2, 3, 8)), jax.numpy.ones((2, 4, 6))), (jax.numpy.ones((2, 3), int),) * 2, 2),
-    lambda: RMSNorm(TEACHER, parent=None).init(jax.random.key(0), jax.numpy.ones((2, 3))),
+    lambda: relation_scores((jnp.ones((2, 3, 8)), jnp.ones((2, 4, 6))), (jnp.ones((2, 3), int),) * 2, 2),
+    lambda: RMSNorm(TEACHER, parent=None).init(jax.random.key(0), jnp.ones((2, 3))),
 )
 for function in wrong:
     try:

@@ -133,9 +133,10 @@ class Transformer(nn.Module):
         # tokens. In the cache they would be permuted with every change of beams.
         cross = decoding.cross_keys_values(config, params, encoded)
         segments = jnp.asarray(encoder_input_tokens > 0, jnp.int32)
-        logits, cache = decoding.decode_step(config, params, cache, cross, decoder_input_tokens[:, 0], segments)
+        source = decoding.Source(params, cross, segments)
+        logits, cache = decoding.read_tokens(config, source, cache, decoder_input_tokens)
         self._put_cache(cache)
-        return logits[:, None]
+        return logits
 
     def _put_cache(self, cache: decoding.Cache) -> None:
         # T5X distinguishes the index from arrays with an example axis by its name.

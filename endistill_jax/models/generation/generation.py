@@ -147,5 +147,5 @@ def generate(
         return draw(filtered, key, row_ids, state.cache.index)
 
     choose = most_likely if decoding.strategy == "greedy" else draw_one
-    state = search(config, params, {"encoder_input_tokens": tokens}, length, eos_id, choose)
+    state = search(config, params, tokens, length, eos_id, choose)
     return Decoded(state.tokens, state.scores)

@@ -9,7 +9,6 @@ answer, and the best `beams` that do not end stay live. An example is done when 
 live hypothesis, if it ended now, would be no better than the worst of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from endistill_jax.core.errors import UserError
-from endistill_jax.core.model_io import Batch
 from endistill_jax.models.family import ModelConfig
 
 Logits = Float[Array, "batch vocab"]
@@ -47,19 +44,17 @@ class SearchState(NamedTuple):
 def search(
     config: ModelConfig,
     params: Any,
-    batch: Batch,
+    tokens: Int[Array, "batch source"],
     max_length: int,
     eos_id: int,
     choose: Callable[[Logits, SearchState], Int[Array, " batch"]],
 ) -> SearchState:
     """Generates until every example has ended or `max_length` tokens, the end included, were generated.
 
-    An example without input, which fills a batch up, has ended before it begins. Inputs are padded with `pad_id`.
-    `choose` takes float32 logits and the state before them, and returns the next token of each example.
+    The input tokens are padded with `pad_id`; an example without any, which fills a batch up, has ended before it
+    begins. `choose` takes float32 logits and the state before them, and returns the next token of each example.
     """
-    if "encoder_segment_ids" in batch:
-        raise UserError("text is generated for one example a row, and this batch is packed; give it unpacked")
-    source = config.family.read_source(config, params, batch["encoder_input_tokens"])
+    source = config.family.read_source(config, params, tokens)
     rows = len(source.segments)
 
     def unfinished(state: SearchState) -> jax.Array:
@@ -91,15 +86,6 @@ def search(
 def most_likely(logits: Logits, state: SearchState) -> Int[Array, " batch"]:
     """The greedy choice."""
     return largest(logits, 1)[1][:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "max_length", "eos_id"))
-def greedy(
-    config: ModelConfig, params: Any, batch: Batch, max_length: int, eos_id: int | None = None
-) -> Int[Array, "batch max_length"]:
-    """The most likely token at every step, up to and with the end (by default the model's), then `pad_id`."""
-    eos_id = config.eos_id if eos_id is None else eos_id
-    return search(config, params, batch, max_length, eos_id, most_likely).tokens
 
 
 def filter_logits(logits: Logits, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Logits:

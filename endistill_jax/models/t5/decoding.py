@@ -108,19 +108,6 @@ def read_source(config: T5Config, params: Any, tokens: Int[Array, "batch source"
     return Source({**params, "decoder": {**params["decoder"], "layers": layers}}, cross, segments)
 
 
-def decode_step(
-    config: T5Config,
-    params: Any,
-    cache: Cache,
-    cross: KeysValues,
-    tokens: Int[Array, " batch"],
-    encoder_segments: Int[Array, "batch source"],
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """`read_tokens` for one token of each example, with what `cross_keys_values` returned."""
-    logits, cache = read_tokens(config, Source(params, cross, encoder_segments), cache, tokens[:, None])
-    return logits[:, 0], cache
-
-
 def read_tokens(
     config: T5Config,
     source: Source,

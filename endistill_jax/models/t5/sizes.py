@@ -11,108 +11,63 @@ from typing import Any
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.t5.config import T5Config
 
+SIZES: dict[str, Callable[..., T5Config]] = {}
+
+
+def _size(
+    name: str, layers: int, width: int, heads: tuple[int, int], mlp_dim: int, **settings: Any
+) -> Callable[..., T5Config]:
+    """A function of that name that makes a v1.1 model of so many layers in each stack, with some other settings."""
+    shape = {"num_encoder_layers": layers, "num_decoder_layers": layers, "d_model": width, "mlp_dim": mlp_dim}
+    own = shape | {"num_heads": heads[0], "head_dim": heads[1]} | settings
+
+    def size(**overrides: Any) -> T5Config:
+        return T5Config(**own | overrides)
+
+    size.__name__ = size.__qualname__ = name
+    depths = f"{layers}+{own['num_decoder_layers']} layers"
+    kind = "ReLU" if "mlp_activations" in own else "gated"
+    last = "a position bias in every layer" if own.get("bias_per_layer") else "a head of its own"
+    if own.get("tied_head"):
+        last = "tied head"
+    size.__doc__ = f"{depths}, width {width:,}, {heads[0]} heads x {heads[1]}, {kind} MLP of {mlp_dim:,}, {last}."
+    SIZES[name] = size
+    return size
+
+
+_V1_0 = {"vocab_size": 32128, "mlp_activations": ("relu",), "tied_head": True}
+t5_v1_0_small = _size("t5_v1_0_small", 6, 512, (8, 64), 2048, **_V1_0)
+t5_v1_0_base = _size("t5_v1_0_base", 12, 768, (12, 64), 3072, **_V1_0)
+# Its heads together (4,096) are wider than the model: relation heads divide 4,096.
+t5_v1_0_3b = _size("t5_v1_0_3b", 24, 1024, (32, 128), 16384, **_V1_0)
+
+_V1_1 = {"vocab_size": 32128}
+t5_v1_1_small = _size("t5_v1_1_small", 8, 512, (6, 64), 1024, **_V1_1)
+t5_v1_1_base = _size("t5_v1_1_base", 12, 768, (12, 64), 2048, **_V1_1)
+t5_v1_1_large = _size("t5_v1_1_large", 24, 1024, (16, 64), 2816, **_V1_1)
+t5_v1_1_xl = _size("t5_v1_1_xl", 24, 2048, (32, 64), 5120, **_V1_1)  # "3B"
+t5_v1_1_xxl = _size("t5_v1_1_xxl", 24, 4096, (64, 64), 10240, **_V1_1)
+
 _UMT5 = {"vocab_size": 256384, "bias_per_layer": True}
-# Few layers: one by one they use the cores of a CPU better than in a loop.
+umt5_small = _size("umt5_small", 8, 512, (6, 64), 1024, **_UMT5)
+umt5_base = _size("umt5_base", 12, 768, (12, 64), 2048, **_UMT5)
+umt5_xl = _size("umt5_xl", 24, 2048, (32, 64), 5120, **_UMT5)
+umt5_xxl = _size("umt5_xxl", 24, 4096, (64, 64), 10240, **_UMT5)
+
+# A translation model, which pads with 1 and ends with 2.
+madlad400_3b = _size("madlad400_3b", 32, 1024, (16, 128), 8192, vocab_size=256000, pad_id=1, eos_id=2)
+
+# Students: v1.1 base, halved; one whose shallow decoder makes generation cheap, as it runs once a token and the encoder
+# once a text; a deep and thin one.
+student_6x6_768 = _size("student_6x6_768", 6, 768, (12, 64), 2048, **_V1_1)
+student_12x3_768 = _size("student_12x3_768", 12, 768, (12, 64), 2048, num_decoder_layers=3, **_V1_1)
+student_12x12_384 = _size("student_12x12_384", 12, 384, (12, 32), 1024, **_V1_1)
+
+# The demo's student and the bundled teacher, for which `vocab_size` must be given. Their few layers use the cores of a
+# CPU better one by one than in a loop.
 _MINI = {"tied_head": True, "scan_layers": False}
-
-
-def t5_v1_0_small(**overrides: Any) -> T5Config:
-    """T5 v1.0 small: 6+6 layers, width 512, 8 heads x 64, ReLU MLP of 2,048, tied head."""
-    return _v1_0(6, 512, (8, 64), 2048, overrides)
-
-
-def t5_v1_0_base(**overrides: Any) -> T5Config:
-    """T5 v1.0 base: 12+12 layers, width 768, 12 heads x 64, ReLU MLP of 3,072, tied head."""
-    return _v1_0(12, 768, (12, 64), 3072, overrides)
-
-
-def t5_v1_0_3b(**overrides: Any) -> T5Config:
-    """T5 v1.0 3B: 24+24 layers, width 1,024, 32 heads x 128, ReLU MLP of 16,384, tied head.
-
-    Its heads together (4,096) are wider than the model: relation heads divide 4,096.
-    """
-    return _v1_0(24, 1024, (32, 128), 16384, overrides)
-
-
-def t5_v1_1_small(**overrides: Any) -> T5Config:
-    """T5 v1.1 small: 8+8 layers, width 512, 6 heads x 64, gated MLP of 1,024, a head of its own."""
-    return _v1_1(8, 512, (6, 64), 1024, overrides)
-
-
-def t5_v1_1_base(**overrides: Any) -> T5Config:
-    """T5 v1.1 base: 12+12 layers, width 768, 12 heads x 64, gated MLP of 2,048, a head of its own."""
-    return _v1_1(12, 768, (12, 64), 2048, overrides)
-
-
-def t5_v1_1_large(**overrides: Any) -> T5Config:
-    """T5 v1.1 large: 24+24 layers, width 1,024, 16 heads x 64, gated MLP of 2,816, a head of its own."""
-    return _v1_1(24, 1024, (16, 64), 2816, overrides)
-
-
-def t5_v1_1_xl(**overrides: Any) -> T5Config:
-    """T5 v1.1 XL ("3B"): 24+24 layers, width 2,048, 32 heads x 64, gated MLP of 5,120, a head of its own."""
-    return _v1_1(24, 2048, (32, 64), 5120, overrides)
-
-
-def t5_v1_1_xxl(**overrides: Any) -> T5Config:
-    """T5 v1.1 XXL: 24+24 layers, width 4,096, 64 heads x 64, gated MLP of 10,240, a head of its own."""
-    return _v1_1(24, 4096, (64, 64), 10240, overrides)
-
-
-def umt5_small(**overrides: Any) -> T5Config:
-    """umT5 small: 8+8 layers, width 512, 6 heads x 64, gated MLP of 1,024, a position bias in every layer."""
-    return t5_v1_1_small(**_UMT5 | overrides)
-
-
-def umt5_base(**overrides: Any) -> T5Config:
-    """umT5 base: 12+12 layers, width 768, 12 heads x 64, gated MLP of 2,048, a position bias in every layer."""
-    return t5_v1_1_base(**_UMT5 | overrides)
-
-
-def umt5_xl(**overrides: Any) -> T5Config:
-    """umT5 XL: 24+24 layers, width 2,048, 32 heads x 64, gated MLP of 5,120, a position bias in every layer."""
-    return t5_v1_1_xl(**_UMT5 | overrides)
-
-
-def umt5_xxl(**overrides: Any) -> T5Config:
-    """umT5 XXL: 24+24 layers, width 4,096, 64 heads x 64, gated MLP of 10,240, a position bias in every layer."""
-    return t5_v1_1_xxl(**_UMT5 | overrides)
-
-
-def madlad400_3b(**overrides: Any) -> T5Config:
-    """MADLAD-400 3B: 32+32 layers, width 1,024, 16 heads x 128, gated MLP of 8,192, a head of its own.
-
-    A translation model with 256,000 rows, which pads with 1 and ends with 2.
-    """
-    return _v1_1(32, 1024, (16, 128), 8192, {"vocab_size": 256000, "pad_id": 1, "eos_id": 2} | overrides)
-
-
-def student_6x6_768(**overrides: Any) -> T5Config:
-    """A student of 6+6 layers, width 768: 12 heads x 64, gated MLP of 2,048, a head of its own (v1.1 base, halved)."""
-    return _v1_1(6, 768, (12, 64), 2048, overrides)
-
-
-def student_12x3_768(**overrides: Any) -> T5Config:
-    """A student of 12+3 layers, width 768: 12 heads x 64, gated MLP of 2,048, a head of its own.
-
-    A shallow decoder makes generation cheap: it runs once a token, the encoder once a text.
-    """
-    return _v1_1(12, 768, (12, 64), 2048, {"num_decoder_layers": 3} | overrides)
-
-
-def student_12x12_384(**overrides: Any) -> T5Config:
-    """A student of 12+12 layers, width 384: 12 heads x 32, gated MLP of 1,024, a head of its own (deep and thin)."""
-    return _v1_1(12, 384, (12, 32), 1024, overrides)
-
-
-def mini_2x2_128(*, vocab_size: int, **overrides: Any) -> T5Config:
-    """The demo's student: 2+2 layers, width 128, 4 heads x 32, gated MLP of 256, tied head."""
-    return _v1_1(2, 128, (4, 32), 256, _MINI | {"vocab_size": vocab_size} | overrides)
-
-
-def mini_4x4_256(*, vocab_size: int, **overrides: Any) -> T5Config:
-    """The bundled teacher: 4+4 layers, width 256, 4 heads x 64, gated MLP of 384, tied head."""
-    return _v1_1(4, 256, (4, 64), 384, _MINI | {"vocab_size": vocab_size} | overrides)
+mini_2x2_128 = _size("mini_2x2_128", 2, 128, (4, 32), 256, **_MINI)
+mini_4x4_256 = _size("mini_4x4_256", 4, 256, (4, 64), 384, **_MINI)
 
 
 def build(size: str | Callable[..., T5Config], **overrides: Any) -> T5Config:
@@ -124,20 +79,3 @@ def build(size: str | Callable[..., T5Config], **overrides: Any) -> T5Config:
         advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(SIZES)}"
         raise UserError(f"no model size {size!r}; {advice}")
     return SIZES[size](**overrides)
-
-
-def _v1_0(layers: int, width: int, heads: tuple[int, int], mlp_dim: int, overrides: dict[str, Any]) -> T5Config:
-    return _v1_1(layers, width, heads, mlp_dim, {"mlp_activations": ("relu",), "tied_head": True} | overrides)
-
-
-def _v1_1(layers: int, width: int, heads: tuple[int, int], mlp_dim: int, overrides: dict[str, Any]) -> T5Config:
-    shape = {"d_model": width, "num_heads": heads[0], "head_dim": heads[1], "mlp_dim": mlp_dim}
-    depth = {"num_encoder_layers": layers, "num_decoder_layers": layers}
-    return T5Config(**{"vocab_size": 32128} | shape | depth | overrides)
-
-
-_V1_0 = (t5_v1_0_small, t5_v1_0_base, t5_v1_0_3b)
-_V1_1 = (t5_v1_1_small, t5_v1_1_base, t5_v1_1_large, t5_v1_1_xl, t5_v1_1_xxl)
-_MULTILINGUAL = (umt5_small, umt5_base, umt5_xl, umt5_xxl, madlad400_3b)
-_STUDENTS = (student_6x6_768, student_12x3_768, student_12x12_384, mini_2x2_128, mini_4x4_256)
-SIZES = {size.__name__: size for size in (*_V1_0, *_V1_1, *_MULTILINGUAL, *_STUDENTS)}
