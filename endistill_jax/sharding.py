@@ -68,8 +68,8 @@ def make_mesh(
         fsdp: data parallelism with sharded parameters.
         tensor: shards of heads, MLP width and vocabulary.
         devices: by default all.
-        slices: groups of devices with a fast network inside and a slow one between them; processes, for devices that
-            report no slices. None detects TPU slices and treats other devices as one.
+        slices: groups of devices with a slow network between them; processes, for devices that report no slices. None
+            detects TPU slices and treats other devices as one.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -97,10 +97,8 @@ def _arrange(shape: list[int], devices: Sequence[jax.Device], slices: int | None
         )
     data, *others = shape
     if data % slices:
-        raise UserError(
-            f"mesh axis data={data} does not split over {slices} slices; make it a multiple of {slices}, "
-            "so that no parameter is gathered over the slow network between them"
-        )
+        # Else parameters would be gathered over the slow network between slices.
+        raise UserError(f"mesh axis data={data} does not split over {slices} slices; make it a multiple of {slices}")
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
@@ -121,14 +119,7 @@ def activation_sharding(mesh: Mesh, sharding: str = "sharded") -> Iterator[None]
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, sharding: str = "sharded", whose: str = "the model's") -> Any:
-    """A `NamedSharding` for every parameter, by its logical axes.
-
-    Args:
-        config: the model's settings; the mesh must divide its widths.
-        mesh: from `make_mesh`.
-        sharding: "sharded" or "replicated"; see `logical_rules`.
-        whose: name of the model in error messages.
-    """
+    """A `NamedSharding` for every parameter, by its logical axes and `logical_rules`; `whose` is for messages."""
     rules = logical_rules(sharding)
     _check_divisible(config, mesh, dict(rules), whose)
 

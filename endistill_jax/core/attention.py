@@ -70,11 +70,6 @@ def visible_keys(
 ATTENTION_BYTES = {"tpu": 32 << 20, "cpu": 256 << 20, "gpu": 256 << 20}
 
 
-def platform_attention_bytes(platform: str) -> int:
-    """The entry of `ATTENTION_BYTES`; for an unknown platform that of GPUs."""
-    return ATTENTION_BYTES.get(platform, ATTENTION_BYTES["gpu"])
-
-
 class Groups(NamedTuple):
     """One block: `examples` x `heads` x `queries` rows of scores."""
 

@@ -33,12 +33,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Adds to an error or interruption in which of several parts it happened.
-
-    Args:
-        where: the part, put before the message.
-        advice: returns what would help, put after the message of a `UserError`; called only then.
-    """
+    """Adds to an error or interruption in which of several parts it happened, and to a `UserError` what would help."""
     try:
         yield
     except UserError as error:
@@ -48,15 +43,10 @@ def naming(where: str, advice: Callable[[], str] | None = None) -> Iterator[None
 
 
 def as_tuple(value: Any, where: str, wanted: str, fits: Callable[[Any], bool] = lambda _: True) -> tuple[Any, ...]:
-    """Validates a setting that lists things and returns it as a tuple.
+    """Validates a setting that lists things and returns it as a tuple; each item must fit.
 
-    Gin accepts a scalar, or `(3)`, where a tuple is meant; this refuses it.
-
-    Args:
-        value: as given by the user.
-        where: the setting's name, for the message.
-        wanted: the expected items with an example, such as "layers, such as (0, 3) or (3,)".
-        fits: whether an item is valid.
+    Gin accepts a scalar, or `(3)`, where a tuple is meant; this refuses it, with the setting's name, `where`, and what
+    is `wanted`, such as "layers, such as (0, 3) or (3,)".
     """
     if not isinstance(value, (tuple, list)) or not all(map(fits, value)):
         raise UserError(f"{where} is {value!r}; give a tuple of {wanted}")

@@ -72,19 +72,12 @@ class Head(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass was asked for; keys are as requested.
+    """What a forward pass was asked for; keys are as requested."""
 
-    Attributes:
-        encoded: the encoder's output, after its final normalization.
-        head: the unapplied head.
-        taps: by (site, layer).
-        hidden: the residual stream after a layer, by (stack, layer).
-    """
-
-    encoded: Float[Array, "batch source d_model"] | None = None
+    encoded: Float[Array, "batch source d_model"] | None = None  # after the encoder's final normalization
     head: Head | None = None
-    taps: Mapping[tuple[str, int], Tap] = {}
-    hidden: Mapping[tuple[Stack, int], Float[Array, "batch length d_model"]] = {}
+    taps: Mapping[tuple[str, int], Tap] = {}  # by (site, layer)
+    hidden: Mapping[tuple[Stack, int], Float[Array, "batch length d_model"]] = {}  # after a layer, by (stack, layer)
 
     @property
     def logits(self) -> Float[Array, "batch target vocab"] | None:
@@ -93,19 +86,13 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reads:
-    """The outputs to compute; nothing else is. Negative layers count from a stack's top.
+    """The outputs to compute; nothing else is. Negative layers count from a stack's top."""
 
-    Attributes:
-        taps: (site, layer) -> which vectors of that attention module, such as "qkv".
-        hidden: (stack, layer) of the residual streams, each after the layer.
-        encoded: whether the encoder's output is read.
-        head: whether the distribution over the vocabulary is read.
-    """
-
+    # (site, layer) -> which vectors of that attention module, such as "qkv"
     taps: Mapping[tuple[str, int], str] = dataclasses.field(default_factory=dict)
-    hidden: frozenset[tuple[Stack, int]] = frozenset()
-    encoded: bool = False
-    head: bool = False
+    hidden: frozenset[tuple[Stack, int]] = frozenset()  # the residual streams after these layers
+    encoded: bool = False  # the encoder's output
+    head: bool = False  # the distribution over the vocabulary
 
     def __or__(self, other: "Reads") -> "Reads":
         vectors = {

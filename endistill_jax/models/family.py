@@ -67,17 +67,11 @@ class ForwardFlops(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One tensor of a model: of one layer, if it belongs to a layer.
+    """One tensor of a model: of one layer, if it belongs to a layer."""
 
-    Attributes:
-        path: where it is in our nested dictionaries, such as `("encoder", "layers", "mlp", "wo", "kernel")`.
-        layer: its layer, None outside the stacks.
-        shape: its shape without the axis of layers; kernels are [in, out].
-    """
-
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]
+    path: tuple[str, ...]  # in our nested dictionaries, such as `("encoder", "layers", "mlp", "wo", "kernel")`
+    layer: int | None  # None outside the stacks
+    shape: tuple[int, ...]  # without the axis of layers; kernels are [in, out]
 
     @property
     def name(self) -> str:
@@ -94,15 +88,10 @@ class Tensor(NamedTuple):
 
 
 class HuggingFaceFormat(Protocol):
-    """How Hugging Face folders keep a family's models.
+    """How Hugging Face folders keep a family's models."""
 
-    Attributes:
-        model_types: supported values of `model_type` in config.json.
-        ignored: tensors that are skipped.
-    """
-
-    model_types: tuple[str, ...]
-    ignored: frozenset[str]
+    model_types: tuple[str, ...]  # supported values of `model_type` in config.json
+    ignored: frozenset[str]  # tensors that are skipped
 
     def config_from_json(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
         """The settings in a config.json; a `UserError` names the file, `where`."""
@@ -124,21 +113,13 @@ class HuggingFaceFormat(Protocol):
 
 
 class Family(Protocol):
-    """A kind of model.
+    """A kind of model."""
 
-    Attributes:
-        name: of its folder; what a manifest calls it.
-        config_type: the class of its settings.
-        widths: logical axis -> the setting that a mesh splits along it; a mesh must divide these.
-        huggingface: names and settings in Hugging Face folders.
-        t5x: names and shapes in T5X's checkpoints; None if T5X has no such network.
-    """
-
-    name: str
-    config_type: type
-    widths: Mapping[str, str]
+    name: str  # of its folder; what a manifest calls it
+    config_type: type  # of its settings
+    widths: Mapping[str, str]  # logical axis -> the setting that a mesh splits along it, and so must divide
     huggingface: HuggingFaceFormat
-    t5x: Any
+    t5x: Any  # names and shapes in T5X's checkpoints; None if T5X has no such network
 
     def boxed_init(self, config: Any, key: Key[Array, ""]) -> Any:
         """Fresh parameters in Flax's boxes, which carry the logical name of every axis; see `sharding.LOGICAL_RULES`.
@@ -176,15 +157,10 @@ class Family(Protocol):
         tokens: Int[Array, "batch beams"],
         ancestors: Int[Array, "batch beams positions"] | None = None,
     ) -> tuple[Float[Array, "batch beams vocab"], Any]:
-        """One token of each beam -> float32 logits of the next, and the cache after it.
+        """One token of each beam -> float32 logits of the next, and the cache after it, which must not be full before.
 
-        Args:
-            config: the model's settings.
-            source: from `read_source`.
-            cache: of the positions before; must not be full.
-            tokens: `decoder_start_id` first.
-            ancestors: the beam that each beam's hypothesis was in at each position, up to and with this one. So
-                hypotheses can change beams without moving the cache. None where there is one beam.
+        `ancestors` is the beam that each beam's hypothesis was in at each position, up to and with this one. So
+        hypotheses can change beams without moving the cache. None where there is one beam.
         """
 
     def describe(self, config: Any) -> str:
@@ -213,17 +189,11 @@ def apply(
     frozen: bool = False,
     attention_bytes: int | None = None,
 ) -> Output:
-    """One forward pass with teacher forcing, of which only what is read is computed.
+    """One forward pass with teacher forcing, of which only what is read is computed; without a key, without dropout.
 
-    Args:
-        config: the model's settings.
-        params: its parameters.
-        batch: see `core.model_io.Batch`. Token 0 is padding, whatever the model's `pad_id`.
-        reads: what is returned.
-        dropout_key: None runs without dropout.
-        frozen: the parameters are constants: compiled differently, with the same result.
-        attention_bytes: most that the float32 scores of an attention module take at a time on a device; None leaves it
-            to the settings.
+    Token 0 is padding, whatever the model's `pad_id`. If `frozen`, the parameters are constants: compiled differently,
+    with the same result. `attention_bytes` is the most that the float32 scores of an attention module take at a time on
+    a device; None leaves it to the settings.
     """
     options = {"dropout_key": dropout_key, "frozen": frozen, "attention_bytes": attention_bytes}
     return config.family.apply(config, params, batch, reads, **options)
@@ -281,10 +251,7 @@ def check_batches(config: ModelConfig, eos_id: int) -> None:
     with 0 and ends with the vocabulary's EOS, which must be the model's `decoder_start_id` and `eos_id`.
     """
     if config.depth("decoder") and config.decoder_start_id != 0:
-        raise UserError(
-            f"the model's decoder_start_id is {config.decoder_start_id}, and SeqIO begins every target with 0; "
-            "only models that start with 0 are trained and evaluated on its batches"
-        )
+        raise UserError(f"the model's decoder_start_id is {config.decoder_start_id}; SeqIO begins every target with 0")
     if config.depth("decoder") and config.eos_id != eos_id:
         raise UserError(
             f"the model's eos_id is {config.eos_id}, and the task's vocabulary ends a text with {eos_id}; "

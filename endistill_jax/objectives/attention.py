@@ -13,7 +13,7 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.core.model_io import Output, Tap
 from endistill_jax.objectives.implementation import MeshAxes, per_device, with_formed_gradient
 from endistill_jax.objectives.interpolated_targets import joined
-from endistill_jax.objectives.relations import SiteTerm, categorical_kl
+from endistill_jax.objectives.relations import SiteTerm, categorical_kl, head_scores
 from endistill_jax.objectives.relations_blocked import MASKED_SCORE
 from endistill_jax.objectives.term import ModelShape, Role, TermInputs
 
@@ -22,14 +22,10 @@ from endistill_jax.objectives.term import ModelShape, Role, TermInputs
 class AttentionKL(SiteTerm):
     """KL of the teacher's attention to the student's: summed over rows (query positions), mean over heads.
 
-    Head by head, so both models must have as many; T5 scales no score and adds a relative position bias to those of
-    self-attention.
-
-    Attributes:
-        num_heads: of both models.
+    T5 scales no score and adds a relative position bias to those of self-attention.
     """
 
-    num_heads: int
+    num_heads: int  # of both models, which are compared head by head
 
     def default_name(self) -> str:
         return self.named(f"{self.site}/attention")
@@ -66,7 +62,7 @@ class AttentionKL(SiteTerm):
         if not self.num_heads == student.num_heads == teacher.num_heads:
             raise UserError(
                 f"{self.name}: num_heads is {self.num_heads}, and teacher and student have {teacher.num_heads} and "
-                f"{student.num_heads}; attention is compared head by head. Compare relations of models with other heads"
+                f"{student.num_heads}; attention is compared head by head. Compare relations instead"
             )
 
 
@@ -75,13 +71,7 @@ def _dense(heads: int, masks: RowMasks, student: Tap, teacher: Tap) -> Float[Arr
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
     def masked_scores(tap: Tap) -> Float[Array, "batch heads query key"]:
-        # Padding is cleared before the arithmetic, so that what is not finite there spoils no gradient.
-        query, key = (
-            jnp.where(segments[:, :, None] != 0, x.astype(jnp.float32), 0.0)
-            for x, segments in zip(tap[:2], masks[:2], strict=True)
-        )
-        query, key = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=jax.lax.Precision.HIGHEST)
+        scores = head_scores(tap[:2], masks[:2], heads)
         return jnp.where(visible, scores if tap.bias is None else scores + tap.bias, MASKED_SCORE)
 
     return jnp.sum(categorical_kl(masked_scores(teacher), masked_scores(student))) / heads

@@ -22,17 +22,11 @@ class HiddenDistance(LayerTerm):
     """Distance of the student's states, projected to the teacher's width, from the teacher's; summed over real tokens.
 
     Interpolated targets do not move it: the target is the teacher's state from the first step on.
-
-    Attributes:
-        of: "encoder" or "decoder" for the residual stream after a layer, "encoded" for the encoder's output, of which
-            no layer is read.
-        distance: "cosine", 1 - cosine; or "l2", the mean over the width of the squared difference.
-        project: whether a learned projection stands between them; without one, the widths must be equal.
     """
 
-    of: str = ENCODED
-    distance: str = "cosine"
-    project: bool = True
+    of: str = ENCODED  # the encoder's output, which has no layers; or the residual stream of "encoder" or "decoder"
+    distance: str = "cosine"  # 1 - cosine; or "l2", the mean over the width of the squared difference
+    project: bool = True  # through a learned projection; without one, the widths must be equal
 
     def __post_init__(self):
         require_choice(self, of=(*STACKS, ENCODED), distance=DISTANCES)
@@ -85,10 +79,8 @@ class HiddenDistance(LayerTerm):
         if self.of != ENCODED:
             self.validate_layers(self.of, student, teacher)
         if not self.project and student.d_model != teacher.d_model:
-            raise UserError(
-                f"{self.name}: the teacher's width is {teacher.d_model} and the student's {student.d_model}; "
-                "give it a projection (project = True)"
-            )
+            widths = f"the teacher's width is {teacher.d_model} and the student's {student.d_model}"
+            raise UserError(f"{self.name}: {widths}; give it a projection (project = True)")
 
     def flops(self, lengths: Lengths, student: ModelShape, teacher: ModelShape) -> int:
         length = lengths.target if self.side == "decoder" else lengths.source

@@ -20,19 +20,12 @@ FORMS = ("auto", "dense", "blocked")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshAxes:
-    """The mesh that the arrays of a loss are sharded over, and the roles of its axes.
-
-    Attributes:
-        mesh: the devices.
-        batch: axes over which examples are split.
-        model: axis over which heads and vocabulary are split.
-        embed: axis over which the head's rows, the residual width, are split.
-    """
+    """The mesh that the arrays of a loss are sharded over, and the axes over which it splits them."""
 
     mesh: Mesh
-    batch: tuple[str, ...] = ("data", "fsdp")
-    model: str = "tensor"
-    embed: str = "fsdp"
+    batch: tuple[str, ...] = ("data", "fsdp")  # examples
+    model: str = "tensor"  # heads and vocabulary
+    embed: str = "fsdp"  # the head's rows, the residual width
 
     @property
     def model_parts(self) -> int:
@@ -42,25 +35,18 @@ class MeshAxes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossImplementation:
-    """Which form of each loss runs. The default chooses by platform and shape.
+    """Which form of each loss runs, and how much memory it takes at a time on a device; None chooses by platform.
 
-    Attributes:
-        relations: "dense" holds every score of both models at once, "blocked" those of a few heads; "auto" is blocked
-            wherever the examples split evenly over the mesh.
-        relation_bytes: most that the float32 scores of one model in one block take; None chooses by platform.
-        vocabulary: "dense" holds the logits of both models at once, "blocked" those of some tokens; "auto" as above.
-        vocabulary_bytes: most that the float32 logits of one model in one block take on a device; None as above.
-        attention_bytes: most that the float32 scores of the teacher's attention take at a time on a device; None as
-            above. The student's is a setting of its own, in its configuration.
-        axes: the mesh that the arrays are sharded over; None for one device.
+    "dense" holds every score, or all logits, of both models at once; "blocked" the scores of a few heads, or the logits
+    of some tokens; "auto" is blocked wherever the examples split evenly over the mesh.
     """
 
     relations: str = "auto"
-    relation_bytes: int | None = None
+    relation_bytes: int | None = None  # of one model's float32 scores in one block
     vocabulary: str = "auto"
-    vocabulary_bytes: int | None = None
-    attention_bytes: int | None = None
-    axes: MeshAxes | None = None
+    vocabulary_bytes: int | None = None  # of one model's float32 logits in one block
+    attention_bytes: int | None = None  # of the teacher's float32 attention scores; the student's is in its settings
+    axes: MeshAxes | None = None  # the mesh that the arrays are sharded over; None for one device
 
     def __post_init__(self):
         require_choice(self, relations=FORMS, vocabulary=FORMS)
@@ -83,11 +69,9 @@ class LossImplementation:
 
     @property
     def platform(self) -> str:
-        """The kind of device that computes: that of the mesh, else JAX's default; "cpu", "gpu" or "tpu"."""
-        if self.axes is None:
-            return jax.default_backend()
-        kind = self.axes.mesh.devices.flat[0].platform
-        return "gpu" if kind in ("cuda", "rocm") else kind
+        """The kind of device that computes, of the mesh or JAX's default: "cpu", "tpu" or, for any other, "gpu"."""
+        kind = jax.default_backend() if self.axes is None else self.axes.mesh.devices.flat[0].platform
+        return kind if kind in ("cpu", "tpu") else "gpu"
 
 
 DEFAULT = LossImplementation()

@@ -30,19 +30,12 @@ ShareState = dict[str, Scalar]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolatedTargets:
-    """How the teacher's share of the target scores grows, up to 1.
+    """How the teacher's share of the target scores grows, up to 1."""
 
-    Attributes:
-        start: share before the first step, from 0 to 1.
-        steps: from this step on, counted from 1, the targets are the teacher's.
-        adaptive_rate: how much faster than linearly the share grows while the loss falls; 0 for linearly.
-        momentum: of the loss's relative change, where the share adapts.
-    """
-
-    start: float = 0.0
-    steps: int
-    adaptive_rate: float = 0.0
-    momentum: float = 0.99
+    start: float = 0.0  # share before the first step, from 0 to 1
+    steps: int  # from this step on, counted from 1, the targets are the teacher's
+    adaptive_rate: float = 0.0  # how much faster than linearly the share grows while the loss falls; 0 for linearly
+    momentum: float = 0.99  # of the loss's relative change, where the share adapts
 
     def __post_init__(self):
         require_between(self, "start", 0, 1)

@@ -28,15 +28,11 @@ RESERVED_PREFIXES = ("gradient_norm/", "held_out/")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """`loss = sum over terms of coefficient(step) * sum / weight`; `validate` checks it against the models.
+    """`loss = sum over terms of coefficient(step) * sum / weight`; `validate` checks it against the models."""
 
-    Attributes:
-        terms: at least one; their names differ.
-        interpolated_targets: how the targets of relations, attention and tokens move from the student's own to the
-            teacher's; None for the teacher's from the first step on.
-    """
-
-    terms: tuple[Term, ...]
+    terms: tuple[Term, ...]  # at least one; their names differ
+    # How the targets of relations, attention and tokens move from the student's own to the teacher's; None for the
+    # teacher's from the first step on.
     interpolated_targets: InterpolatedTargets | None = None
 
     def __post_init__(self):
@@ -139,19 +135,18 @@ def loss_and_sums(
 
     Args:
         objective: its terms.
-        student: with everything that the objective reads of it.
-        teacher: likewise; a constant. May be None if no term needs a teacher.
+        student: everything that the objective reads of it.
+        teacher: likewise; a constant. None if no term needs a teacher.
         batch: `decoder_target_tokens`, `decoder_loss_weights` [batch, target], and what `batch_segments` reads.
         weights: `Objective.weights` of the whole batch. With those, the shares of its micro-batches add up to its loss.
         params: the terms' own parameters, by term name.
-        share: the teacher's, of interpolated targets; None for the teacher's own.
+        share: the teacher's, of interpolated targets; None for its own.
         step: by which scheduled coefficients move; None is the first.
         implementation: dense or blocked, and the mesh.
 
     Returns:
-        The loss, in which a term of weight 0 adds nothing; and by name, not yet divided, the sums of the terms and,
-        where distributions over the vocabulary are read, `cross_entropy` and `teacher_cross_entropy`, whose weight is
-        that of the loss weights: float32 scalars in nats.
+        The loss, and by name, not yet divided, the sums of the terms and, where distributions over the vocabulary are
+        read, `cross_entropy` and `teacher_cross_entropy`, weighted as the tokens: float32 scalars in nats.
     """
     teacher = jax.lax.stop_gradient(teacher)
     if share is not None and teacher.head is not None and student.head is not None:

@@ -16,10 +16,11 @@ from endistill_jax.core.attention import SITES, RowMasks, row_masks, visible_key
 from endistill_jax.core.errors import UserError, require_choice
 from endistill_jax.core.model_io import Batch, Lengths, Output, Reads, batch_segments
 from endistill_jax.objectives.interpolated_targets import joined
-from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, relation_kl_blocked
+from endistill_jax.objectives.relations_blocked import MASKED_SCORE, Pair, Segments, relation_kl_blocked
 from endistill_jax.objectives.term import LayerTerm, ModelShape, Ramp, Role, TermInputs
 
 RELATIONS = ("qq", "kk", "vv", "qk")
+Scores = Float[Array, "batch heads query key"]
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -62,13 +63,10 @@ class SiteTerm(LayerTerm):
 class RelationKL(SiteTerm):
     """KL of the teacher's relation to the student's: summed over rows (query positions), mean over relation heads.
 
-    Attributes:
-        relation: "qq", "kk", "vv" or "qk".
-        relation_heads: into how many heads both models' joined heads are split again; must divide the inner width
-            (num_heads * head_dim) of both.
+    Both models' heads are joined and split again into relation heads, which must divide num_heads * head_dim of both.
     """
 
-    relation: str
+    relation: str  # "qq", "kk", "vv" or "qk"
     relation_heads: int = 16
 
     def __post_init__(self):
@@ -104,36 +102,37 @@ class RelationKL(SiteTerm):
         if self.relation_heads < 1 or common % self.relation_heads:
             choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
             raise UserError(
-                f"{self.name}: relation_heads is {self.relation_heads}, which does not divide the inner dimensions "
-                f"(num_heads * head_dim) {teacher.inner_dim} of the teacher and {student.inner_dim} of the student; "
-                f"choose one of {choices}"
+                f"{self.name}: relation_heads is {self.relation_heads}, which does not divide num_heads * head_dim of "
+                f"teacher ({teacher.inner_dim}) and student ({student.inner_dim}); choose one of {choices}"
             )
 
 
-def relation_scores(
-    pair: Pair, segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]], relation_heads: int
-) -> Float[Array, "batch relation_heads query key"]:
+def relation_scores(pair: Pair, segments: Segments, relation_heads: int) -> Scores:
     """`queries_r @ keys_r^T / sqrt(inner / relation_heads)`, without a mask; vectors at segment 0 count as zero."""
+    return head_scores(pair, segments, relation_heads) / math.sqrt(pair[0].shape[-1] // relation_heads)
+
+
+def head_scores(pair: Pair, segments: Segments, heads: int) -> Scores:
+    """Dot products of two sets of vectors, head by head; vectors at segment 0 count as zero."""
 
     def split(
         vectors: Float[Array, "batch length inner"], segments: Int[Array, "batch length"]
-    ) -> Float[Array, "batch length relation_heads relation_dim"]:
+    ) -> Float[Array, "batch length heads head_dim"]:
         # Padding is cleared before the arithmetic, not only after: the gradient of a product whose result is later
         # thrown away by a `where` is 0 * NaN = NaN if a factor is not finite.
         vectors = jnp.where(segments[:, :, None] != 0, vectors.astype(jnp.float32), 0.0)
-        return vectors.reshape(*vectors.shape[:2], relation_heads, -1)
+        return vectors.reshape(*vectors.shape[:2], heads, -1)
 
     queries, keys = map(split, pair, segments)
     # Accelerators would otherwise round float32 factors to fewer bits.
-    scores = jnp.einsum("bqrd,bkrd->brqk", queries, keys, precision=jax.lax.Precision.HIGHEST)
-    return scores / math.sqrt(queries.shape[-1])
+    return jnp.einsum("bqhd,bkhd->bhqk", queries, keys, precision=jax.lax.Precision.HIGHEST)
 
 
 def relation_kl(teacher: Pair, student: Pair, relation_heads: int, masks: RowMasks) -> Float[Array, ""]:
     """The plain dense form: the sum over rows, float32, in nats. The teacher is a constant, of its own width."""
     visible = visible_keys(*masks)[:, None]  # [batch, 1, query, key]
 
-    def masked_scores(pair: Pair) -> Float[Array, "batch relation_heads query key"]:
+    def masked_scores(pair: Pair) -> Scores:
         return jnp.where(visible, relation_scores(pair, masks[:2], relation_heads), MASKED_SCORE)
 
     # Rows that see nothing need no further mask: their scores are the same constants in both models, which differ by

@@ -18,6 +18,12 @@ from endistill_jax.objectives.implementation import LossImplementation, MeshAxes
 # Finite, so that masked minus masked is 0 and not NaN; so low that its softmax is exactly 0 beside any real score.
 MASKED_SCORE = -1e30
 
+# Most that one model's scores of one block take: a fraction of a TPU core's vector memory, of a CPU core's cache, and
+# for GPUs, which want wide work, a small part of their memory.
+RELATION_BYTES = {"tpu": 8 << 20, "cpu": 2 << 20, "gpu": 256 << 20}
+
+# Of queries and keys, of all examples or of one.
+Segments = tuple[Int[Array, "*batch query"], Int[Array, "*batch key"]]
 
 # The two sets of vectors that a relation compares, queries and keys, of one width.
 Pair = tuple[Float[Array, "*batch query _"], Float[Array, "*batch key _"]]
@@ -63,15 +69,6 @@ def _product(axes: str, first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.einsum(axes, first, second, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-# Most that one model's scores of one block take: a fraction of a TPU core's vector memory, of a CPU core's cache, and
-# for GPUs, which want wide work, a small part of their memory.
-RELATION_BYTES = {"tpu": 8 << 20, "cpu": 2 << 20, "gpu": 256 << 20}
-
-
-# Of queries and keys, of all examples or of one.
-Segments = tuple[Int[Array, "*batch query"], Int[Array, "*batch key"]]
-
-
 def relation_kl_blocked(
     teacher: Pair, student: Pair, relation_heads: int, masks: RowMasks, implementation: LossImplementation
 ) -> Float[Array, ""]:
@@ -83,7 +80,7 @@ def relation_kl_blocked(
     blocks = _Blocks(
         heads=relation_heads,
         causal=masks.causal,
-        block_bytes=implementation.relation_bytes or RELATION_BYTES.get(implementation.platform, RELATION_BYTES["gpu"]),
+        block_bytes=implementation.relation_bytes or RELATION_BYTES[implementation.platform],
         axes=implementation.sharded_axes,
     )
     constants = (tuple(teacher), (masks.query_segments, masks.key_segments))
@@ -123,11 +120,7 @@ def _sharded(
 
 
 def _per_device(
-    blocks: _Blocks,
-    student: Pair,
-    teacher: Pair,
-    segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]],
-    with_gradient: bool,
+    blocks: _Blocks, student: Pair, teacher: Pair, segments: Segments, with_gradient: bool
 ) -> tuple[Float[Array, " 1"], Pair | None]:
     """One device's part, some examples at a time: its sum `[1]` and the gradient by its vectors."""
     heads = blocks.heads // blocks.parts

@@ -59,36 +59,22 @@ Coefficient = float | Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TermInputs:
-    """What a term is computed from.
-
-    Attributes:
-        student: with everything that the term reads of the student.
-        teacher: likewise, a constant; None where no term needs one.
-        batch: `decoder_target_tokens`, `decoder_loss_weights` [batch, target], and what `batch_segments` reads.
-        params: what `init_params` made, as it is now.
-        share: the teacher's share of interpolated targets, from 0 to 1; None for the teacher's own.
-        implementation: dense or blocked, and the mesh.
-    """
+    """What a term is computed from: everything that it reads of both models, and the batch."""
 
     student: Output
-    teacher: Output | None
+    teacher: Output | None  # a constant; None where no term needs one
     batch: Batch
-    params: Any = None
-    share: Float[Array, ""] | None = None
+    params: Any = None  # what `init_params` made, as it is now
+    share: Float[Array, ""] | None = None  # the teacher's, of interpolated targets, from 0 to 1; None for its own
     implementation: LossImplementation = DEFAULT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Term:
-    """One summand of the loss, `coefficient(step) * sum / weight`.
+    """One summand of the loss, `coefficient(step) * sum / weight`."""
 
-    Attributes:
-        coefficient: a number, or a function of the step such as a `Ramp`.
-        label: the name of its metric; None takes the term's own.
-    """
-
-    coefficient: Coefficient = 1.0
-    label: str | None = None
+    coefficient: Coefficient = 1.0  # a number, or a function of the step such as a `Ramp`
+    label: str | None = None  # the name of its metric; None takes the term's own
 
     @property
     def name(self) -> str:

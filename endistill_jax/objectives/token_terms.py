@@ -28,9 +28,6 @@ Targets = Int[Array, " tokens"]
 Scalar = Float[Array, ""]
 Sums = dict[str, Scalar]
 
-CROSS_ENTROPY = "cross_entropy"
-TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
-
 
 class TokenDistribution:
     """softmax(logits) for some tokens, while a program is traced; what several losses need of it is computed once.
@@ -167,10 +164,8 @@ class TokenTerm(Term):
             if model is not None and not model.depth("decoder"):
                 raise UserError(f"{self.name}: the {role} is an encoder alone, and has no distribution over tokens")
         if self.needs_teacher and teacher is not None and teacher.vocab_size != student.vocab_size:
-            raise UserError(
-                f"{self.name}: the vocabularies of teacher and student have {teacher.vocab_size} and "
-                f"{student.vocab_size} entries; comparing their distributions needs one for both"
-            )
+            sizes = f"{teacher.vocab_size} and {student.vocab_size} entries"
+            raise UserError(f"{self.name}: the vocabularies of teacher and student differ: {sizes}; it needs the same")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,6 +295,14 @@ def weighted_sum(losses: Tokens, weights: Tokens) -> Scalar:
     return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
 
 
+def cross_entropy_sums(student: TokenDistribution, teacher: TokenDistribution | None, weights: Tokens) -> Sums:
+    """The models' own cross-entropies, by the names of their metrics."""
+    sums = {"cross_entropy": weighted_sum(jax.lax.stop_gradient(student.cross_entropy), weights)}
+    if teacher is not None:
+        sums["teacher_cross_entropy"] = weighted_sum(teacher.cross_entropy, weights)
+    return sums
+
+
 def dense_token_sums(
     terms: Sequence[TokenTerm],
     student: Head,
@@ -319,7 +322,6 @@ def dense_token_sums(
 
     ours, theirs = distribution(student), None if teacher is None else distribution(teacher)
     targets, weights = targets.reshape(-1), weights.astype(jnp.float32).reshape(-1)
-    sums = {CROSS_ENTROPY: weighted_sum(jax.lax.stop_gradient(ours.cross_entropy), weights)}
-    if theirs is not None:
-        sums[TEACHER_CROSS_ENTROPY] = weighted_sum(theirs.cross_entropy, weights)
-    return sums | {term.name: weighted_sum(term.token_loss(ours, theirs, targets), weights) for term in terms}
+    return cross_entropy_sums(ours, theirs, weights) | {
+        term.name: weighted_sum(term.token_loss(ours, theirs, targets), weights) for term in terms
+    }

@@ -17,14 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from endistill_jax.core.model_io import Head
 from endistill_jax.objectives.implementation import LossImplementation, MeshAxes, per_device, with_formed_gradient
-from endistill_jax.objectives.token_terms import (
-    CROSS_ENTROPY,
-    TEACHER_CROSS_ENTROPY,
-    Sums,
-    TokenDistribution,
-    TokenTerm,
-    weighted_sum,
-)
+from endistill_jax.objectives.token_terms import Sums, TokenDistribution, TokenTerm, cross_entropy_sums, weighted_sum
 
 # Most that one model's logits of one block take on a device.
 VOCABULARY_BYTES = {"tpu": 64 << 20, "cpu": 128 << 20, "gpu": 256 << 20}
@@ -55,10 +48,9 @@ def token_loss(
     """
     axes, columns = implementation.sharded_axes, student.kernel.shape[1]
     split = axes is not None and axes.model_parts > 1 and columns % axes.model_parts == 0
-    platform_bytes = VOCABULARY_BYTES.get(implementation.platform, VOCABULARY_BYTES["gpu"])
     blocks = _Blocks(
         terms=tuple(terms),
-        block_bytes=implementation.vocabulary_bytes or platform_bytes,
+        block_bytes=implementation.vocabulary_bytes or VOCABULARY_BYTES[implementation.platform],
         axes=axes,
         vocabulary_axis=axes.model if split else None,
     )
@@ -158,9 +150,7 @@ def _block_sums(
         return TokenDistribution(_product("td,dv->tv", hidden, kernel), block.targets, blocks.vocabulary_axis)
 
     student, teacher = distribution(block.student, kernels[0]), distribution(block.teacher, kernels[1])
-    sums = {CROSS_ENTROPY: weighted_sum(student.cross_entropy, block.weights)}
-    if teacher is not None:
-        sums[TEACHER_CROSS_ENTROPY] = weighted_sum(teacher.cross_entropy, block.weights)
+    sums = cross_entropy_sums(student, teacher, block.weights)
     d_logits = jnp.zeros_like(student.logits)
     for term in blocks.terms:
         losses, by_logits = term.loss_and_gradient(student, teacher, block.targets)

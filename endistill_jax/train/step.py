@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from endistill_jax.core.attention import STACKS, platform_attention_bytes
+from endistill_jax.core.attention import ATTENTION_BYTES, STACKS
 from endistill_jax.core.errors import UserError
 from endistill_jax.core.model_io import Batch
 from endistill_jax.models.family import ModelConfig, apply, logical_axes
@@ -108,7 +108,7 @@ class LossFunction:
     def _teacher_attention_bytes(self) -> int | None:
         """As requested, or by platform; dense if nothing is known of how arrays are sharded."""
         implementation = self.implementation
-        by_platform = None if implementation.axes is None else platform_attention_bytes(implementation.platform)
+        by_platform = None if implementation.axes is None else ATTENTION_BYTES[implementation.platform]
         return implementation.attention_bytes or by_platform
 
 

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from counted_flops import count_matmul_flops
 
 from endistill_jax.core.model_io import LOGITS, Lengths, Reads
 from endistill_jax.models.family import abstract_params, forward_flops
 from endistill_jax.models.t5.config import T5Config
-from endistill_jax.models.t5.flops import count_matmul_flops
 from endistill_jax.models.t5.t5 import T5
 
 # Every size another number, so that the position biases' products are known by the length that they contract: the

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from counted_flops import count_matmul_flops
 
 from endistill_jax.core.model_io import Lengths
 from endistill_jax.models.family import abstract_params
-from endistill_jax.models.t5.flops import count_matmul_flops
 from endistill_jax.objectives import (
     AttentionKL,
     HiddenDistance,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from endistill_jax.core.errors import UserError, require, require_at_least, require_choice, require_positive
 from endistill_jax.models.family import ModelConfig
-from endistill_jax.models.generation.search import SearchState, beam_search, draw, filter_logits, most_likely, search
+from endistill_jax.models.generation.search import SearchState, beam_search, draw, filter_logits, largest, search
 from endistill_jax.sharding import activation_sharding, batch_sharding, param_shardings
 
 STRATEGIES = ("greedy", "sample", "beam")
@@ -23,28 +23,21 @@ STRATEGIES = ("greedy", "sample", "beam")
 class Decoding:
     """How text is generated.
 
-    Attributes:
-        max_length: tokens generated at most, the end included.
-        strategy: "greedy" takes the most likely token at every step, "sample" draws one, "beam" extends the `beams`
-            most likely hypotheses.
-        temperature: of "sample": logits are divided by it.
-        top_k: of "sample": draws from this many of the most likely tokens; 0 means all.
-        top_p: of "sample": draws from the fewest of the most likely tokens that together have this probability.
-        beams: of "beam".
-        length_penalty: of "beam": a text of n tokens, the end included, has the score log-probability /
-            n ** length_penalty, as in Hugging Face's `generate` (T5X and Flax take ((5 + n) / 6) ** alpha instead).
-            0 compares log-probabilities, 1 means per token; more favors long texts.
-        eos_id: the token that ends a text; None takes the model's.
+    "greedy" takes the most likely token at every step, "sample" draws one, "beam" extends the `beams` most likely
+    hypotheses.
     """
 
-    max_length: int
+    max_length: int  # tokens generated at most, the end included
     strategy: Literal["greedy", "sample", "beam"] = "greedy"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of "sample": logits are divided by it
+    top_k: int = 0  # of "sample": draws from this many of the most likely tokens; 0 means all
+    top_p: float = 1.0  # of "sample": draws from the fewest most likely tokens that together have this probability
     beams: int = 4
+    # Of "beam": n tokens, the end included, have the score log-probability / n ** length_penalty, as in Hugging Face's
+    # `generate` (T5X and Flax take ((5 + n) / 6) ** alpha instead). 0 compares log-probabilities, 1 means per token;
+    # more favors long texts.
     length_penalty: float = 1.0
-    eos_id: int | None = None
+    eos_id: int | None = None  # the token that ends a text; None takes the model's
 
     def __post_init__(self):
         require_choice(self, strategy=STRATEGIES)
@@ -67,32 +60,22 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """Generated text.
+    """Generated text, and the sum of the log-probabilities that the model gives to its tokens.
 
-    Attributes:
-        tokens: up to and with the end, then the model's `pad_id`.
-        scores: the sum of the log-probabilities that the model gives to the tokens (when sampling too: before
-            temperature and filters); of beam search divided by n ** length_penalty.
+    When sampling too these are from before temperature and filters; of beam search divided by n ** length_penalty.
     """
 
-    tokens: Int[Array, "batch max_length"]
+    tokens: Int[Array, "batch max_length"]  # up to and with the end, then the model's `pad_id`
     scores: Float[Array, " batch"]
-
-
-Decode = Callable[..., Decoded]
 
 
 def make_decoder(
     config: ModelConfig, decoding: Decoding, *, mesh: Mesh | None = None, sharding: str = "sharded"
-) -> Decode:
+) -> Callable[..., Decoded]:
     """Builds the jitted search; make it once for a model and keep it, or it compiles again. It compiles once a shape.
 
-    Args:
-        config: the model's settings.
-        decoding: how text is generated.
-        mesh: what it runs on; None for wherever the arguments are.
-        sharding: of the parameters; see `sharding.logical_rules`. "sharded" gathers what is split along `fsdp` while it
-            generates; "replicated" is faster where the memory allows it.
+    The mesh None is wherever the arguments are. Parameters that are "sharded" along `fsdp` are gathered while it
+    generates; "replicated" is faster where the memory allows it (see `sharding.logical_rules`).
 
     Returns:
         A function (params, tokens, key=None, row_ids=None) -> `Decoded`: `tokens` are int [batch, source], one example
@@ -142,10 +125,11 @@ def generate(
         return Decoded(*found)
     row_ids = jnp.arange(len(tokens)) if row_ids is None else row_ids
 
-    def draw_one(logits: jax.Array, state: SearchState) -> jax.Array:
+    def choose(logits: jax.Array, state: SearchState) -> jax.Array:
+        if decoding.strategy == "greedy":
+            return largest(logits, 1)[1][:, 0]
         filtered = filter_logits(logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
         return draw(filtered, key, row_ids, state.cache.index)
 
-    choose = most_likely if decoding.strategy == "greedy" else draw_one
     state = search(config, params, tokens, length, eos_id, choose)
     return Decoded(state.tokens, state.scores)

@@ -24,21 +24,13 @@ _BLOCK = 128
 
 
 class SearchState(NamedTuple):
-    """The loop state of a search with one hypothesis.
+    """The loop state of a search with one hypothesis."""
 
-    Attributes:
-        cache: of the tokens read so far.
-        token: the one to be read next.
-        tokens: what was generated, then `pad_id`.
-        scores: the sum of the log-probabilities of what was generated.
-        finished: whether the end was generated.
-    """
-
-    cache: Any
-    token: Int[Array, " batch"]
-    tokens: Int[Array, "batch max_length"]
-    scores: Float[Array, " batch"]
-    finished: Bool[Array, " batch"]
+    cache: Any  # of the tokens read so far
+    token: Int[Array, " batch"]  # to be read next
+    tokens: Int[Array, "batch max_length"]  # what was generated, then `pad_id`
+    scores: Float[Array, " batch"]  # sum of the log-probabilities of what was generated
+    finished: Bool[Array, " batch"]  # whether the end was generated
 
 
 def search(
@@ -83,20 +75,12 @@ def search(
     return jax.lax.while_loop(unfinished, generate, start)
 
 
-def most_likely(logits: Logits, state: SearchState) -> Int[Array, " batch"]:
-    """The greedy choice."""
-    return largest(logits, 1)[1][:, 0]
-
-
 def filter_logits(logits: Logits, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Logits:
     """Logits at a temperature, -inf where a token may not be drawn; the filters apply one after the other, in order.
 
-    Args:
-        logits: float32.
-        temperature: what logits are divided by.
-        top_k: keeps the k most likely tokens, and all that are as likely as the k-th; 0 keeps all.
-        top_p: keeps the smallest set of most likely tokens with at least this total probability (nucleus sampling,
-            Holtzman et al., arXiv 1904.09751); tokens as likely as the last one kept are kept too.
+    `top_k` keeps the k most likely tokens, 0 all of them. `top_p` keeps the smallest set of most likely tokens with at
+    least this total probability (nucleus sampling, Holtzman et al., arXiv 1904.09751). Both also keep the tokens that
+    are as likely as the last one kept.
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -164,21 +148,13 @@ class Hypotheses(NamedTuple):
 
 
 class BeamState(NamedTuple):
-    """The loop state of beam search.
+    """The loop state of beam search."""
 
-    Attributes:
-        cache: of the positions read so far.
-        running: live hypotheses, with their log-probabilities.
-        ancestors: the beam that each of them was in at each position; see `Family.read_tokens`.
-        ended: finished hypotheses, with their penalized scores.
-        done: whether an example's answer is found.
-    """
-
-    cache: Any
-    running: Hypotheses
-    ancestors: Int[Array, "batch beams max_length"]
-    ended: Hypotheses
-    done: Bool[Array, " batch"]
+    cache: Any  # of the positions read so far
+    running: Hypotheses  # live, with their log-probabilities
+    ancestors: Int[Array, "batch beams max_length"]  # the beam of each at each position; see `Family.read_tokens`
+    ended: Hypotheses  # finished, with their penalized scores
+    done: Bool[Array, " batch"]  # whether an example's answer is found
 
 
 def beam_search(
@@ -190,16 +166,11 @@ def beam_search(
     beams: int,
     length_penalty: float,
 ) -> tuple[Int[Array, "batch max_length"], Float[Array, " batch"]]:
-    """The best hypothesis of each example, up to and with the end, then `pad_id`; and its penalized score.
+    """The best hypothesis of each example, up to and with the end, then `pad_id`; and its score.
 
-    Args:
-        config: the model's settings; its vocabulary has at least `2 * beams` tokens.
-        params: all its parameters.
-        tokens: padded with `pad_id`; an example without input gets no text and the score 0.
-        max_length: tokens generated at most, the end included; what has not ended by then ends there.
-        eos_id: the token that ends an example.
-        beams: number of live hypotheses.
-        length_penalty: the score of n tokens is their log-probability / n ** length_penalty.
+    The score of n tokens, the end included, is their log-probability / n ** length_penalty. What has not ended after
+    `max_length` tokens ends there. An example without input gets no text and the score 0. The vocabulary has at least
+    `2 * beams` tokens.
     """
     source = config.family.read_source(config, params, tokens)
     rows = len(tokens)

@@ -16,57 +16,39 @@ _ADDED_LATER = {"bias_per_layer": False, "pad_id": 0, "eos_id": 1, "decoder_star
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Architecture and execution settings of a T5: v1.0, v1.1, umT5, or an encoder alone.
+    """Architecture and execution settings of a T5: v1.0, v1.1, umT5, or an encoder alone."""
 
-    Attributes:
-        vocab_size: rows of the embedding table; may exceed the tokenizer's size (T5 pads 32,100 to 32,128).
-        d_model: width of the residual stream.
-        head_dim: size of one head; `num_heads * head_dim` need not equal `d_model`.
-        mlp_dim: width of the feed-forward layer.
-        num_decoder_layers: independent of the encoder's depth; 0 makes a model of an encoder alone.
-        mlp_activations: one name for a plain MLP (v1.0: `("relu",)`), two for a gated one whose branches are multiplied
-            (v1.1: `("gelu", "linear")`). "gelu" is the tanh form that T5 uses, "gelu_exact" the error-function form.
-        tied_head: v1.0 reuses the embedding as head and scales its input by `d_model ** -0.5`; v1.1 has its own head.
-        dropout_rate: on embeddings, attention weights, MLP hidden units and residual branches, as in T5.
-        relative_buckets: number of relative-position buckets of a position bias.
-        relative_max_distance: distances from here on share a bucket.
-        layer_norm_epsilon: added to the mean square in the normalizations.
-        head_init_scale: factor on the initial standard deviation of the head (of the embedding when tied).
-        dtype: type of activations and matrix products; parameters keep their own type, softmax and logits are float32.
-        scan_layers: run layers in a compiled loop, so that program size does not grow with depth. Parameters are stored
-            the same way whether or not the loop is used.
-        remat: what the backward pass keeps of a layer: "none" recomputes nothing, "dots" keeps matrix products with
-            weights only, "full" keeps the layer's input only.
-        attention_bytes: most that the float32 scores of an attention module take at a time on a device, or those of
-            two heads of one example; the backward pass computes them again. None computes all at once, as dropout does.
-        bias_per_layer: a relative position bias of its own in every layer (umT5), rather than one for a whole stack.
-        pad_id: the token that fills up inputs and outputs of generation; in SeqIO's batches that is always token 0.
-        eos_id: the token that ends a text.
-        decoder_start_id: the decoder's first input.
-    """
-
-    vocab_size: int
-    d_model: int
+    vocab_size: int  # rows of the embedding table; may exceed the tokenizer's size (T5 pads 32,100 to 32,128)
+    d_model: int  # width of the residual stream
     num_heads: int
-    head_dim: int
-    mlp_dim: int
+    head_dim: int  # of one head; `num_heads * head_dim` need not equal `d_model`
+    mlp_dim: int  # width of the feed-forward layer
     num_encoder_layers: int
-    num_decoder_layers: int
+    num_decoder_layers: int  # independent of the encoder's; 0 makes a model of an encoder alone
+    # One name for a plain MLP (v1.0: `("relu",)`), two for a gated one whose branches are multiplied. "gelu" is the
+    # tanh form that T5 uses, "gelu_exact" the error-function form.
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    # v1.0 reuses the embedding as head and scales its input by `d_model ** -0.5`; v1.1 has its own head.
     tied_head: bool = False
-    dropout_rate: float = 0.0
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    head_init_scale: float = 1.0
+    dropout_rate: float = 0.0  # on embeddings, attention weights, MLP hidden units and residual branches, as in T5
+    relative_buckets: int = 32  # of a position bias
+    relative_max_distance: int = 128  # distances from here on share a bucket
+    layer_norm_epsilon: float = 1e-6  # added to the mean square in the normalizations
+    head_init_scale: float = 1.0  # factor on the initial standard deviation of the head (of the embedding when tied)
+    # Of activations and matrix products; parameters keep their own type, softmax and logits are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Run layers in a compiled loop, so that program size does not grow with depth. Parameters are stored the same way.
     scan_layers: bool = True
+    # What the backward pass keeps of a layer: "none" recomputes nothing, "dots" keeps products with weights only,
+    # "full" keeps the layer's input only.
     remat: Literal["none", "dots", "full"] = "none"
+    # Most that the float32 scores of an attention module take at a time on a device, or those of two heads of one
+    # example; the backward pass computes them again. None computes all at once, as dropout does.
     attention_bytes: int | None = None
-    bias_per_layer: bool = False
-    pad_id: int = 0
-    eos_id: int = 1
-    decoder_start_id: int = 0
+    bias_per_layer: bool = False  # a position bias of its own in every layer (umT5), rather than one for a whole stack
+    pad_id: int = 0  # fills up inputs and outputs of generation; in SeqIO's batches that is always token 0
+    eos_id: int = 1  # ends a text
+    decoder_start_id: int = 0  # the decoder's first input
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))

@@ -43,22 +43,17 @@ def check_cut(teacher: T5Config, student: T5Config, *, equal_widths: bool) -> No
             raise UserError(f"{start} the student's {name} is {ours} and the teacher's {theirs}; make them equal")
     if teacher.bias_per_layer and not student.bias_per_layer:
         raise UserError(
-            f"{start} the teacher has a position bias in every layer and the student one for a whole stack; "
-            "set the student's bias_per_layer to True"
+            f"{start} the teacher has a position bias in every layer; set the student's bias_per_layer to True"
         )
     if student.num_decoder_layers and student.tied_head and not teacher.tied_head:
-        raise UserError(
-            f"{start} the student's head is tied to its embedding and the teacher's is another table; "
-            "set the student's tied_head to False"
-        )
+        raise UserError(f"{start} the teacher's head is not its embedding; set the student's tied_head to False")
     for name in (*WIDTHS, "vocab_size"):
         theirs, ours = getattr(teacher, name), getattr(student, name)
+        found = f"{start} the student's {name} is {ours} and the teacher's {theirs}"
         if ours > theirs:
-            raise UserError(f"{start} the student's {name} is {ours} and the teacher's {theirs}; make it at most that")
+            raise UserError(f"{found}; make it at most that")
         if ours < theirs and equal_widths and name in WIDTHS:
-            raise UserError(
-                f"{start} the student's {name} is {ours} and the teacher's {theirs}; make them equal, or choose 'slice'"
-            )
+            raise UserError(f"{found}; make them equal, or choose 'slice'")
 
 
 def cut_params(

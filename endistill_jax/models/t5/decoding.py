@@ -24,31 +24,18 @@ OfLayers = KeysValues | tuple[KeysValues, ...]
 
 
 class Cache(NamedTuple):
-    """The key-value cache.
-
-    Attributes:
-        kept: keys and values of its self-attention, each [layers, batch, num_heads, positions * beams, head_dim], the
-            beams of a position side by side; or for each layer such a pair without the first axis.
-        index: how many positions were read.
-    """
+    """The key-value cache of self-attention; its length is positions * beams, the beams of a position side by side."""
 
     kept: OfLayers
-    index: Int[Array, ""]
+    index: Int[Array, ""]  # how many positions were read
 
 
 class Source(NamedTuple):
-    """The encoded input.
+    """The encoded input."""
 
-    Attributes:
-        params: the model's parameters, the decoder's layers split as the keys and values are.
-        cross: keys and values of the encoder's output, each [layers, batch, num_heads, source, head_dim], or for each
-            layer such a pair without the first axis.
-        segments: 0 is padding.
-    """
-
-    params: Any
-    cross: OfLayers
-    segments: Int[Array, "batch source"]
+    params: Any  # of the model, the decoder's layers split as the keys and values are
+    cross: OfLayers  # of the encoder's output
+    segments: Int[Array, "batch source"]  # 0 is padding
 
 
 def init_cache(

@@ -1,4 +1,4 @@
-"""Floating-point operations of a T5's matrix products: from its shape alone, and counted in a traced program.
+"""Floating-point operations of a T5's matrix products, from its shape alone.
 
 A product of [m, k] and [k, n] counts 2 m k n. With B examples, S source and T target positions (padding included),
 width D, inner width I = num_heads * head_dim, MLP width F with M branches (1 plain, 2 gated), V words:
@@ -15,14 +15,6 @@ Left out: everything that is not a matrix product (normalization, softmax, activ
 the position bias, whose one-hot product implements a look-up, and what rematerialization computes again. So these are
 the model's operations, fewer than the hardware's.
 """
-
-import collections
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import jax
-from jax.interpreters import partial_eval
 
 from endistill_jax.core.attention import Stack
 from endistill_jax.core.model_io import LOGITS, Lengths, Reads
@@ -90,39 +82,3 @@ def _block(config: T5Config, batch: int, length: int) -> int:
     """Self-attention and MLP of one layer."""
     products = len(config.mlp_activations) + 1
     return _attention(config, batch, length, length) + 2 * products * batch * length * config.d_model * config.mlp_dim
-
-
-def count_matmul_flops(function: Callable, *args: Any) -> collections.Counter[int]:
-    """Contracted length -> operations of the matrix products of that length which the outputs of `function` need.
-
-    The function is traced with arrays or shapes, not run. So the formulas can be checked: XLA's own `cost_analysis`
-    counts the body of a loop once, however often it runs.
-    """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(needed)
-
-
-def _count(jaxpr: Any) -> collections.Counter[int]:
-    total: collections.Counter[int] = collections.Counter()
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (axes, _), _ = params["dimension_numbers"]
-            contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
-            total[contracted] += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
-        inner = sum(map(_count, _inner_programs(params.values())), start=collections.Counter())
-        if inner and name in ("while", "cond"):
-            raise NotImplementedError(f"a matrix product inside {name}: how often it runs is unknown")
-        trip_count = params["length"] if name == "scan" else 1
-        for contracted, flops in inner.items():
-            total[contracted] += trip_count * flops
-    return total
-
-
-def _inner_programs(params: Iterable[Any]) -> Iterable[Any]:
-    for param in params:
-        for value in param if isinstance(param, (tuple, list)) else (param,):
-            program = getattr(value, "jaxpr", value)
-            if hasattr(program, "eqns"):
-                yield program

@@ -39,25 +39,28 @@ _ACTIVATIONS = {
     "gated-relu": ("relu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "d_model",
-    "num_heads": "num_heads",
-    "head_dim": "d_kv",
-    "mlp_dim": "d_ff",
-    "num_encoder_layers": "num_layers",
+# Our settings -> their name there and its default, None where it must be given.
+_FIELDS = {
+    "vocab_size": ("vocab_size", None),
+    "d_model": ("d_model", None),
+    "num_heads": ("num_heads", None),
+    "head_dim": ("d_kv", None),
+    "mlp_dim": ("d_ff", None),
+    "num_encoder_layers": ("num_layers", None),
+    "num_decoder_layers": ("num_decoder_layers", None),
+    "dropout_rate": ("dropout_rate", 0.1),
+    "layer_norm_epsilon": ("layer_norm_epsilon", 1e-6),
+    "relative_buckets": ("relative_attention_num_buckets", 32),
+    "relative_max_distance": ("relative_attention_max_distance", 128),
+    "pad_id": ("pad_token_id", 0),
+    "eos_id": ("eos_token_id", 1),
+    "decoder_start_id": ("decoder_start_token_id", 0),
 }
-_DEFAULTS = {
-    "dropout_rate": 0.1,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-}
+_NULL_IS_DEFAULT = ("num_decoder_layers", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 _CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 # Other accepted values of `architectures`; old folders omit it.
 _OTHER_NAMES = {"t5": ("T5WithLMHeadModel",), "mt5": ("T5ForConditionalGeneration",), "umt5": ()}
 _DEFAULT_ACTIVATION = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu"}
-_IDS = {"pad_id": ("pad_token_id", 0), "eos_id": ("eos_token_id", 1), "decoder_start_id": ("decoder_start_token_id", 0)}
 
 
 class T5InHuggingFace:
@@ -72,24 +75,18 @@ class T5InHuggingFace:
         whole, encoder = f"{_CLASSES[kind]}ForConditionalGeneration", f"{_CLASSES[kind]}EncoderModel"
         if found not in (whole, encoder, *_OTHER_NAMES[kind], None):
             raise UserError(f"{where} describes {found} (model_type {kind}); of these, {whole} and {encoder} are read")
-        numbers = _numbers(raw, where)
+        settings = _numbers(raw, where) | ({"num_decoder_layers": 0} if found == encoder else {})
         activation = raw.get("feed_forward_proj", _DEFAULT_ACTIVATION[kind])
         if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise UserError(f"{where} has feed_forward_proj {activation!r}; one of {', '.join(_ACTIVATIONS)} is read")
         try:
             return T5Config(
-                **{ours: numbers[theirs] for ours, theirs in _SIZES.items()},
-                **{ours: numbers[theirs] for ours, (theirs, _) in _IDS.items()},
-                num_decoder_layers=0 if found == encoder else numbers["num_decoder_layers"],
+                **settings,
                 mlp_activations=_ACTIVATIONS[activation],
                 # Not scaled means a head of its own, even if that equals the embedding: transformers 5 writes
                 # `tie_word_embeddings: true` for every T5.
                 tied_head=scales_logits(raw),
                 bias_per_layer=kind == "umt5",
-                dropout_rate=float(numbers["dropout_rate"]),
-                relative_buckets=numbers["relative_attention_num_buckets"],
-                relative_max_distance=numbers["relative_attention_max_distance"],
-                layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
             )
         except UserError as error:
             raise UserError(f"{where} does not describe a T5: {error}") from error
@@ -102,16 +99,10 @@ class T5InHuggingFace:
             "architectures": [self.usage(config)],
             "model_type": "umt5" if config.bias_per_layer else "t5",
             "is_encoder_decoder": config.num_decoder_layers > 0,
-            **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
-            "num_decoder_layers": config.num_decoder_layers,
+            **{theirs: getattr(config, ours) for ours, (theirs, _) in _FIELDS.items()},
             "feed_forward_proj": names[0],
             "tie_word_embeddings": config.tied_head,
-            "dropout_rate": config.dropout_rate,
-            "layer_norm_epsilon": config.layer_norm_epsilon,
-            "relative_attention_num_buckets": config.relative_buckets,
-            "relative_attention_max_distance": config.relative_max_distance,
             "initializer_factor": 1.0,
-            **{theirs: getattr(config, ours) for ours, (theirs, _) in _IDS.items()},
             # transformers (5.23 at least) makes its cache as deep as the encoder, and fails in a deeper decoder.
             "use_cache": config.num_decoder_layers <= config.num_encoder_layers,
             "torch_dtype": dtype,
@@ -148,20 +139,18 @@ class T5InHuggingFace:
 
 
 def _numbers(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    missing = [name for name in _SIZES.values() if name not in raw]
+    found = {name: value for name, value in raw.items() if value is not None or name not in _NULL_IS_DEFAULT}
+    found = {"num_decoder_layers": raw.get("num_layers")} | found  # old folders have one depth for both
+    missing = [theirs for theirs, default in _FIELDS.values() if default is None and theirs not in found]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
-    numbers = {name: raw[name] for name in _SIZES.values()}
-    numbers |= {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
-    depth = raw.get("num_decoder_layers")  # none in old folders
-    numbers["num_decoder_layers"] = raw["num_layers"] if depth is None else depth
-    for name, default in _IDS.values():  # null means the default
-        numbers[name] = default if raw.get(name) is None else raw[name]
-    for name, value in numbers.items():
-        real = isinstance(_DEFAULTS.get(name), float)
+    numbers = {}
+    for ours, (theirs, default) in _FIELDS.items():
+        value, real = found.get(theirs, default), isinstance(default, float)
         if isinstance(value, bool) or not isinstance(value, int | float if real else int):
             expected = "number" if real else "whole number"
-            raise UserError(f"{where} has {name} {json.dumps(value)}; a {expected} is expected")
+            raise UserError(f"{where} has {theirs} {json.dumps(value)}; a {expected} is expected")
+        numbers[ours] = float(value) if real else value
     return numbers
 
 

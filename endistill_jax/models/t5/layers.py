@@ -281,16 +281,10 @@ class DecoderLayer(nn.Module):
         position_bias: Bias | None,
         cross_mask: CrossMask,
     ) -> tuple[Float[Array, "batch beams d_model"], Any]:
-        """The same for one further token of each beam, without dropout.
+        """The same for one further token of each beam, without dropout; `cross` are those of the encoder's output.
 
-        Args:
-            x: the residual stream.
-            write: takes the token's keys and values; returns those of all tokens so far, and what it wrote them into,
-                which is returned.
-            cross: keys and values of the encoder's output.
-            mask: of the tokens so far.
-            position_bias: the row of the token.
-            cross_mask: of the encoder's output.
+        `write` takes the token's keys and values; it returns those of all tokens so far, and what it wrote them into,
+        which is returned.
         """
 
         def attend_to_past(y: jax.Array) -> tuple[jax.Array, Any]:

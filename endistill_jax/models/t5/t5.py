@@ -23,17 +23,11 @@ _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_savea
 
 
 class StackReads(NamedTuple):
-    """The requested outputs of one stack.
-
-    Attributes:
-        taps: (site, layer) as requested -> index of the layer, from 0.
-        hidden: (stack, layer) as requested -> index of the layer, from 0.
-        to_top: whether the stack's output is read; else it ends with the highest layer that is.
-    """
+    """The requested outputs of one stack: keys as requested -> index of the layer, from 0."""
 
     taps: Mapping[tuple[str, int], int]
     hidden: Mapping[tuple[str, int], int]
-    to_top: bool
+    to_top: bool  # whether the stack's output is read; else it ends with the highest layer that is
 
 
 def check_reads(config: T5Config, reads: Reads) -> None:
@@ -82,15 +76,9 @@ def run_layers(
 ) -> tuple[Residual, Output]:
     """Runs the layers that are needed: the residual stream where the stack ended, and what is read of it.
 
-    Args:
-        layer: an unbound layer; its call returns the new residual stream and its taps by site.
-        params: its parameters, each leaf [layers, ...].
-        x: the residual stream.
-        context: the layer's further arrays (masks, bias, encoder output), the same for every layer.
-        reads: of this stack.
-        dropout_key: folded with the layer's index; None runs without dropout.
-        frozen: a loop indexes into the stacked parameters, rather than into a slice of those that it runs over. The
-            gradient with respect to the parameters would then take a pass over all of them per layer.
+    The layer is unbound; its call returns the new residual stream and its taps by site. Its parameters are stacked, and
+    `context` are its further arrays (masks, bias, encoder output), the same for every layer. Without a key there is no
+    dropout; `frozen` parameters are constants.
     """
     cfg = layer.config
     num_layers = len(jax.tree.leaves(params)[0])
@@ -114,6 +102,8 @@ def run_layers(
 
     def apply_segment(x: jax.Array, start: int, stop: int) -> jax.Array:
         if cfg.scan_layers and stop - start > 1 and frozen:
+            # Indexes into all stacked parameters rather than slicing those of the segment; a gradient by the parameters
+            # would take a pass over all of them per layer.
             indices = jnp.arange(start, stop)
             return jax.lax.scan(lambda x, index: (apply(x, layer_at(index), index)[0], None), x, indices)[0]
         if cfg.scan_layers and stop - start > 1:
@@ -239,14 +229,7 @@ class T5(nn.Module):
     def __call__(
         self, batch: Batch, reads: Reads = LOGITS, *, deterministic: bool = True, frozen: bool = False
     ) -> Output:
-        """One forward pass with teacher forcing.
-
-        Args:
-            batch: needs of the decoder only what is read.
-            reads: what to return, and with that, what to compute.
-            deterministic: no dropout; else a "dropout" key must be given in `rngs`.
-            frozen: the parameters are constants; see `run_layers`.
-        """
+        """One forward pass with teacher forcing; with dropout if not deterministic, by the key "dropout" in `rngs`."""
         cfg = self.config
         check_reads(cfg, reads)
         of_encoder = stack_reads(reads, "encoder", cfg.num_encoder_layers, to_top=reads.encoded or reads.decoder)

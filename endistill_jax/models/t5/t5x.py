@@ -6,6 +6,7 @@ layer, and, when scanned, stacks all layers of a tensor in one array: `encoder/e
 [embed, layers, heads, kv]. A model with one bias a stack has it repeated there; umT5's differ from layer to layer.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,23 +21,21 @@ EMBEDDING = "token_embedder/embedding"
 HEAD = "decoder/logits_dense/kernel"
 # What T5X's network has built in.
 _FIXED = {"relative_buckets": 32, "relative_max_distance": 128, "layer_norm_epsilon": 1e-6}
+# The fields of T5X's T5Config, in its order, and ours.
+_NETWORK = {"vocab_size": "vocab_size", "emb_dim": "d_model", "num_heads": "num_heads"}
+_NETWORK |= {name: name for name in ("num_encoder_layers", "num_decoder_layers", "head_dim", "mlp_dim")}
+_NETWORK |= {"mlp_activations": "mlp_activations", "dropout_rate": "dropout_rate", "logits_via_embedding": "tied_head"}
 _ACTIVATIONS = ("relu", "gelu", "silu", "linear")
 
 Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How a checkpoint lays out a model.
+    """How a checkpoint lays out a model."""
 
-    Attributes:
-        scan_axis: the axis of layers in stacked arrays; None if every layer has arrays of its own.
-        bias_per_layer: whether every layer has a position bias.
-        split_heads: whether attention kernels are written with an axis of heads; both forms are read in any layout.
-    """
-
-    scan_axis: int | None
-    bias_per_layer: bool
-    split_heads: bool
+    scan_axis: int | None  # of layers in stacked arrays; None if every layer has arrays of its own
+    bias_per_layer: bool  # whether every layer has a position bias
+    split_heads: bool  # whether attention kernels are written with an axis of heads; any layout may be read with one
 
 
 PLAIN = Layout(scan_axis=None, bias_per_layer=False, split_heads=False)
@@ -102,27 +101,47 @@ def infer(shapes: Mapping[str, Shape], where: Where) -> tuple[T5Config, Layout]:
     Shapes do not show whether layers that each have a position bias have the same one: one a stack is taken. Nor does
     a checkpoint say token ids: T5's are taken.
     """
-    found = _Shapes(shapes, where)
-    vocab_size, d_model = found.shape(EMBEDDING, 2)
+
+    def shape(name: str, *ranks: int) -> Shape:
+        if name not in shapes:
+            raise UserError(f"{where.index} lacks {name}, which every T5 has")
+        if len(shapes[name]) not in ranks:
+            raise UserError(f"{where.arrays}: {name} has shape {shapes[name]}; {ranks[0]} axes were expected")
+        return shapes[name]
+
+    vocab_size, d_model = shape(EMBEDDING, 2)
     layout = _layout(shapes, d_model)
-    depths = {stack: found.depth(stack, layout) for stack in STACKS}
-    bias = found.layer("encoder", "/".join(BIAS), layout) if layout.bias_per_layer else "/".join(("encoder", *BIAS))
-    num_heads, buckets = found.single(bias, layout if layout.bias_per_layer else None, 2)
-    query = found.single(found.layer("encoder", "attention/query/kernel", layout), layout, 2, 3)
-    inner = query[1] if len(query) == 2 else query[1] * query[2]
+
+    def of_layer(name: str, *ranks: int) -> Shape:
+        """The shape of one layer of an array."""
+        if layout.scan_axis is None:
+            return shape(name, *ranks)
+        stacked = shape(name, *(rank + 1 for rank in ranks))
+        return stacked[: layout.scan_axis] + stacked[layout.scan_axis + 1 :]
+
+    def depth(stack: str) -> int:
+        if layout.scan_axis is not None:
+            return shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale", 2)[layout.scan_axis]
+        pattern = re.compile(rf"{stack}/layers_(\d+)/")
+        return max(1, len({match.group(1) for match in map(pattern.match, shapes) if match}))
+
+    first = "encoder/layers_0" if layout.scan_axis is None else "encoder/encoder"
+    bias = "/".join((first if layout.bias_per_layer else "encoder", *BIAS))
+    num_heads, buckets = of_layer(bias, 2)
+    query = of_layer(f"{first}/attention/query/kernel", 2, 3)
+    inner = math.prod(query[1:])
     if inner % num_heads:
         raise UserError(f"{where.arrays}: {bias} has {num_heads} heads, which do not divide the queries' {inner}")
-    plain = found.layer("encoder", "mlp/wi/kernel", layout) in shapes
-    wi = found.single(found.layer("encoder", "mlp/wi/kernel" if plain else "mlp/wi_0/kernel", layout), layout, 2)
+    plain = f"{first}/mlp/wi/kernel" in shapes
     try:
         config = T5Config(
             vocab_size=vocab_size,
             d_model=d_model,
             num_heads=num_heads,
             head_dim=inner // num_heads,
-            mlp_dim=wi[1],
-            num_encoder_layers=depths["encoder"],
-            num_decoder_layers=depths["decoder"],
+            mlp_dim=of_layer(f"{first}/mlp/{'wi' if plain else 'wi_0'}/kernel", 2)[1],
+            num_encoder_layers=depth("encoder"),
+            num_decoder_layers=depth("decoder"),
             relative_buckets=buckets,
             tied_head=HEAD not in shapes,
             mlp_activations=("relu",) if plain else ("gelu", "linear"),
@@ -132,48 +151,13 @@ def infer(shapes: Mapping[str, Shape], where: Where) -> tuple[T5Config, Layout]:
     return config, layout
 
 
-class _Shapes:
-    """Shapes by name, with what to say if one is not there."""
-
-    def __init__(self, shapes: Mapping[str, Shape], where: Where):
-        self._shapes = shapes
-        self._where = where
-
-    def shape(self, name: str, *ranks: int) -> Shape:
-        if name not in self._shapes:
-            raise UserError(f"{self._where.index} lacks {name}, which every T5 has")
-        shape = self._shapes[name]
-        if len(shape) not in ranks:
-            raise UserError(f"{self._where.arrays}: {name} has shape {shape}; {ranks[0]} axes were expected")
-        return shape
-
-    def single(self, name: str, layout: Layout | None, *ranks: int) -> Shape:
-        """The shape of one layer of an array."""
-        if layout is None or layout.scan_axis is None:
-            return self.shape(name, *ranks)
-        shape = self.shape(name, *(rank + 1 for rank in ranks))
-        return shape[: layout.scan_axis] + shape[layout.scan_axis + 1 :]
-
-    def layer(self, stack: str, rest: str, layout: Layout) -> str:
-        """The name of an array of a stack's first layer, or of all its layers."""
-        return f"{stack}/{'layers_0' if layout.scan_axis is None else stack}/{rest}"
-
-    def depth(self, stack: str, layout: Layout) -> int:
-        if layout.scan_axis is None:
-            pattern = re.compile(rf"{stack}/layers_(\d+)/")
-            numbers = {int(match.group(1)) for name in self._shapes if (match := pattern.match(name))}
-            return max(1, len(numbers))
-        return self.shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale", 2)[layout.scan_axis]
-
-
 def _layout(shapes: Mapping[str, Shape], d_model: int) -> Layout:
-    biases = [name for name in shapes if name.endswith("/".join(BIAS))]
     if any(name.startswith(f"{stack}/{stack}/") for name in shapes for stack in STACKS):
         # T5X puts layers second by default. Where both axes are as long one stack leaves it open.
         scales = [shapes.get(f"{stack}/{stack}/pre_mlp_layer_norm/scale", ()) for stack in STACKS]
         first = any(len(scale) == 2 and scale[1] == d_model and scale[0] != d_model for scale in scales)
         return Layout(scan_axis=0 if first else 1, bias_per_layer=True, split_heads=True)
-    per_layer = any("/layers_" in name for name in biases)
+    per_layer = any("/layers_" in name and name.endswith("/".join(BIAS)) for name in shapes)
     return Layout(scan_axis=None, bias_per_layer=per_layer, split_heads=per_layer)
 
 
@@ -187,18 +171,7 @@ def network_settings(config: T5Config, layout: Layout) -> tuple[str, dict[str, A
     unknown = [name for name in config.mlp_activations if name not in _ACTIVATIONS]
     if unknown:
         raise UserError(f"mlp_activations has {unknown[0]}; T5X's network knows {', '.join(_ACTIVATIONS)}")
-    settings = {
-        "vocab_size": config.vocab_size,
-        "emb_dim": config.d_model,
-        "num_heads": config.num_heads,
-        "num_encoder_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
-        "head_dim": config.head_dim,
-        "mlp_dim": config.mlp_dim,
-        "mlp_activations": config.mlp_activations,
-        "dropout_rate": config.dropout_rate,
-        "logits_via_embedding": config.tied_head,
-    }
+    settings = {theirs: getattr(config, ours) for theirs, ours in _NETWORK.items()}
     if layout == PLAIN:
         return "t5", settings
     scan = {} if layout.scan_axis is None else {"param_scan_axis": layout.scan_axis}
