@@ -39,6 +39,6 @@ def test_batches_that_start_and_end_otherwise_than_the_model_are_refused(config)
     family.check_batches(dataclasses.replace(config, pad_id=1, eos_id=2), 2)  # MADLAD-400's
     with pytest.raises(UserError, match="eos_id is 1, and the task's vocabulary ends a text with 2"):
         family.check_batches(config, 2)
-    with pytest.raises(UserError, match="decoder_start_id is 3, and SeqIO begins every target with 0"):
+    with pytest.raises(UserError, match="decoder_start_id is 3; SeqIO begins every target with 0"):
         family.check_batches(dataclasses.replace(config, decoder_start_id=3), 1)
     family.check_batches(dataclasses.replace(config, decoder_start_id=3, num_decoder_layers=0), 5)
