@@ -75,34 +75,29 @@ def require(settings: Any, name: str, fits: bool, wanted: str) -> None:
 
 
 def require_choice(settings: Any, **choices: Iterable[Any]) -> None:
-    """Each of the named settings must be one of its choices."""
     for name, allowed in choices.items():
         allowed = tuple(allowed)
         require(settings, name, getattr(settings, name) in allowed, f"choose one of {', '.join(map(str, allowed))}")
 
 
 def require_positive(settings: Any, *names: str) -> None:
-    """Each of the named settings must be a finite number above 0."""
     for name in names:
         require(settings, name, is_positive(getattr(settings, name)), "it must be a finite number above 0")
 
 
 def require_not_negative(settings: Any, *names: str) -> None:
-    """Each of the named settings must be a finite number, 0 or more."""
     for name in names:
         value = getattr(settings, name)
         require(settings, name, value == 0 or is_positive(value), "it must be a finite number, 0 or more")
 
 
 def require_at_least(settings: Any, least: int, *names: str) -> None:
-    """Each of the named settings must be a whole number of at least `least`."""
     for name in names:
         fits = is_whole(getattr(settings, name), least)
         require(settings, name, fits, f"it must be a whole number of at least {least}")
 
 
 def require_between(settings: Any, name: str, low: float, high: float, *, open_ends: bool = False) -> None:
-    """A setting must be a number between two others."""
     value = getattr(settings, name)
     fits = low < value < high if open_ends else low <= value <= high
     wanted = f"it must be between {low} and {high}" if open_ends else f"it must be from {low} to {high}"

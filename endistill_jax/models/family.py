@@ -245,18 +245,13 @@ def config_from_plain(plain: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_batches(config: ModelConfig, eos_id: int) -> None:
-    """Checks that a model's special tokens are those of SeqIO's batches, whose vocabulary ends texts with `eos_id`.
-
-    Padding is 0 there whatever the model's `pad_id`; it is masked, so its id does not matter. But every target starts
-    with 0 and ends with the vocabulary's EOS, which must be the model's `decoder_start_id` and `eos_id`.
-    """
+    """Checks that a model's start and end are those of SeqIO's batches, whose vocabulary ends texts with `eos_id`."""
+    # Padding is 0 there whatever the model's `pad_id`; it is masked, so its id does not matter.
     if config.depth("decoder") and config.decoder_start_id != 0:
         raise UserError(f"the model's decoder_start_id is {config.decoder_start_id}; SeqIO begins every target with 0")
     if config.depth("decoder") and config.eos_id != eos_id:
-        raise UserError(
-            f"the model's eos_id is {config.eos_id}, and the task's vocabulary ends a text with {eos_id}; "
-            "set eos_id in the model's settings, or give the model its own vocabulary"
-        )
+        found = f"the model's eos_id is {config.eos_id}, and the task's vocabulary ends a text with {eos_id}"
+        raise UserError(f"{found}; set eos_id in the model's settings, or give the model its own vocabulary")
 
 
 def family_named(name: str) -> Family:

@@ -45,16 +45,12 @@ class Objective:
             if name in RESERVED or name.startswith(RESERVED_PREFIXES):
                 raise UserError(f"Objective.terms has {name!r}, which is another metric's name; give it another label")
         for term in self.terms:
-            if callable(term.coefficient):
-                # Only its fields can tell a manifest, and a plan's process, which function it is.
-                fits = dataclasses.is_dataclass(term.coefficient)
-            else:
-                fits = 0 < term.coefficient < float("inf")
+            coefficient = term.coefficient
+            # Only its fields can tell a manifest, and a plan's process, which function it is.
+            fits = dataclasses.is_dataclass(coefficient) if callable(coefficient) else 0 < coefficient < float("inf")
             if not fits:
-                raise UserError(
-                    f"{term.name}: coefficient is {term.coefficient!r}; give a finite number above 0, or a Ramp of the "
-                    "step, or leave the term out"
-                )
+                advice = "give a finite number above 0 or a Ramp of the step, or leave the term out"
+                raise UserError(f"{term.name}: coefficient is {coefficient!r}; {advice}")
 
     @property
     def term_names(self) -> tuple[str, ...]:

@@ -246,7 +246,7 @@ def _drop_embedding(tensors):
         (None, {"feed_forward_proj": "gated-mish"}, ["config.json", "gated-mish"]),
         (None, {"pad_token_id": 77}, ["config.json", "pad_id is 77"]),
         (None, {"eos_token_id": [1, 2]}, ["config.json", "eos_token_id [1, 2]; a whole number"]),
-        (None, {"eos_token_id": 0}, ["config.json", "could not be told from padding"]),
+        (None, {"eos_token_id": 0}, ["config.json", "would look like padding"]),
         (
             None,
             {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"},
