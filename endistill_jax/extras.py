@@ -7,19 +7,12 @@ from endistill_jax.core.errors import UserError
 
 STUDIES = "studies"  # plots
 METRICS = "metrics"  # ROUGE
+HF = "hf"  # torch files, the Hugging Face hub
+GCS = "gcs"  # checkpoints on buckets
 
 
 def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
-    """Imports a module that may not be installed.
-
-    Args:
-        module: its full name.
-        purpose: what needs it; the message starts with that.
-        extra: the extra that installs it; None for what a plain install has.
-
-    Raises:
-        UserError: naming the missing package and how to install it.
-    """
+    """Imports a module that may not be installed; the error begins with the purpose and names the extra to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -40,8 +40,7 @@ class Model:
     `config` and `params`.
 
     Attributes:
-        config: its settings.
-        params: its parameters, nested dictionaries, layers stacked.
+        params: nested dictionaries, layers stacked.
         vocabulary_file: its SentencePiece model; None where there is none, and then texts are given as ids.
         step: optimizer steps trained; 0 if unknown.
         manifest: of its checkpoint; empty for a foreign one.
@@ -55,21 +54,13 @@ class Model:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back.
-
-        Raises:
-            UserError: if no vocabulary is stored with the model.
-        """
+        """Text to ids and back."""
         if self.vocabulary_file is None:
             raise UserError("the model has no vocabulary; give load its vocabulary_file, or ids in place of texts")
         return load_tokenizer(self.vocabulary_file.path, extra_ids=self.vocabulary_file.extra_ids)
 
     def batch(self, inputs: Texts, targets: Texts | None = None) -> Batch:
-        """The inputs of `apply`: each text with EOS, padded to the longest.
-
-        Raises:
-            UserError: if there are not as many targets as inputs.
-        """
+        """The inputs of `apply`: each text with EOS, padded to the longest."""
         sources = self._ids(inputs)
         batch = {"encoder_input_tokens": _padded(sources, 0), "encoder_segment_ids": _ones(sources)}
         if targets is None:
@@ -92,9 +83,6 @@ class Model:
             inputs: texts, or a whole batch.
             targets: texts, one for each input; needed where anything of the decoder is read.
             reads: the outputs to return; None for the logits, or the encoder's output where there are no targets.
-
-        Raises:
-            UserError: if the decoder is read and there are no targets, or a layer does not exist.
         """
         batch = inputs if isinstance(inputs, Mapping) else self.batch(inputs, targets)
         has_targets = "decoder_input_tokens" in batch
@@ -102,14 +90,15 @@ class Model:
             reads = LOGITS if has_targets else Reads(encoded=True)
         if reads.decoder and not has_targets:
             raise UserError("what is read is of the decoder; give targets too")
-        return _compiled(self.config, _hashable(reads))(self.params, batch)
+        hashable = tuple(sorted(reads.taps.items())), reads.hidden, reads.encoded, reads.head
+        return _compiled(self.config, hashable)(self.params, batch)
 
     def taps(self, inputs: Texts | Batch, targets: Texts | None = None, *, site: str, layer: int = -1) -> Tap:
         """Queries, keys and values of one attention module, each [batch, length, heads * head_dim].
 
         Args:
-            inputs: as of `apply`.
-            targets: as of `apply`.
+            inputs: texts, or a whole batch.
+            targets: texts, one for each input; needed for a site of the decoder.
             site: "encoder_self", "decoder_self" or "cross".
             layer: negative ones count from the top.
         """
@@ -128,13 +117,8 @@ class Model:
     ) -> np.ndarray:
         """What is distilled: a distribution for each position, [batch, relation_heads, queries, keys], 0 at padding.
 
-        Args:
-            inputs: as of `apply`.
-            targets: as of `apply`.
-            site: as of `taps`.
-            relation: "qk", "qq", "kk" or "vv".
-            layer: as of `taps`.
-            relation_heads: into how many heads the joined heads are split; must divide heads * head_dim.
+        `relation` is "qk", "qq", "kk" or "vv"; the joined heads are split into `relation_heads`, which must divide
+        heads * head_dim. For the rest see `taps`.
         """
         term = RelationKL(site=site, relation=relation, relation_heads=relation_heads, student_layer=layer)
         term.validate(self.config, self.config)
@@ -168,9 +152,7 @@ class Model:
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
         """Writes a Hugging Face folder: weights, settings, tokenizer, model card. It appears atomically.
 
-        Args:
-            folder: must not exist, or be empty.
-            dtype: float32, bfloat16 or float16; None writes what the model has.
+        The folder must not exist, or be empty. `dtype` is float32, bfloat16 or float16; None writes what the model has.
         """
         name = os.path.basename(os.path.abspath(folder))
         card = model_card(name, self.config, self.manifest, self.step)
@@ -178,7 +160,7 @@ class Model:
         huggingface.save(folder, self.params, self.config, self.vocabulary_file, dtype, model_card=card)
 
     def _ids(self, texts: Texts) -> list[list[int]]:
-        """Ids with an end after each text; those that are ids already are taken as they are."""
+        """Ids with EOS after each text; those that are ids already are taken as they are."""
         texts = [texts] if isinstance(texts, str) else texts
         return [
             [*self.tokenizer.encode(each), self.config.eos_id] if isinstance(each, str) else list(each)
@@ -200,9 +182,6 @@ def load(
         dtype: float32 or bfloat16: of its parameters and its computations.
         vocabulary_file: a SentencePiece model; None uses the one stored with the model.
         extra_ids: sentinels above the pieces of `vocabulary_file`.
-
-    Raises:
-        UserError: if there is no such model, it cannot be read, or the vocabulary is not its own.
     """
     opened = open_model(os.fspath(source), dtype)
     vocabulary = choose_vocabulary(opened, vocabulary_file, extra_ids)
@@ -224,10 +203,6 @@ def _compiled(config: ModelConfig, reads: tuple) -> Callable[[Params, Batch], Ou
     taps, hidden, encoded, head = reads
     reads = Reads(taps=dict(taps), hidden=hidden, encoded=encoded, head=head)
     return jax.jit(lambda params, batch: apply(config, params, batch, reads))
-
-
-def _hashable(reads: Reads) -> tuple:
-    return tuple(sorted(reads.taps.items())), reads.hidden, reads.encoded, reads.head
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> jax.Array:

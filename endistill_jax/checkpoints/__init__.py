@@ -1,1 +1,1 @@
-"""Checkpoints: resumable training state, content fingerprints, Hugging Face folders."""
+"""Checkpoints: resumable training state, content fingerprints, Hugging Face and T5X formats."""

@@ -16,11 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from endistill_jax.core.errors import UserError
 
 _BLOCK = 1 << 22  # elements looked at together
+# SentencePiece models hold sentinels as words of their own, tokenizer.json without the mark of a word's beginning.
+_SENTINEL = re.compile(r"▁?(<extra_id_\d+>)")
+# SeqIO's vocabularies, and our tokenizers of the same content. By class name: importing SeqIO would load TensorFlow.
+_KINDS = {
+    "SentencePieceVocabulary": "SentencePieceVocabulary",
+    "SentencePieceTokenizer": "SentencePieceVocabulary",
+    "ByteVocabulary": "ByteVocabulary",
+    "ByteTokenizer": "ByteVocabulary",
+    "PassThroughVocabulary": "PassThroughVocabulary",
+}
 
 
 def fingerprint_params(params: Mapping[str, Any]) -> str:
@@ -28,16 +39,18 @@ def fingerprint_params(params: Mapping[str, Any]) -> str:
 
     Every leaf is hashed under its interchange name (`encoder/layers_0/attention/query/kernel`) with its shape and its
     values. Floats of up to 32 bits count as float32, so bfloat16 weights and the same weights widened to float32 are
-    equal. One leaf (one layer of a stacked leaf) is on the host at a time.
-
-    Args:
-        params: nested dictionary of NumPy or JAX arrays, layers stacked or not. Arrays that span several processes are
-            gathered a layer at a time; every process must call this.
-
-    Returns:
-        64 hexadecimal digits.
+    equal. One leaf (one layer of a stacked leaf) is on the host at a time; arrays that span several processes are
+    gathered, so every process must call this.
     """
-    return combine_digests({name: digest_tensor(leaf) for name, leaf in _interchange_leaves(params)})
+    digests = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        if "layers" not in path:
+            digests["/".join(path)] = digest_tensor(leaf)
+            continue
+        for index in range(leaf.shape[0]):  # the first axis is that of the layers
+            name = "/".join(f"layers_{index}" if part == "layers" else part for part in path)
+            digests[name] = digest_tensor(leaf[index])
+    return combine_digests(digests)
 
 
 def digest_tensor(tensor: Any) -> str:
@@ -65,96 +78,40 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 
 def fingerprint_vocabulary(vocabulary: Any) -> str:
-    """A SHA-256 of everything that decides how text becomes ids: independent of where the vocabulary's file is stored.
+    """A SHA-256 of everything that decides how text becomes ids.
 
     For SentencePiece: each piece with its id, score and kind (the extra ids are pieces too), and the normalization
     rules. For bytes: the number of extra ids.
 
     Args:
-        vocabulary: a `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` or `seqio.PassThroughVocabulary`, or the
-            `Tokenizer` of the same content, which has the same fingerprint.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        UserError: for a kind of vocabulary whose content is not known here.
+        vocabulary: SeqIO's `SentencePieceVocabulary`, `ByteVocabulary` or `PassThroughVocabulary`, or a `Tokenizer`.
     """
-    # Compared by class name: importing SeqIO for isinstance would load TensorFlow.
-    names = (_SEQIO_NAMES.get(kind.__name__, kind.__name__) for kind in type(vocabulary).__mro__)
-    kind = next((name for name in names if name in _CONTENTS), None)
+    names = [kind.__name__ for kind in type(vocabulary).__mro__]
+    kind = next((_KINDS[name] for name in names if name in _KINDS), None)
     if kind is None:
-        known = ", ".join(_CONTENTS)
-        raise UserError(f"vocabulary is a {type(vocabulary).__name__}, whose content cannot be compared; use {known}")
-    content = {"kind": kind, "ids": int(vocabulary.vocab_size), "extra_ids": int(vocabulary.extra_ids)}
-    return _sha256([json.dumps(content, sort_keys=True).encode(), *_CONTENTS[kind](vocabulary)])
-
-
-def _interchange_leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        here = (*path, str(key))
-        if isinstance(value, Mapping):
-            yield from _interchange_leaves(value, here)
-        elif "layers" in here:  # the first axis is theirs
-            for index in range(value.shape[0]):
-                yield "/".join(f"layers_{index}" if part == "layers" else part for part in here), value[index]
-        else:
-            yield "/".join(here), value
-
-
-def _sentencepiece_content(vocabulary: Any) -> Iterator[bytes]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.sp_model)
+        raise UserError(f"vocabulary is a {names[0]}, whose content cannot be compared; use {', '.join(_KINDS)}")
+    sizes = {"kind": kind, "ids": int(vocabulary.vocab_size), "extra_ids": int(vocabulary.extra_ids)}
+    content = [json.dumps(sizes, sort_keys=True).encode()]
+    if kind != "SentencePieceVocabulary":
+        return _sha256([*content, f"{vocabulary.eos_id} {vocabulary.unk_id}".encode()])
+    model = _sentencepiece_proto(vocabulary.sp_model)
     for index, piece in enumerate(model.pieces):
-        yield f"{index}\t{piece.piece}\t{piece.score!r}\t{piece.type}\n".encode()
-    rules = model.normalizer_spec
+        content.append(f"{index}\t{piece.piece}\t{piece.score!r}\t{piece.type}\n".encode())
     for name in ("precompiled_charsmap", "add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
-        yield f"{name} {getattr(rules, name)!r}\n".encode()
+        content.append(f"{name} {getattr(model.normalizer_spec, name)!r}\n".encode())
+    return _sha256(content)
 
 
-def _sizes_say_all(vocabulary: Any) -> Iterator[bytes]:
-    yield f"{vocabulary.eos_id} {vocabulary.unk_id}".encode()
+# --- Vocabularies compared piece by piece, for models that have only a tokenizer.json. ---
+# transformers 5 saves no SentencePiece model. Its tokenizer.json has every piece with its id, which distinguishes
+# vocabularies; its normalization rules cannot be compared with SentencePiece's.
 
 
-_CONTENTS = {
-    "SentencePieceVocabulary": _sentencepiece_content,
-    "ByteVocabulary": _sizes_say_all,
-    "PassThroughVocabulary": _sizes_say_all,
-}
-
-
-# `checkpoints.tokenizer` has the same content without SeqIO.
-_SEQIO_NAMES = {"SentencePieceTokenizer": "SentencePieceVocabulary", "ByteTokenizer": "ByteVocabulary"}
-
-
-def _sha256(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-# SentencePiece models hold sentinels as words of their own, tokenizer.json without the mark of a word's beginning.
-_SENTINEL = re.compile(r"▁?(<extra_id_\d+>)")
-
-
-def sentinel_name(piece: str) -> str | None:
-    """`<extra_id_N>` if the piece is such a sentinel, in either spelling; else None."""
-    match = _SENTINEL.fullmatch(piece)
-    return match and match.group(1)
-
-
-def own_sentinels(pieces: Sequence[str]) -> int:
-    """How many sentinels a vocabulary ends with, as T5 orders them: `<extra_id_0>` has the highest id.
-
-    Args:
-        pieces: all of them in the order of their ids, such as mT5's, which end with a hundred.
-    """
-    count = 0
-    while count < len(pieces) and sentinel_name(pieces[-1 - count]) == f"<extra_id_{count}>":
-        count += 1
-    return count
+def fingerprint_pieces(pieces: Iterable[str] | None) -> str | None:
+    """A SHA-256 of pieces in their order, the spelling of sentinels aside; None of None."""
+    if pieces is None:
+        return None
+    return _sha256([json.dumps([sentinel_name(piece) or piece for piece in pieces]).encode()])
 
 
 def pieces_of_vocabulary(vocabulary: Any) -> list[str] | None:
@@ -163,21 +120,13 @@ def pieces_of_vocabulary(vocabulary: Any) -> list[str] | None:
     None for other kinds, such as bytes. A file on a bucket is read.
     """
     content = getattr(vocabulary, "sp_model", None)
-    if content is None:
-        return None
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)
-    return [piece.piece for piece in model.pieces]
+    return None if content is None else [piece.piece for piece in _sentencepiece_proto(content).pieces]
 
 
 def pieces_of_json(path: pathlib.Path) -> list[str]:
     """The pieces of a tokenizer.json in the order of their ids.
 
     Sentinels count wherever the file lists them, other tokens that were added above the vocabulary do not.
-
-    Raises:
-        UserError: if it is not a tokenizer.json.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -195,9 +144,31 @@ def pieces_of_json(path: pathlib.Path) -> list[str]:
     return [pieces.get(number, above.get(number, "")) for number in range(size)]
 
 
-def fingerprint_pieces(pieces: Iterable[str] | None) -> str | None:
-    """A SHA-256 of pieces in their order, the spelling of sentinels aside; None of None."""
-    if pieces is None:
-        return None
-    content = json.dumps([sentinel_name(piece) or piece for piece in pieces])
-    return hashlib.sha256(content.encode()).hexdigest()
+def sentinel_name(piece: str) -> str | None:
+    """`<extra_id_N>` if the piece is such a sentinel, in either spelling; else None."""
+    match = _SENTINEL.fullmatch(piece)
+    return match and match.group(1)
+
+
+def own_sentinels(pieces: Sequence[str]) -> int:
+    """How many sentinels a vocabulary ends with, as T5 orders them: `<extra_id_0>` has the highest id.
+
+    mT5's end with a hundred.
+    """
+    count = 0
+    while count < len(pieces) and sentinel_name(pieces[-1 - count]) == f"<extra_id_{count}>":
+        count += 1
+    return count
+
+
+def _sentencepiece_proto(content: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(content)
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

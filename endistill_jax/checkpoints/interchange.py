@@ -4,14 +4,16 @@ A reader of a format is a `Source`, which describes its model and yields its ten
 one by one from `tensors_of`. So memory never holds a second copy of a model, whatever the format.
 """
 
+import abc
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from endistill_jax.checkpoints.fingerprint import combine_digests, digest_tensor, row_blocks
@@ -20,44 +22,44 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig, Parameter, Params, abstract_params
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """A foreign checkpoint, opened: names, shapes and types are checked, nothing large is read yet.
 
     Attributes:
         where: its path, for messages.
-        config: what model it holds.
         vocabulary: the one stored with it, if any.
-        pieces: without one, the fingerprint of the pieces in a tokenizer.json; see `pieces`.
+        pieces: without one, the fingerprint of the pieces in a tokenizer.json.
         step: optimizer steps trained, 0 if unknown.
         notes: assumptions about what the checkpoint does not specify, a sentence each.
     """
 
     where: str
     config: ModelConfig
-    vocabulary: VocabularyFile | None
-    pieces: str | None
-    step: int
-    notes: tuple[str, ...]
+    vocabulary: VocabularyFile | None = None
+    pieces: str | None = None
+    step: int = 0
+    notes: tuple[str, ...] = ()
 
+    @abc.abstractmethod
     def read(self, parameter: Parameter) -> np.ndarray:
-        """One tensor in our orientation (a transposed view will do), of the type it is stored in, finite.
+        """One tensor in our orientation (a transposed view will do), of the type it is stored in, finite."""
 
-        Raises:
-            UserError: naming file and tensor, if it cannot be read or holds NaN or infinity.
-        """
-        ...
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Closes the files."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every tensor of a model, from the model's own initialization; the layers of one parameter follow each other."""
     found = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        path = tuple(key.key for key in keys)
+    for path, leaf in sorted(traverse_util.flatten_dict(abstract_params(config)).items()):
         if "layers" in path:
             found += [Parameter(path, layer, tuple(leaf.shape[1:])) for layer in range(leaf.shape[0])]
         else:
@@ -76,42 +78,34 @@ def assemble(source: Source, dtype: Any, shardings: Any = None) -> tuple[Params,
 
     Returns:
         The parameters, layers stacked, and the fingerprint of what was read (before it was cast).
-
-    Raises:
-        UserError: naming file and tensor.
     """
-    params: Params = {}
+    shardings = traverse_util.flatten_dict(shardings) if shardings else {}
+    params = {}
     digests = {}
     for path, group in itertools.groupby(parameters(source.config), key=lambda parameter: parameter.path):
         members = list(group)
-        sharding = functools.reduce(lambda tree, name: tree[name], path, shardings) if shardings else None
         leaf = None
         for parameter in members:
             tensor = source.read(parameter)
             digests[parameter.name] = digest_tensor(tensor)
-            leaf = _place(leaf, tensor, parameter.layer, len(members), jnp.dtype(dtype), sharding)
+            leaf = _place(leaf, tensor, parameter.layer, len(members), jnp.dtype(dtype), shardings.get(path))
             del tensor  # before the next one is read
-        *parents, last = path
-        functools.reduce(lambda tree, name: tree.setdefault(name, {}), parents, params)[last] = leaf
-    return params, combine_digests(digests)
+        params[path] = leaf
+    return traverse_util.unflatten_dict(params), combine_digests(digests)
 
 
 def tensors_of(params: Mapping[str, Any], config: ModelConfig) -> Callable[[Parameter], np.ndarray]:
     """Checks that parameters are a configuration's, and gives a function that fetches them one tensor at a time.
 
-    Raises:
-        UserError: if one is missing, misshapen or has no place; later, from the function, if one is not finite.
+    The function refuses a tensor that is not finite.
     """
-    wanted = {}
-    for parameter in parameters(config):
-        depth = (parameter.layer or 0) + 1
-        wanted["/".join(parameter.path)] = (*((depth,) if parameter.layer is not None else ()), *parameter.shape)
-    leaves = {"/".join(path): leaf for path, leaf in _leaves(params)}
-    for name, shape in wanted.items():
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    wanted = traverse_util.flatten_dict(abstract_params(config), sep="/")
+    for name, leaf in wanted.items():
         if name not in leaves:
             raise UserError(f"the parameters lack {name}, which the configuration asks for")
-        if tuple(leaves[name].shape) != shape:
-            raise UserError(f"{name} has shape {tuple(leaves[name].shape)}; the configuration makes it {shape}")
+        if leaves[name].shape != leaf.shape:
+            raise UserError(f"{name} has shape {leaves[name].shape}; the configuration makes it {leaf.shape}")
     extra = sorted(leaves.keys() - wanted.keys())
     if extra:
         raise UserError(f"the configuration has no place for the parameter {extra[0]}")
@@ -126,21 +120,9 @@ def tensors_of(params: Mapping[str, Any], config: ModelConfig) -> Callable[[Para
 
 
 def check_finite(tensor: np.ndarray, name: str) -> None:
-    """Checks for NaN and infinity, a block at a time.
-
-    Raises:
-        UserError: "<name> holds NaN or infinity".
-    """
+    """Refuses NaN and infinity, looking at a block at a time."""
     if not all(np.isfinite(block).all() for block in row_blocks(tensor)):
         raise UserError(f"{name} holds NaN or infinity")
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
 
 
 def _place(

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -27,105 +27,12 @@ from endistill_jax.storage import check_writable_place, is_remote, reading_failu
 
 PyTree = Any
 
+_LOGGER = logging.getLogger(__name__)
 # What a finished step cannot lack. A kill in the middle of a save or of a removal leaves folders without some of these.
 _PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "facts/metadata")
 _FOLDERS = ("data",)  # a bucket has no folder that is empty, as an imported model's is
-
-
-def finished_steps(directory: str) -> list[int]:
-    """The steps in a directory that were saved to the end, in order. Read-only; safe during a running job."""
-    root = stored_path(directory)
-    if not root.is_dir():
-        return []
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and _is_finished(p))
-
-
-def restore_params(
-    directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
-) -> tuple[PyTree, Manifest]:
-    """Restores the parameters of a checkpoint only, for a teacher or an export; safe during a running job.
-
-    Args:
-        directory: what `Checkpointer` was given.
-        step: which; None takes the newest.
-        abstract_params: tree of `jax.ShapeDtypeStruct` with shardings to place the parameters by; None reads NumPy
-            arrays. Optimizer state is not read in either case.
-
-    Returns:
-        The parameters as nested dictionaries, and the manifest.
-
-    Raises:
-        UserError: if there is no such checkpoint, or its files are damaged.
-        StorageFailure: if they cannot be read now.
-    """
-    root = stored_path(directory)
-    steps = finished_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise UserError(f"{root} has no {wanted}; it has {steps or 'none'}")
-    folder = root / str(steps[-1] if step is None else step)
-    manifest = read_manifest(folder)
-    try:
-        # Without `ocp.Checkpointer`, which on a bucket refuses what was written locally and copied there.
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-            stored = reader.metadata(folder / "state").tree["params"]
-        largest = _largest_gigabytes(stored)
-        with contextlib.closing(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest)) as reader:
-            if abstract_params is None:
-                abstract_params = stored
-                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
-            else:
-                how = ocp.checkpoint_utils.construct_restore_args(abstract_params)
-            wanted = ocp.args.PyTreeRestore(
-                item={"params": abstract_params}, restore_args={"params": how}, partial_restore=True
-            )
-            return reader.restore(folder / "state", args=wanted)["params"], manifest
-    except Exception as error:
-        raise unreadable(folder, error) from error
-
-
-def _largest_gigabytes(stored: PyTree) -> int:
-    """Room for the largest array: about as much is read at a time, not a second copy of everything."""
-    sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(stored)]
-    return math.ceil(max(sizes) / 1e9)
-
-
-def read_manifest_of_step(directory: str, step: int) -> Manifest:
-    """The manifest of a complete step; reads no array.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    return read_manifest(stored_path(directory) / str(step))
-
-
-def read_manifest(folder: epath.Path) -> Manifest:
-    """The manifest in a step's folder.
-
-    Raises:
-        UserError: if it is damaged.
-        StorageFailure: if it cannot be read now.
-    """
-    try:
-        manifest = json.loads((folder / "facts" / "metadata").read_text())
-    except Exception as error:
-        raise unreadable(folder, error) from error
-    return upgraded(manifest)
-
-
-def unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:
-    """The exception to raise for a failure to read a step's folder."""
-    return reading_failure(f"checkpoint {folder} cannot be restored", error)
-
-
-def _is_finished(folder: epath.Path) -> bool:
-    try:
-        parts = _PARTS if is_remote(folder) else _PARTS + _FOLDERS
-        if not all((folder / part).exists() for part in parts):
-            return False
-        return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
-    except (FileNotFoundError, ValueError):  # not storage failures, which would make a checkpoint look incomplete
-        return False
+# What Orbax writes last on a bucket, where no folder can be renamed at once.
+_COMMITTED = "commit_success.txt"
 
 
 class Checkpointer:
@@ -144,37 +51,26 @@ class Checkpointer:
         best_mode: str = "min",
         concurrent_gigabytes: int = 96,
     ):
-        """Opens the directory, creating it if needed, and sets aside incomplete steps of an interrupted run.
+        """Opens the directory, local or a bucket, and sets aside incomplete steps of an interrupted run.
 
         Args:
-            directory: where the steps' folders go; local or a bucket.
+            directory: where the steps' folders go; made if there is none.
             every: save at multiples of this many steps; `force` saves at any.
             keep_last: how many of the latest checkpoints to keep.
             keep_best: name of the metric whose best checkpoint is kept too; None keeps none.
-            best_mode: "min" or "max", whichever is better.
             concurrent_gigabytes: limit on what is copied and written at a time; no array may be larger.
-
-        Raises:
-            UserError: for settings that make no sense, or a path that cannot be a directory.
         """
-        for name, value in (("every", every), ("keep_last", keep_last)):
-            if value < 1:
-                raise UserError(f"checkpoints: {name} is {value}; it must be at least 1")
-        if best_mode not in ("min", "max"):
-            raise UserError(f"checkpoints: best_mode is {best_mode!r}; choose min or max")
         check_writable_place(directory)
         self._directory = stored_path(directory)
         self._keep_best = keep_best
-        if self._directory.exists() and not self._directory.is_dir():
-            raise UserError(f"{self._directory} is a file; checkpoints need a directory")
-        set_aside_incomplete(self._directory)
+        _set_aside_incomplete(self._directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=_options(every, keep_last, keep_best, best_mode),
             handler_registry=_handlers(concurrent_gigabytes),
         )
 
-    def __enter__(self) -> "Checkpointer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -188,10 +84,6 @@ class Checkpointer:
         """The newest step, or None in a directory without any."""
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """The step with the best value of `keep_best`, or None if none has one."""
-        return self._manager.best_step() if self._keep_best else None
-
     def save(
         self,
         step: int,
@@ -203,20 +95,16 @@ class Checkpointer:
     ) -> bool:
         """Starts saving and returns once the arrays are copied and may be donated to the next step.
 
+        Returns whether it started: not if none is due at this step, or the step is already saved. The failure of an
+        earlier save in the background is raised here.
+
         Args:
             step: number of finished optimizer steps.
             state: the train state; every leaf an array.
             data_state: positions by shard of the data stream; of all processes together, each shard once.
-            manifest: plain values in nested dictionaries; see `manifest.py`.
+            manifest: see `manifest.py`.
             metrics: values of this step; one that lacks `keep_best` is an error, None leaves the step without a rank.
             force: save even when `step` is not a multiple of `every`.
-
-        Returns:
-            Whether a save was started: False if none is due at this step, or the step is already saved.
-
-        Raises:
-            UserError: if the metric named by `keep_best` is missing.
-            Exception: the failure of an earlier save in the background.
         """
         if metrics is not None and self._keep_best and self._keep_best not in metrics:
             raise UserError(f"keep_best is {self._keep_best!r}, which is not among the metrics {sorted(metrics)}")
@@ -224,52 +112,37 @@ class Checkpointer:
             return False
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=DataStateSave(data_state),
+            data=_DataSave(data_state),
             facts=ocp.args.JsonSave(json.loads(json.dumps(manifest))),
         )
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         return self._manager.save(step, args=items, metrics=numbers, force=force)
 
     def manifest(self, step: int) -> Manifest:
-        """The manifest of a step; reads no array.
-
-        Raises:
-            UserError: the step does not exist or cannot be read.
-        """
-        self._require(step)
-        return read_manifest(self._directory / str(step))
+        """The manifest of a step; reads no array."""
+        self.wait()  # the step may be the one being written
+        steps = self.all_steps()
+        if step not in steps:
+            raise UserError(f"{self._directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+        return read_manifest(self._directory, step)
 
     def restore(
-        self,
-        step: int,
-        abstract_state: PyTree,
-        shards: Sequence[str] = (),
+        self, step: int, abstract_state: PyTree, shards: Sequence[str] = ()
     ) -> tuple[PyTree, dict[str, bytes], Manifest]:
-        """Restores a step, each array directly onto its devices.
+        """The state of a step, each array directly on its devices, the positions of the given shards, and the manifest.
 
         Args:
-            step: which.
+            step: one that is kept.
             abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the same structure as the saved state;
                 the mesh may be another than the one that saved.
             shards: names of the data stream's shards that this process resumes with.
-
-        Returns:
-            The state, the positions of those shards, and the manifest.
-
-        Raises:
-            UserError: a step that is not there, one that does not fit `abstract_state`, or one whose files are damaged.
-            StorageFailure: if its files cannot be read now.
         """
-        self._require(step)
-        folder = self._directory / str(step)
-        manifest = read_manifest(folder)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=DataStateRestore(shards))
+        manifest = self.manifest(step)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=_DataRestore(shards))
         try:
             restored = self._manager.restore(step, args=items)
-        except UserError:
-            raise
         except Exception as error:
-            found = unreadable(folder, error)
+            found = _unreadable(self._directory / str(step), error)
             older = [other for other in self.all_steps() if other < step]
             if isinstance(found, StorageFailure) or not older:
                 raise found from error
@@ -277,125 +150,90 @@ class Checkpointer:
         return restored["state"], restored["data"], manifest
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
-
-        Raises:
-            Exception: the failure of the save in the background.
-        """
+        """Returns when everything is on disk, or raises the failure of the save in the background."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases threads and files, even if the last save failed (and raises its exception)."""
         try:
-            self._manager.wait_until_finished()
+            self.wait()
         finally:
             self._manager.close()
 
-    def _require(self, step: int) -> None:
-        self.wait()  # the step may be the one being written
-        steps = self.all_steps()
-        if step not in steps:
-            raise UserError(f"{self._directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+
+# --- From outside the run that writes; safe while it runs. ---
 
 
-def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) -> ocp.CheckpointManagerOptions:
-    worst = math.inf if best_mode == "min" else -math.inf
+def finished_steps(directory: str) -> list[int]:
+    """The steps in a directory that were saved to the end, in order."""
+    root = stored_path(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and _is_finished(p))
 
-    def rank(metrics: Mapping[str, float]) -> float:
-        value = renamed_metrics(metrics).get(keep_best, worst)
-        # A comparison with NaN is always false: unguarded, a diverged step could rank anywhere.
-        return worst if math.isnan(value) else value
 
-    keep = [preservation_policy.LatestN(n=keep_last)]
-    if keep_best:
-        keep.append(
-            preservation_policy.BestN(
-                get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
+def read_manifest(directory: str, step: int) -> Manifest:
+    """The manifest of a complete step, in the present schema; reads no array."""
+    folder = stored_path(directory) / str(step)
+    try:
+        manifest = json.loads((folder / "facts" / "metadata").read_text())
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    return upgraded(manifest)
+
+
+def restore_params(
+    directory: str, step: int | None = None, *, abstract_params: PyTree | None = None
+) -> tuple[PyTree, Manifest]:
+    """The parameters of a step (None: the newest) as nested dictionaries, and its manifest.
+
+    They are placed by the shardings of `abstract_params`, a tree of `jax.ShapeDtypeStruct`; None reads NumPy arrays.
+    """
+    root = stored_path(directory)
+    steps = finished_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise UserError(f"{root} has no {wanted}; it has {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    folder = root / str(step)
+    manifest = read_manifest(directory, step)
+    try:
+        # Without `ocp.Checkpointer`, which on a bucket refuses what was written locally and copied there.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = reader.metadata(folder / "state").tree["params"]
+        # Room for the largest array: about as much is read at a time, not a second copy of everything.
+        sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(stored)]
+        largest = math.ceil(max(sizes) / 1e9)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest)) as reader:
+            if abstract_params is None:
+                abstract_params = stored
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
+            else:
+                how = ocp.checkpoint_utils.construct_restore_args(abstract_params)
+            wanted = ocp.args.PyTreeRestore(
+                item={"params": abstract_params}, restore_args={"params": how}, partial_restore=True
             )
-        )
-    return ocp.CheckpointManagerOptions(
-        save_decision_policy=save_decision_policy.AnySavePolicy(
-            [
-                save_decision_policy.FixedIntervalPolicy(every),
-                save_decision_policy.PreemptionCheckpointingPolicy(),
-            ]
-        ),
-        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-        best_fn=rank if keep_best else None,
-        best_mode=best_mode,
-        cleanup_tmp_directories=True,
-    )
+            return reader.restore(folder / "state", args=wanted)["params"], manifest
+    except Exception as error:
+        raise _unreadable(folder, error) from error
 
 
-def _handlers(concurrent_gigabytes: int) -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    state = ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gigabytes)
-    for item, handler, arguments in (
-        ("state", state, (ocp.args.StandardSave, ocp.args.StandardRestore)),
-        ("data", DataStateHandler(), (DataStateSave, DataStateRestore)),
-        ("facts", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
-    ):
-        for argument in arguments:
-            registry.add(item, argument, handler)
-    return registry
+def _unreadable(folder: epath.Path, error: Exception) -> UserError | StorageFailure:
+    return reading_failure(f"checkpoint {folder} cannot be restored", error)
 
 
-class DataStateHandler(ocp.handlers.AsyncCheckpointHandler):
-    """Writes this process's shards next to those of other processes, in the same commit as the arrays."""
-
-    async def async_save(self, directory: epath.Path, args: "DataStateSave") -> list[future.Future]:
-        # The folder is made in the background; this kind of future waits for it before it writes.
-        return [future.CommitFutureAwaitingContractedSignals(_write_shards(directory, args.shards), name="data_state")]
-
-    def save(self, directory: epath.Path, args: "DataStateSave") -> None:
-        for name, content in args.shards.items():
-            (directory / name).write_bytes(content)
-
-    def restore(self, directory: epath.Path, args: "DataStateRestore") -> dict[str, bytes]:
-        """The requested shards, whichever process saved them.
-
-        Raises:
-            FileNotFoundError: if one is missing.
-        """
-        return {name: (directory / name).read_bytes() for name in args.names}
+def _is_finished(folder: epath.Path) -> bool:
+    try:
+        parts = _PARTS if is_remote(folder) else _PARTS + _FOLDERS
+        if not all((folder / part).exists() for part in parts):
+            return False
+        return json.loads((folder / _PARTS[0]).read_text()).get("commit_timestamp_nsecs") is not None
+    except (FileNotFoundError, ValueError):  # not storage failures, which would make a checkpoint look incomplete
+        return False
 
 
-async def _write_shards(directory: epath.Path, shards: Mapping[str, bytes]) -> None:
-    for name, content in shards.items():
-        (directory / name).write_bytes(content)
-
-
-@ocp.args.register_with_handler(DataStateHandler, for_save=True)
-@dataclasses.dataclass
-class DataStateSave(ocp.args.CheckpointArgs):
-    """What to save.
-
-    Attributes:
-        shards: states by the shards' names; of all processes together, each shard once.
-    """
-
-    shards: Mapping[str, bytes]
-
-
-@ocp.args.register_with_handler(DataStateHandler, for_restore=True)
-@dataclasses.dataclass
-class DataStateRestore(ocp.args.CheckpointArgs):
-    """What to read back.
-
-    Attributes:
-        names: of the shards that this process resumes with.
-    """
-
-    names: Sequence[str]
-
-
-_LOGGER = logging.getLogger(__name__)
-# What Orbax writes last on a bucket, where no folder can be renamed at once.
-_COMMITTED = "commit_success.txt"
-
-
-def set_aside_incomplete(directory: epath.Path) -> None:
-    """Sets aside step folders that a kill left incomplete: Orbax would take them for complete ones.
+def _set_aside_incomplete(directory: epath.Path) -> None:
+    """Renames step folders that a kill left incomplete: Orbax would take them for complete ones.
 
     Every process must call it, before Orbax looks at the directory.
     """
@@ -420,3 +258,78 @@ def _mark_complete(folder: epath.Path) -> None:
     for part in (*(each for each in folder.iterdir() if each.is_dir()), folder):
         if not (part / _COMMITTED).exists():
             (part / _COMMITTED).write_text("copied")
+
+
+# --- How Orbax is set up. ---
+
+
+def _options(every: int, keep_last: int, keep_best: str | None, best_mode: str) -> ocp.CheckpointManagerOptions:
+    worst = math.inf if best_mode == "min" else -math.inf
+
+    def rank(metrics: Mapping[str, float]) -> float:
+        value = renamed_metrics(metrics).get(keep_best, worst)
+        # A comparison with NaN is always false: unguarded, a diverged step could rank anywhere.
+        return worst if math.isnan(value) else value
+
+    keep = [preservation_policy.LatestN(n=keep_last)]
+    if keep_best:
+        keep.append(
+            preservation_policy.BestN(
+                get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    when = [save_decision_policy.FixedIntervalPolicy(every), save_decision_policy.PreemptionCheckpointingPolicy()]
+    return ocp.CheckpointManagerOptions(
+        save_decision_policy=save_decision_policy.AnySavePolicy(when),
+        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+        best_fn=rank if keep_best else None,
+        best_mode=best_mode,
+        cleanup_tmp_directories=True,
+    )
+
+
+def _handlers(concurrent_gigabytes: int) -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()  # knows JSON, which the manifest is
+    state = ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gigabytes)
+    registry.add("state", ocp.args.StandardSave, state)
+    registry.add("state", ocp.args.StandardRestore, state)
+    data = _DataHandler()
+    registry.add("data", _DataSave, data)
+    registry.add("data", _DataRestore, data)
+    return registry
+
+
+class _DataHandler(ocp.handlers.AsyncCheckpointHandler):
+    """The data stream's state as opaque bytes: this process's shards next to those of others, in the same commit."""
+
+    async def async_save(self, directory: epath.Path, args: "_DataSave") -> list[future.Future]:
+        # The folder is made in the background; this kind of future waits for it before it writes.
+        return [future.CommitFutureAwaitingContractedSignals(_write_shards(directory, args.shards), name="data_state")]
+
+    def save(self, directory: epath.Path, args: "_DataSave") -> None:
+        raise NotImplementedError("the checkpoint manager saves asynchronously")
+
+    def restore(self, directory: epath.Path, args: "_DataRestore") -> dict[str, bytes]:
+        """The requested shards, whichever process saved them."""
+        return {name: (directory / name).read_bytes() for name in args.names}
+
+
+async def _write_shards(directory: epath.Path, shards: Mapping[str, bytes]) -> None:
+    for name, content in shards.items():
+        (directory / name).write_bytes(content)
+
+
+@ocp.args.register_with_handler(_DataHandler, for_save=True)
+@dataclasses.dataclass
+class _DataSave(ocp.args.CheckpointArgs):
+    """States by the shards' names."""
+
+    shards: Mapping[str, bytes]
+
+
+@ocp.args.register_with_handler(_DataHandler, for_restore=True)
+@dataclasses.dataclass
+class _DataRestore(ocp.args.CheckpointArgs):
+    """Names of the shards that this process resumes with."""
+
+    names: Sequence[str]

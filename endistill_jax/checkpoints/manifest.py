@@ -56,15 +56,9 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: str = "the checkpoint") -> None:
-    """Refuses to resume from a checkpoint of a different run.
+    """Refuses to resume from a checkpoint of a different run, naming every difference with both values.
 
-    Args:
-        saved: from a manifest.
-        current: the same of this run; values may be dataclasses, whose defaults stand for what `saved` lacks.
-        where: what to call the checkpoint in the message.
-
-    Raises:
-        UserError: naming every difference, nested names joined by dots, with both values.
+    Values of `current` may be dataclasses, whose defaults stand for what `saved`, of a manifest, lacks.
     """
     differences = [f"{name} is {there} there and {here} here" for name, there, here in _differences(saved, current)]
     if differences:
@@ -75,11 +69,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: str 
 
 
 def upgraded(manifest: Manifest) -> Manifest:
-    """A manifest of any earlier schema, in the present one.
-
-    Raises:
-        UserError: if it was written by a newer version.
-    """
+    """A manifest of any earlier schema, in the present one."""
     schema = manifest.get("schema", 1)
     if schema > SCHEMA:
         raise UserError(
@@ -138,19 +128,23 @@ def objective_of_path(path: Mapping[str, Any]) -> Any:
 
 def _differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted name, value there, value here) of everything that differs."""
+
+    def shown(value: Any) -> str:
+        return json.dumps(plain(value), sort_keys=True)
+
     if isinstance(saved, Mapping) and (dataclasses.is_dataclass(current) or isinstance(current, Mapping)):
         defaults, here = _fields(current)
         for key in sorted(saved.keys() | here.keys()):
             inner = f"{name}.{key}" if name else key
             if key not in here and not (saved[key] is None or key == "type"):
-                yield inner, _shown(saved[key]), _ABSENT
+                yield inner, shown(saved[key]), _ABSENT
             elif key in here and key not in saved and key != "type":
                 if key not in defaults or plain(defaults[key]) != plain(here[key]):
-                    yield inner, _ABSENT, _shown(here[key])
+                    yield inner, _ABSENT, shown(here[key])
             elif key in here and key in saved:
                 yield from _differences(saved[key], here[key], inner)
     elif not _equal(plain(saved), plain(current)):
-        yield name, _shown(saved), _shown(current)
+        yield name, shown(saved), shown(current)
 
 
 def _equal(saved: Any, current: Any) -> bool:
@@ -165,13 +159,11 @@ def _fields(current: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The defaults of settings, and their values, with the type."""
     if not dataclasses.is_dataclass(current):
         return {key: None for key, value in current.items() if value is None}, dict(current)
-    fields = dataclasses.fields(current)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    defaults |= {
-        field.name: field.default_factory() for field in fields if field.default_factory is not dataclasses.MISSING
-    }
-    return defaults, {"type": type(current).__name__} | {f.name: getattr(current, f.name) for f in fields}
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(plain(value), sort_keys=True)
+    values, defaults = {"type": type(current).__name__}, {}
+    for field in dataclasses.fields(current):
+        values[field.name] = getattr(current, field.name)
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults, values

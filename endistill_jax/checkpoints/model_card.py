@@ -17,14 +17,7 @@ _HELD_OUT = {
 
 
 def model_card(name: str, config: ModelConfig, manifest: Mapping[str, Any], step: int) -> str:
-    """Markdown with the header that the Hugging Face hub reads.
-
-    Args:
-        name: title.
-        config: of the model.
-        manifest: what its checkpoint was saved with; empty for a model that was only converted.
-        step: optimizer steps it was trained for.
-    """
+    """Markdown with the header that the Hugging Face hub reads; the manifest of a converted model is empty."""
     teacher = manifest.get("teacher")
     tags = ["t5", "endistill-jax", *(["distillation"] if teacher else [])]
     parts = [
@@ -73,18 +66,14 @@ def _training(manifest: Mapping[str, Any], step: int) -> str:
         "tokens": format_count(progress["tokens"]) if "tokens" in progress else None,
         "teacher": f"`{teacher['source']}`" if teacher else None,
         "teacher's fingerprint": f"`{run['teacher']}`" if teacher else None,
-        "objective": _objective(run["objective"]),
+        # Such as "cross/qk 0.5, cross/vv 0.5, logits 1".
+        "objective": ", ".join(f"{n} {_coefficient(t['coefficient'])}" for n, t in run["objective"]["terms"].items()),
         "initial parameters": _initial(run.get("student_init")),
         "optimizer": f"{run['optimizer']['name']}, learning rate {run['optimizer']['learning_rate']}",
         "seed": run["seed"],
         "vocabulary's fingerprint": f"`{run['vocabulary']}`",
     }
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items() if v is not None)
-
-
-def _objective(objective: Mapping[str, Any]) -> str:
-    """Its terms with their coefficients, such as "cross/qk 0.5, cross/vv 0.5, logits 1.0"."""
-    return ", ".join(f"{name} {_coefficient(term['coefficient'])}" for name, term in objective["terms"].items())
 
 
 def _coefficient(saved: Any) -> str:

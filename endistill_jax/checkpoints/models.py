@@ -19,7 +19,7 @@ from endistill_jax.checkpoints.fingerprint import (
     pieces_of_vocabulary,
 )
 from endistill_jax.checkpoints.interchange import Source, assemble
-from endistill_jax.checkpoints.manager import finished_steps, read_manifest_of_step, restore_params
+from endistill_jax.checkpoints.manager import finished_steps, read_manifest, restore_params
 from endistill_jax.checkpoints.manifest import Manifest
 from endistill_jax.checkpoints.tokenizer import (
     VocabularyFile,
@@ -41,6 +41,8 @@ TOKENIZER = "tokenizer"
 # Of a finished run whose checkpoints were not kept: a model directory with its parameters alone.
 PRODUCT = "product"
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainedModel:
@@ -48,7 +50,6 @@ class TrainedModel:
 
     Attributes:
         source: where it is, as the user named it.
-        config: its settings.
         vocabulary_file: the one stored with it, if any.
         step: optimizer steps trained, 0 if unknown.
         manifest: of its checkpoint; empty for a foreign one.
@@ -63,20 +64,17 @@ class TrainedModel:
     manifest: Manifest
     notes: tuple[str, ...] = ()
     pieces: str | None = None
-    _read: Callable[[Any], tuple[Params, str]]
+    _read: Callable[[Any], tuple[Params, str]]  # shardings -> the parameters and their fingerprint
     _loaded: Params | None = None
     _shardings: Any = None  # of what is loaded
     _fingerprint: str | None = None
 
     def load(self, shardings: Any = None) -> Params:
-        """Loads the parameters, unless already loaded: nested dictionaries, layers stacked.
+        """The parameters: nested dictionaries, layers stacked; read unless already loaded.
 
         Args:
             shardings: tree of `NamedSharding` like the parameters: arrays are loaded onto their devices, or moved there
                 if already loaded elsewhere. None gives NumPy arrays, or those already loaded.
-
-        Raises:
-            UserError: naming what cannot be read.
         """
         if self._loaded is None:
             self._loaded, self._fingerprint = self._read(shardings)
@@ -127,15 +125,12 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
             Hugging Face T5 folder, the name of one on the Hugging Face hub, or a T5X checkpoint.
         dtype: float32 or bfloat16, of its parameters and of its computations.
         scan_layers: whether its layers run in a compiled loop.
-
-    Raises:
-        UserError: if there is no model, or it cannot be read.
     """
     execution = {"dtype": dtype, "scan_layers": scan_layers}
     run = find_run(source)
     if run is not None:
         directory, step = run
-        manifest = read_manifest_of_step(str(directory), step)
+        manifest = read_manifest(str(directory), step)
         config = dataclasses.replace(config_from_plain(manifest["run"]["model"]), **execution)
         return TrainedModel(
             source=source,
@@ -148,8 +143,14 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         )
     path = str(BUNDLED_FOLDER) if source == BUNDLED else source
     opened = open_source(path)
-    unread = [opened]
     config = dataclasses.replace(opened.config, **execution)
+    unread = [opened]
+
+    def read(shardings: Any) -> tuple[Params, str]:
+        # A source is closed after reading, so a repeated read opens it again.
+        with unread.pop() if unread else open_source(path) as tensors:
+            return assemble(tensors, config.dtype, shardings)
+
     return TrainedModel(
         source=source,
         config=config,
@@ -158,18 +159,12 @@ def open_model(source: str, dtype: str = "float32", scan_layers: bool = True) ->
         manifest={},
         notes=opened.notes,
         pieces=opened.pieces,
-        # A source is closed after reading, so a repeated read opens it again.
-        _read=lambda shardings: _read_source(unread.pop() if unread else open_source(path), config, shardings),
+        _read=read,
     )
 
 
 def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
-    """A model that will have been trained in a model directory by the time its parameters are first read.
-
-    Args:
-        source: the model directory.
-        config: its settings.
-    """
+    """A model that will have been trained in the model directory `source` by the time its parameters are first read."""
 
     def read(shardings: Any) -> tuple[Params, str]:
         model = open_model(source, config.dtype, config.scan_layers)
@@ -178,12 +173,47 @@ def lazy_model(source: str, config: ModelConfig) -> TrainedModel:
     return TrainedModel(source=source, config=config, vocabulary_file=None, step=0, manifest={}, _read=read)
 
 
-def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
-    """The vocabulary of a model: the one given by the user, or the one stored with it.
+def open_source(source: str) -> Source:
+    """Opens a foreign checkpoint; what exists locally is never looked for on the hub.
 
-    Raises:
-        UserError: if the model was trained with another one, or has fewer ids.
+    Args:
+        source: a Hugging Face T5 folder; a T5X checkpoint (its model directory, the folder of a step, or the file in
+            it), local or gs://; the name of a model on the Hugging Face hub, such as google/t5-v1_1-small.
     """
+    path = stored_path(source)
+    if (path / "config.json").exists():
+        if is_remote(source):
+            raise UserError(
+                f"{source} is a Hugging Face folder on a bucket, and these are read from local disks only: copy it "
+                "with 'gcloud storage cp -r', or import it and copy what that writes"
+            )
+        return huggingface.open_folder(source)
+    if t5x.is_checkpoint(source):
+        return t5x.open_checkpoint(source)
+    if not path.exists() and _HUB_NAME.fullmatch(source):
+        return huggingface.open_folder(huggingface.download(source))
+    raise UserError(
+        f"no model at {source}; give 'bundled', a Hugging Face T5 folder (with config.json) or hub name, a T5X "
+        "checkpoint (checkpoint_<step>), or the model directory of a run (with checkpoints/<step>)"
+    )
+
+
+def find_run(source: str) -> tuple[epath.Path, int] | None:
+    """The directory of the checkpoints that a path names, and the step: the last, if the path names none.
+
+    A product comes before the checkpoints it was made from: where there are still some, they are being removed.
+    """
+    folder = stored_path(source)
+    if folder.name.isdecimal() and int(folder.name) in finished_steps(str(folder.parent)):
+        return folder.parent, int(folder.name)
+    for directory in (folder / PRODUCT / CHECKPOINTS, folder / CHECKPOINTS, folder):
+        if steps := finished_steps(str(directory)):
+            return directory, steps[-1]
+    return None
+
+
+def choose_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> VocabularyFile | None:
+    """The vocabulary of a model: the one given by the user, which must be its own, or the one stored with it."""
     found = model.vocabulary_file
     if file is not None:
         found = VocabularyFile(file, extra_ids)
@@ -203,20 +233,6 @@ def print_notes(model: TrainedModel) -> None:
         print(f"{model.source}: {note}")
 
 
-def find_run(source: str) -> tuple[epath.Path, int] | None:
-    """The directory of the checkpoints that a path names, and the step: the last, if the path names none.
-
-    A product comes before the checkpoints it was made from: where there are still some, they are being removed.
-    """
-    folder = stored_path(source)
-    if folder.name.isdecimal() and int(folder.name) in finished_steps(str(folder.parent)):
-        return folder.parent, int(folder.name)
-    for directory in (folder / PRODUCT / CHECKPOINTS, folder / CHECKPOINTS, folder):
-        if steps := finished_steps(str(directory)):
-            return directory, steps[-1]
-    return None
-
-
 def fingerprint_of(file: VocabularyFile | None) -> str | None:
     """The fingerprint of a vocabulary file with its sentinels."""
     return None if file is None else fingerprint_vocabulary(load_tokenizer(file.path, extra_ids=file.extra_ids))
@@ -227,11 +243,6 @@ def keep_tokenizer(model_dir: str, file: VocabularyFile) -> None:
     folder = epath.Path(model_dir).expanduser() / TOKENIZER
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, file)
-
-
-def _read_source(opened: Source, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
-    with opened:
-        return assemble(opened, config.dtype, shardings)
 
 
 def _read_run(directory: str, step: int, manifest: Manifest, config: ModelConfig, shardings: Any) -> tuple[Params, str]:
@@ -253,47 +264,3 @@ def _read_run(directory: str, step: int, manifest: Manifest, config: ModelConfig
     for index, leaf in enumerate(leaves):
         leaves[index] = leaf.astype(jnp.dtype(config.dtype))
     return jax.tree.unflatten(tree, leaves), fingerprint
-
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def open_source(source: str) -> Source:
-    """Opens a foreign checkpoint.
-
-    Args:
-        source: a Hugging Face T5 folder; a T5X checkpoint (its model directory, the folder of a step, or the file in
-            it), local or gs://; the name of a model on the Hugging Face hub, such as google/t5-v1_1-small. What exists
-            locally is never looked for on the hub.
-
-    Raises:
-        UserError: if it is none of these, or cannot be read.
-    """
-    if is_remote(source):
-        return _open_remote(source)
-    path = pathlib.Path(source).expanduser()
-    if (path / "config.json").is_file():
-        return huggingface.open_folder(str(path))
-    if t5x.is_checkpoint(source):
-        return t5x.open_checkpoint(source)
-    if path.is_dir():
-        raise UserError(
-            f"{path} is no checkpoint: it has neither config.json (Hugging Face), checkpoint_<step> (T5X), nor "
-            "checkpoints/<step> (a run)"
-        )
-    if not path.exists() and _HUB_NAME.fullmatch(source):
-        return huggingface.open_folder(huggingface.download(source))
-    raise UserError(
-        f"no model at {source}; give 'bundled', a Hugging Face T5 folder or hub name, a T5X checkpoint, "
-        "or the model directory of a run"
-    )
-
-
-def _open_remote(source: str) -> Source:
-    """Of foreign checkpoints, those of T5X alone are read from buckets."""
-    if (stored_path(source) / "config.json").exists():
-        raise UserError(
-            f"{source} is a Hugging Face folder on a bucket, and these are read from local disks only: copy it with "
-            "'gcloud storage cp -r', or import it and copy what that writes"
-        )
-    return t5x.open_checkpoint(source)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from endistill_jax.core.attention import STACKS
-from endistill_jax.core.errors import UserError, as_tuple, is_whole
+from endistill_jax.core.errors import UserError, as_tuple, is_whole, require, require_choice
 from endistill_jax.models.family import ModelConfig, evenly_spaced
 from endistill_jax.sharding import param_shardings
 
@@ -37,24 +37,16 @@ class StudentInit:
     decoder_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"StudentInit.kind is {self.kind!r}; choose one of {KINDS}")
+        require_choice(self, kind=KINDS)
         for name in ("encoder_layers", "decoder_layers"):
             listed = getattr(self, name)
-            if listed is None:
-                continue
-            if self.kind == "random":
-                raise UserError(f"StudentInit.{name} is {listed}, but kind is 'random'; choose 'layers' or 'slice'")
-            layers = as_tuple(listed, f"StudentInit.{name}", "layers, such as (0, 3) or (3,)")
-            object.__setattr__(self, name, layers)
+            if listed is not None:
+                require(self, name, self.kind != "random", "kind must be 'layers' or 'slice' then")
+                layers = as_tuple(listed, f"StudentInit.{name}", "layers, such as (0, 3) or (3,)", is_whole)
+                object.__setattr__(self, name, layers)
 
     def layers(self, stack: str, teacher: ModelConfig, student: ModelConfig) -> tuple[int, ...]:
-        """The teacher's layers that become the student's, of "encoder" or "decoder".
-
-        Raises:
-            UserError: for a list of another length than the student's depth, a layer that the teacher does not have, or
-                no list where the student is deeper than the teacher.
-        """
+        """The teacher's layers that become the student's, of "encoder" or "decoder"."""
         name = f"StudentInit.{stack}_layers"
         theirs, ours = (config.depth(stack) for config in (teacher, student))
         listed = getattr(self, f"{stack}_layers")
@@ -67,27 +59,20 @@ class StudentInit:
             return tuple(evenly_spaced(theirs, ours).tolist())
         if len(listed) != ours:
             raise UserError(f"{name} lists {len(listed)} layers, but the student has {ours}; list one for each")
-        for layer in listed:
-            if not is_whole(layer) or layer >= theirs:
-                raise UserError(f"{name} has {layer!r}, but the teacher's {stack} has layers 0 to {theirs - 1}")
+        if max(listed, default=-1) >= theirs:
+            raise UserError(f"{name} has {max(listed)}, but the teacher's {stack} has layers 0 to {theirs - 1}")
         return listed
 
     def check(self, teacher: ModelConfig | None, student: ModelConfig) -> None:
-        """Checks that the student can be initialized from the teacher.
-
-        Raises:
-            UserError: naming the setting, both values, and what would be right.
-        """
+        """Checks that the student can be initialized from the teacher."""
         if self.kind == "random":
             return
         start = f"StudentInit.kind is {self.kind!r}, but"
         if teacher is None:
             raise UserError(f"{start} there is no teacher; choose 'random'")
         if student.family is not teacher.family:
-            raise UserError(
-                f"{start} the student is a {student.family.name} and the teacher a {teacher.family.name}; "
-                "choose 'random'"
-            )
+            names = f"the student is a {student.family.name} and the teacher a {teacher.family.name}"
+            raise UserError(f"{start} {names}; choose 'random'")
         teacher.family.check_cut(teacher, student, equal_widths=self.kind == "layers")
         for stack in STACKS:
             self.layers(stack, teacher, student)
@@ -107,13 +92,8 @@ def init_from_teacher(
 ) -> Any:
     """The student's first parameters, float32 and on their shards.
 
-    Args:
-        init: "layers" or "slice", checked.
-        params: the teacher's, of any float type, layers stacked. Arrays on the mesh are cut there, by its devices
-            together; NumPy arrays are cut on the host.
-        teacher: the teacher's settings.
-        student: the student's settings.
-        mesh: for the student's parameters.
+    The teacher's parameters are of any float type. Arrays on the mesh are cut there, by its devices together; NumPy
+    arrays are cut on the host.
     """
     shardings = param_shardings(student, mesh)
 

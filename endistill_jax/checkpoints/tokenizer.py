@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import sentencepiece
-from etils import epath
 
 from endistill_jax.checkpoints.fingerprint import (
     fingerprint_pieces,
@@ -25,35 +24,28 @@ from endistill_jax.checkpoints.fingerprint import (
 )
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig
-from endistill_jax.storage import refuse_pointer, stored_path
+from endistill_jax.storage import refuse_lfs_pointer, stored_path
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
-EXTRA_IDS = 100
+EXTRA_IDS = 100  # T5's, and the default of transformers' T5Tokenizer
 BYTES = "bytes"
+
+# The files of a tokenizer in a Hugging Face folder.
+_MODEL = "spiece.model"
+_SETTINGS = "tokenizer_config.json"
+_PIECES = "tokenizer.json"
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 class VocabularyFile(NamedTuple):
-    """A SentencePiece model stored with a checkpoint.
-
-    Attributes:
-        path: the file.
-        extra_ids: sentinels above its own pieces.
-    """
+    """A SentencePiece model stored with a checkpoint, and the number of sentinels above its own pieces."""
 
     path: str
     extra_ids: int
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back.
-
-    Attributes:
-        extra_ids: sentinels above its own pieces.
-        vocab_size: number of ids, sentinels included.
-        pad_id: 0.
-        eos_id: 1.
-        unk_id: 2.
-    """
+    """Text to ids and back; `vocab_size` counts the `extra_ids` sentinels above its own pieces."""
 
     extra_ids: int
     vocab_size: int
@@ -72,23 +64,14 @@ class Tokenizer(abc.ABC):
             kept = kept[: kept.index(self.eos_id) + 1]
         return self._decode(kept)
 
-    @property
-    def sentinel_ids(self) -> range:
-        """The ids of the sentinels; `<extra_id_0>` is the last of them."""
-        return sentinel_ids(self)
-
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with sentinels above its pieces, as `seqio.SentencePieceVocabulary` has them.
+    """A serialized SentencePiece model with sentinels above its pieces, as `seqio.SentencePieceVocabulary` has them.
 
     A sentinel is recognized at the beginning of a word only: its piece is `▁<extra_id_N>`.
-
-    Args:
-        model: a serialized SentencePiece model.
-        extra_ids: sentinels to add.
     """
 
     def __init__(self, model: bytes, extra_ids: int = 0):
@@ -134,13 +117,7 @@ class ByteTokenizer(Tokenizer):
 def load_tokenizer(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS) -> Tokenizer:
     """The tokenizer that `spec` names: `bytes`, or the path of a SentencePiece model, local or gs://.
 
-    Args:
-        spec: `bytes`, or a path.
-        extra_ids: number of sentinels that follow its own pieces; 0 for a model that ends with sentinels, as mT5's.
-
-    Raises:
-        UserError: no such file, not a SentencePiece model, special pieces that are not where T5 has them, or extra ids
-            for a model with sentinels of its own.
+    `extra_ids` is the number of sentinels that follow its own pieces; 0 for a model that ends with sentinels, as mT5's.
     """
     check_extra_ids(extra_ids)
     if os.fspath(spec) == BYTES:
@@ -149,106 +126,72 @@ def load_tokenizer(spec: str | os.PathLike[str], *, extra_ids: int = EXTRA_IDS) 
 
 
 def check_extra_ids(extra_ids: Any) -> None:
-    """Refuses what is no number of sentinels.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses what is no number of sentinels."""
     if not isinstance(extra_ids, int) or extra_ids < 0:
         raise UserError(f"extra_ids is {extra_ids!r}; give the number of sentinels, such as 100, or 0")
 
 
 def read_model(spec: str | os.PathLike[str], extra_ids: int) -> bytes:
-    """The content of a SentencePiece model, checked against T5's conventions.
-
-    Raises:
-        UserError: as `load_tokenizer`.
-    """
-    path = stored_path(spec)
-    if not path.is_file():
-        raise UserError(f"no vocabulary file at {spec}; give a SentencePiece model or {BYTES!r}")
-    content = path.read_bytes()
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    except (RuntimeError, TypeError):
-        raise UserError(f"{spec} is not a SentencePiece model") from None
+    """The content of a SentencePiece model, checked against T5's conventions."""
+    content, processor = _open_model(spec)
+    special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
     if special != (PAD_ID, EOS_ID, UNK_ID):
         raise UserError(
             f"{spec} has padding, end and unknown at ids {special}; T5's models have {(PAD_ID, EOS_ID, UNK_ID)}"
         )
-    own = own_sentinels([processor.id_to_piece(index) for index in range(processor.get_piece_size())])
+    own = own_sentinels(_pieces(processor))
     if own and extra_ids:
         raise UserError(f"{spec} ends with {own} sentinels of its own, as mT5's does; set extra_ids to 0")
     return content
 
 
 def sentinel_ids(vocabulary: Any) -> range:
-    """The ids of the sentinels, the last of a vocabulary: its extra ids, or, without any, what its model ends with.
+    """The ids of the sentinels of a `Tokenizer` or one of SeqIO's vocabularies, that of `<extra_id_0>` last.
 
-    Args:
-        vocabulary: a `Tokenizer`, or one of SeqIO's vocabularies.
+    They are its extra ids, or, without any, what its model ends with.
     """
     pieces: Sequence[str] = () if vocabulary.extra_ids else pieces_of_vocabulary(vocabulary) or ()
     count = vocabulary.extra_ids or own_sentinels(pieces)
     return range(vocabulary.vocab_size - count, vocabulary.vocab_size)
 
 
-_MODEL_FILE = "spiece.model"
-_SETTINGS_FILE = "tokenizer_config.json"
-_PIECES_FILE = "tokenizer.json"
-_SENTINEL_NAME = re.compile(r"<extra_id_\d+>")
-_DEFAULT_EXTRA_IDS = 100  # of transformers' T5Tokenizer
-
-
 def vocabulary_of(folder: pathlib.Path) -> VocabularyFile | None:
-    """The SentencePiece model of a folder; None if it has none, as ByT5's have.
-
-    Raises:
-        UserError: if the tokenizer's files are damaged.
-    """
-    model = folder / _MODEL_FILE
+    """The SentencePiece model of a Hugging Face folder; None if it has none, as ByT5's have."""
+    model = folder / _MODEL
     if not model.is_file():
         return None
     settings, text = {}, ""
-    for name in (_SETTINGS_FILE, _PIECES_FILE):
-        if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8")
-            settings = _parsed(folder / name, text)
+    for path in (folder / _SETTINGS, folder / _PIECES):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            try:
+                settings = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{path} is not valid JSON ({error})") from error
             break
     if isinstance(settings.get("extra_ids"), int):
         return VocabularyFile(str(model), settings["extra_ids"])
     # Versions of transformers list the sentinels under several names; a vocabulary may also hold pieces called so.
-    pieces = _pieces(str(model))
-    listed = set(_SENTINEL_NAME.findall(text)) - {sentinel_name(piece) for piece in pieces}
-    return VocabularyFile(str(model), len(listed) or (0 if own_sentinels(pieces) else _DEFAULT_EXTRA_IDS))
+    pieces = _pieces(_open_model(model)[1])
+    listed = set(_SENTINEL.findall(text)) - {sentinel_name(piece) for piece in pieces}
+    return VocabularyFile(str(model), len(listed) or (0 if own_sentinels(pieces) else EXTRA_IDS))
 
 
 def fingerprint_of_pieces(folder: pathlib.Path) -> str | None:
-    """The fingerprint of the pieces in a folder's tokenizer.json; None if it has no such file.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    path = folder / _PIECES_FILE
+    """The fingerprint of the pieces in a folder's tokenizer.json; None if it has no such file."""
+    path = folder / _PIECES
     if not path.is_file():
         return None
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     return fingerprint_pieces(pieces_of_json(path))
 
 
 def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
-    """Checks that a vocabulary can go with a model.
-
-    Raises:
-        UserError: if there is no such file, it is no SentencePiece model, its ids of padding and end are not the
-            model's (of T5: its pad, eos and unknown ids are not 0, 1 and 2), or it has more ids than the model has
-            embeddings.
-    """
-    processor = _processor(vocabulary.path)
+    """Checks that a vocabulary can go with a model: its ids of padding and end, and the number of ids."""
+    _, processor = _open_model(vocabulary.path)
     special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    if (config.pad_id, config.eos_id) == (0, 1):
-        if special != (0, 1, 2):
+    if (config.pad_id, config.eos_id) == (PAD_ID, EOS_ID):
+        if special != (PAD_ID, EOS_ID, UNK_ID):
             raise UserError(f"{vocabulary.path} has pad, eos and unknown ids {special}; T5's are (0, 1, 2)")
     elif special[1] != config.eos_id or special[0] not in (config.pad_id, -1):  # -1: it has none, and none is needed
         raise UserError(
@@ -263,8 +206,8 @@ def check_vocabulary(vocabulary: VocabularyFile, config: ModelConfig) -> None:
 
 
 def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile, pad_id: int = 0) -> None:
-    """Copies the vocabulary as spiece.model and writes the two JSON files next to it."""
-    processor = _processor(vocabulary.path)
+    """Copies the vocabulary as spiece.model and writes transformers' two JSON files next to it."""
+    content, processor = _open_model(vocabulary.path)
     pad, eos, unk = map(processor.id_to_piece, (pad_id, processor.eos_id(), processor.unk_id()))
     sentinels = [f"<extra_id_{index}>" for index in range(vocabulary.extra_ids)]
     special = {"eos_token": eos, "unk_token": unk, "pad_token": pad, "additional_special_tokens": sentinels}
@@ -274,36 +217,24 @@ def write_tokenizer(folder: pathlib.Path, vocabulary: VocabularyFile, pad_id: in
         "model_max_length": 512,
         **special,
     }
-    (folder / _MODEL_FILE).write_bytes(_path(vocabulary.path).read_bytes())
-    for name, content in ((_SETTINGS_FILE, settings), ("special_tokens_map.json", special)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / _MODEL).write_bytes(content)
+    for name, written in ((_SETTINGS, settings), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _parsed(path: pathlib.Path, text: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    return parsed if isinstance(parsed, dict) else {}
-
-
-def _pieces(path: str) -> list[str]:
-    processor = _processor(path)
-    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-
-
-def _path(file: str) -> epath.Path:
-    return epath.Path(file).expanduser()  # it may be in a bucket
-
-
-def _processor(file: str) -> sentencepiece.SentencePieceProcessor:
-    path = _path(file)
-    if not path.exists():
-        raise UserError(f"{file} is not there; give a SentencePiece model file")
-    refuse_pointer(path)
+def _open_model(file: str | os.PathLike[str]) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+    path = stored_path(file)
+    if not path.is_file():
+        raise UserError(f"no vocabulary file at {file}; give a SentencePiece model or {BYTES!r}")
+    refuse_lfs_pointer(path)
+    content = path.read_bytes()
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError as error:
-        raise UserError(f"{file} is not a SentencePiece model") from error
-    return processor
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        raise UserError(f"{file} is not a SentencePiece model") from None
+    return content, processor
+
+
+def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]

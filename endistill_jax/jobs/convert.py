@@ -1,15 +1,9 @@
 """Import and export of Hugging Face and T5X checkpoints."""
 
-import contextlib
 import dataclasses
-import errno
-import logging
 import math
-import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -20,20 +14,19 @@ from endistill_jax.checkpoints.manifest import SCHEMA
 from endistill_jax.checkpoints.model_card import model_card
 from endistill_jax.checkpoints.models import (
     CHECKPOINTS,
-    TrainedModel,
     choose_vocabulary,
     fingerprint_of,
     keep_tokenizer,
     open_model,
     print_notes,
 )
-from endistill_jax.core.errors import DTYPES, UserError
+from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import abstract_params, count_params
 from endistill_jax.multihost import require_one_process
 from endistill_jax.reports.files import json_text
 from endistill_jax.reports.table import format_count
 from endistill_jax.sharding import make_mesh, param_shardings
-from endistill_jax.storage import check_free, local_folder, replace_folder
+from endistill_jax.storage import check_free, local_path, replace_folder
 
 FORMATS = ("huggingface", "t5x", "t5x_scanned")
 
@@ -64,20 +57,15 @@ def export(
         dropout_rate: written to the configuration for further training; None keeps that of the training.
         embedding_copies: write the embedding under all names that loaders expect, not only as `shared.weight`.
         dry_run: print what would be done, and do nothing.
-
-    Raises:
-        UserError: if there is no such model, the folder is taken, or the vocabulary does not fit.
     """
     require_one_process("export")
     if format not in FORMATS:
         raise UserError(f"export.format is {format!r}; choose one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"export.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     trained = open_model(model, dtype)  # a model that is written narrow is not held wide
     if dropout_rate is not None:
         trained.config = dataclasses.replace(trained.config, dropout_rate=dropout_rate)
     vocabulary = choose_vocabulary(trained, vocabulary_file, extra_ids)
-    target = local_folder(folder)
+    target = local_path(folder)
     check_free(target if format == "huggingface" else target / f"checkpoint_{trained.step}")
     print_notes(trained)
     if dry_run:
@@ -86,15 +74,8 @@ def export(
         return
     if format == "huggingface":
         card = model_card(target.resolve().name, trained.config, trained.manifest, trained.step)
-        huggingface.save(
-            folder,
-            trained.params,
-            trained.config,
-            vocabulary,
-            dtype,
-            embedding_copies=embedding_copies,
-            model_card=card,
-        )
+        options = {"embedding_copies": embedding_copies, "model_card": card}
+        huggingface.save(folder, trained.params, trained.config, vocabulary, dtype, **options)
         if vocabulary is None:
             print("no vocabulary is stored with the model: the folder has no tokenizer; give one with vocabulary_file")
     else:
@@ -116,7 +97,7 @@ def import_checkpoint(
     """Turns a foreign checkpoint into an Orbax checkpoint with its configuration and tokenizer.
 
     Everything about the model is read from the checkpoint's files. Jobs accept foreign checkpoints directly too; an
-        import pays off if a model is loaded often, or from several hosts.
+    import pays off if a model is loaded often, or from several hosts.
 
     Args:
         source: a Hugging Face T5 folder, the name of one on the hub, or a T5X checkpoint.
@@ -127,14 +108,9 @@ def import_checkpoint(
         dtype: float32 or bfloat16, of the written parameters.
         mesh: sizes of the axes data, fsdp and tensor to shard the parameters over during import, on this host.
         dry_run: print what would be done, and do nothing.
-
-    Raises:
-        UserError: for a source that cannot be read, or a model directory that is in use or cannot be written.
     """
     require_one_process("import_checkpoint")
-    if dtype not in DTYPES:
-        raise UserError(f"import_checkpoint.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    target = local_folder(model_dir)
+    target = local_path(model_dir)
     check_free(target)
     opened = open_model(source, dtype)
     if opened.manifest:
@@ -152,8 +128,8 @@ def import_checkpoint(
         print(f"would write {model_dir} in {dtype}")
         return
     params = opened.load_on(on)
-    with replace_folder(target, overwrite=False) as partial, _one_line_for_failure(model_dir):
-        model = _model_settings(opened, dtype)
+    with replace_folder(target) as partial:
+        model = opened.config.architecture() | {"dtype": dtype, "dropout_rate": opened.config.dropout_rate}
         (partial / "model.json").write_text(json_text(model, indent=2) + "\n", encoding="utf-8")
         if vocabulary is not None:
             keep_tokenizer(str(partial), vocabulary)
@@ -174,10 +150,6 @@ def import_checkpoint(
     print(f"wrote {model_dir}")
 
 
-def _model_settings(opened: TrainedModel, dtype: str) -> dict[str, Any]:
-    return opened.config.architecture() | {"dtype": dtype, "dropout_rate": opened.config.dropout_rate}
-
-
 def _check_room(target: pathlib.Path, needed: int) -> None:
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -186,21 +158,3 @@ def _check_room(target: pathlib.Path, needed: int) -> None:
             f"{place} has {free / 1e9:.3g} GB free, and the parameters take up to {needed / 1e9:.3g} GB; "
             "make room, or give another model_dir"
         )
-
-
-@contextlib.contextmanager
-def _one_line_for_failure(model_dir: str) -> Iterator[None]:
-    """Orbax and TensorStore report a full disk in several types, and log each with its whole stack."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        reason = os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in text else text[:300]
-        raise UserError(f"could not write {model_dir}: {reason}; nothing was left there") from error
-    finally:
-        logger.setLevel(level)

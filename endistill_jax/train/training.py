@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.manager import read_manifest_of_step
+from endistill_jax.checkpoints.manager import read_manifest
 from endistill_jax.checkpoints.manifest import Manifest, check_same, plain
 from endistill_jax.checkpoints.models import TrainedModel, find_run, open_model, print_notes
 from endistill_jax.checkpoints.tokenizer import VocabularyFile
@@ -278,7 +278,7 @@ def check_same_vocabulary(vocabulary: Any, model: TrainedModel, role: str) -> No
 def last_manifest(model_dir: str) -> tuple[int, Manifest]:
     """The last step that a run saved, and its manifest; 0 and nothing where there is none."""
     found = find_run(model_dir)
-    return (0, {}) if found is None else (found[1], read_manifest_of_step(str(found[0]), found[1]))
+    return (0, {}) if found is None else (found[1], read_manifest(str(found[0]), found[1]))
 
 
 def is_finished(manifest: Manifest) -> bool:

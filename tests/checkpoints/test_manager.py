@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from tensorflow import errors
 
-from endistill_jax.checkpoints.manager import Checkpointer, finished_steps, read_manifest_of_step, restore_params
+from endistill_jax.checkpoints.manager import Checkpointer, finished_steps, read_manifest, restore_params
 from endistill_jax.core.errors import StorageFailure, UserError
 
 MANIFEST = {
@@ -60,7 +60,7 @@ def _save_steps(directory, steps, **settings) -> None:
 def test_state_data_position_and_manifest_come_back_exactly_in_a_directory_that_did_not_exist(tmp_path):
     directory = tmp_path / "not" / "there" / "yet"
     with Checkpointer(str(directory)) as checkpoints:
-        assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+        assert checkpoints.latest_step() is None
         assert checkpoints.save(7, _state(7, 0.1), {"shard": b"\x00\xffbinary", "other": b""}, MANIFEST)
     with Checkpointer(str(directory)) as checkpoints:
         assert checkpoints.latest_step() == 7
@@ -108,7 +108,6 @@ def test_the_latest_and_the_best_are_kept_and_not_a_number_is_never_best(tmp_pat
         for step in (4, 5, 6):
             checkpoints.save(step, _state(step), {}, MANIFEST, {"loss": losses[step]})
         assert checkpoints.save(7, _state(7), {}, MANIFEST)  # without a rank
-        assert checkpoints.best_step() == 2
     assert finished_steps(str(tmp_path)) == [2, 6, 7]
 
 
@@ -116,20 +115,15 @@ def test_best_can_be_the_largest(tmp_path):
     with Checkpointer(str(tmp_path), keep_last=1, keep_best="accuracy", best_mode="max") as checkpoints:
         for step, accuracy in ((1, 0.3), (2, 0.8), (3, float("nan")), (4, 0.5)):
             checkpoints.save(step, _state(step), {}, MANIFEST, {"accuracy": accuracy})
-        assert checkpoints.best_step() == 2
     assert finished_steps(str(tmp_path)) == [2, 4]
 
 
-def test_missing_metric_and_senseless_settings_are_refused(tmp_path):
+def test_a_missing_metric_and_a_file_in_place_of_the_directory_are_refused(tmp_path):
     with Checkpointer(str(tmp_path), keep_best="loss") as checkpoints, pytest.raises(UserError, match="'loss'"):
         checkpoints.save(1, _state(1), {}, MANIFEST, {"accuracy": 1.0})
-    for settings, words in (({"every": 0}, "every"), ({"keep_last": 0}, "keep_last"), ({"best_mode": "up"}, "up")):
-        with pytest.raises(UserError, match=words):
-            Checkpointer(str(tmp_path / "new"), **settings)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         Checkpointer(str(tmp_path / "file"))
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_manifest_is_read_before_any_array(tmp_path):
@@ -213,7 +207,7 @@ def test_storage_that_cannot_be_asked_is_no_mistake_and_no_damage(tmp_path, monk
             with pytest.raises((errors.UnavailableError, OSError)):  # or a whole checkpoint would be set aside
                 Checkpointer(str(tmp_path))
             with pytest.raises(StorageFailure):
-                read_manifest_of_step(str(tmp_path), 2)
+                read_manifest(str(tmp_path), 2)
     assert finished_steps(str(tmp_path)) == [1, 2]
 
 

@@ -301,8 +301,8 @@ def test_an_encoder_alone_starts_from_a_whole_teacher_s_and_not_the_other_way_ro
     ("lists", "told"),
     [
         ({"encoder_layers": (0, 1, 4, 3)}, "encoder_layers has 4, but the teacher's encoder has layers 0 to 3"),
-        ({"decoder_layers": (0, -1, 2)}, "decoder_layers has -1, but the teacher's decoder has layers 0 to 2"),
-        ({"encoder_layers": (0, 1, 2.0, 3)}, r"encoder_layers has 2\.0, but"),
+        ({"decoder_layers": (0, -1, 2)}, "decoder_layers is .*-1.*; give a tuple of layers"),
+        ({"encoder_layers": (0, 1, 2.0, 3)}, r"encoder_layers is .*2\.0.*; give a tuple of layers"),
         ({"encoder_layers": (0, 3)}, "encoder_layers lists 2 layers, but the student has 4; list one for each"),
         ({"decoder_layers": ()}, "decoder_layers lists 0 layers, but the student has 3"),
     ],
@@ -313,9 +313,9 @@ def test_a_list_of_layers_that_does_not_fit_is_refused(lists, told):
 
 
 def test_settings_that_contradict_themselves_are_refused():
-    with pytest.raises(UserError, match=r"kind is 'middle'; choose one of \('random', 'layers', 'slice'\)"):
+    with pytest.raises(UserError, match="kind is 'middle'; choose one of random, layers, slice"):
         StudentInit(kind="middle")
-    with pytest.raises(UserError, match=r"encoder_layers is \(0,\), but kind is 'random'; choose 'layers' or 'slice'"):
+    with pytest.raises(UserError, match=r"encoder_layers is \(0,\); kind must be 'layers' or 'slice' then"):
         StudentInit(encoder_layers=(0,))
     with pytest.raises(UserError, match=r"decoder_layers is 3; give a tuple of layers, such as \(0, 3\) or \(3,\)"):
         StudentInit(kind="layers", decoder_layers=3)

@@ -1,4 +1,7 @@
-"""Hugging Face T5 folders, written without torch, some rows of a tensor at a time."""
+"""Hugging Face T5 folders, written without torch, some rows of a tensor at a time.
+
+The library that defines safetensors writes what is in memory as a whole; here the numbers go through ordinary writes.
+"""
 
 import json
 import math
@@ -11,15 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from endistill_jax.checkpoints.fingerprint import row_blocks
-from endistill_jax.checkpoints.huggingface.weights import INDEX, LENGTH_BYTES, SAFETENSORS_DTYPES, SINGLE
+from endistill_jax.checkpoints.huggingface.weights import LENGTH_BYTES, SAFETENSORS_DTYPES
 from endistill_jax.checkpoints.interchange import check_finite, parameters, tensors_of
 from endistill_jax.checkpoints.tokenizer import VocabularyFile, check_vocabulary, write_tokenizer
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import ModelConfig, Parameter, Tensor
-from endistill_jax.storage import local_folder, replace_folder
+from endistill_jax.storage import local_path, replace_folder
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_ALIGNMENT = 8  # of the header
+_ALIGNMENT = 8  # of a safetensors header
+
+
+class Written(NamedTuple):
+    """A tensor to be written; `blocks` returns its rows in order, in blocks, when it is written."""
+
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[np.ndarray]]
 
 
 def save(
@@ -34,28 +44,24 @@ def save(
     overwrite: bool = False,
     max_file_bytes: int = 2 << 30,
 ) -> None:
-    """Writes a folder that `transformers` loads, and with AutoTokenizer given a vocabulary.
-
-    The write is atomic.
+    """Writes a folder that `transformers` loads, and with AutoTokenizer given a vocabulary. It appears atomically.
 
     Args:
-        folder: where; must not exist, or be empty, unless `overwrite`.
+        folder: must not exist, or be empty, unless `overwrite`.
         params: nested dictionary of NumPy or JAX arrays, layers stacked.
         config: what `params` are the parameters of.
-        vocabulary: a SentencePiece model, and how many sentinels follow its own pieces.
+        vocabulary: becomes the tokenizer.
         dtype: float32, bfloat16 or float16; what is written.
-        model_card: the model card, which becomes README.md.
+        model_card: becomes README.md.
         embedding_copies: write the embedding under the two stacks' names too (and, tied, as the head), as older readers
             expect. Without, the file is smaller by two or three embeddings and transformers still reads it.
         overwrite: replace a folder that holds a config.json.
         max_file_bytes: beyond this the weights are split into several files with an index.
-
-    Raises:
-        UserError: if the folder is in the way, parameters do not fit the configuration, are not finite or too large for
-            `dtype`, the vocabulary has more ids than the model, or writing fails.
     """
-    path = local_folder(folder)
-    dtype = _known_dtype(dtype)
+    path = local_path(folder)
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in _DTYPES:
+        raise UserError(f"dtype is {dtype}; choose one of {', '.join(_DTYPES)}")
     names = config.family.huggingface
     raw = names.config_to_json(config, dtype.name)
     fetch = tensors_of(params, config)
@@ -74,20 +80,9 @@ def save(
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
         if config.depth("decoder"):
-            _write_json(partial / "generation_config.json", _generation(raw))
+            generation = ("decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache")
+            _write_json(partial / "generation_config.json", {name: raw[name] for name in generation})
         _write_json(partial / "config.json", raw)
-
-
-class Written(NamedTuple):
-    """A tensor to be written.
-
-    Attributes:
-        shape: its shape.
-        blocks: returns its rows in order, in blocks; called when it is written.
-    """
-
-    shape: tuple[int, ...]
-    blocks: Callable[[], Iterable[np.ndarray]]
 
 
 def _written(
@@ -104,33 +99,10 @@ def _written(
     return Written(tensor.shape, blocks)
 
 
-def _generation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache")
-    return {name: raw[name] for name in names}
-
-
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _known_dtype(dtype: Any) -> np.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in _DTYPES:
-        raise UserError(f"dtype is {dtype}; choose one of {', '.join(_DTYPES)}")
-    return found
-
-
 def write_files(folder: pathlib.Path, tensors: Mapping[str, Written], dtype: np.dtype, max_file_bytes: int) -> None:
-    """Writes tensors in the given order, a block at a time.
+    """Writes tensors in the given order as safetensors, a block at a time.
 
-    Args:
-        folder: an existing folder.
-        tensors: what to write, by name.
-        dtype: what the numbers become.
-        max_file_bytes: a new file is begun beyond this; one file gets the plain name, several an index.
+    A new file is begun beyond `max_file_bytes`; one file gets the plain name, several an index.
     """
     sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in tensors.items()}
     groups: list[list[str]] = [[]]
@@ -142,7 +114,7 @@ def write_files(folder: pathlib.Path, tensors: Mapping[str, Written], dtype: np.
         groups[-1].append(name)
         room -= size
     if len(groups) == 1:
-        _write_file(folder / SINGLE, {name: tensors[name] for name in groups[0]}, dtype)
+        _write_file(folder / "model.safetensors", tensors, dtype)
         return
     where = {}
     for number, names in enumerate(groups, start=1):
@@ -150,7 +122,7 @@ def write_files(folder: pathlib.Path, tensors: Mapping[str, Written], dtype: np.
         _write_file(folder / file, {name: tensors[name] for name in names}, dtype)
         where.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_file(path: pathlib.Path, tensors: Mapping[str, Written], dtype: np.dtype) -> None:
@@ -169,3 +141,7 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Written], dtype: np.dt
         for tensor in tensors.values():
             for block in tensor.blocks():
                 file.write(np.ascontiguousarray(block, dtype).view(np.uint8).data)
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from endistill_jax.checkpoints.t5x.files import Location, MsgpackFile, Node, float_type, key_value_store
+from endistill_jax.checkpoints.t5x.files import ORBAX, Location, MsgpackFile, Node, key_value_store
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.storage import is_storage_failure
 
@@ -18,6 +18,7 @@ _ROOTS = (("optimizer", "target"), ("target",), ("_optimizer", "target"), ("para
 _OPTIMIZER_STATES = (("optimizer", "state"), ("state",), ("_optimizer", "state"))
 _SPEC = {"driver", "kvstore", "metadata"}
 _PLACEHOLDER = "PLACEHOLDER://"
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,15 +26,12 @@ class Array:
     """One array as it is stored.
 
     Attributes:
-        name: T5X's name, such as `encoder/layers_0/mlp/wo/kernel`.
         where: the file or folder that holds it, for messages.
-        shape: its shape.
         dtype: its type, bfloat16 where that was stored as bits.
         read: reads the part that NumPy's basic indexing picks.
         layered: whether reading one index of the given axis costs much less than reading everything.
     """
 
-    name: str
     where: str
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -42,18 +40,18 @@ class Array:
 
 
 def open_arrays(location: Location) -> dict[str, Array]:
-    """All arrays of a checkpoint's parameters by T5X's names; of the optimizer's state nothing is read.
+    """All arrays of a checkpoint's parameters by T5X's names, such as `encoder/layers_0/mlp/wo/kernel`.
 
-    Raises:
-        UserError: naming file and array, if one is missing, damaged or of a type that no weights have.
+    Of the optimizer's state nothing is read.
     """
-    pending = dict(_orbax_arrays(location) if location.is_orbax else _native_arrays(location))
+    # All are being opened before the first is waited for.
+    pending = dict(_orbax_arrays(location) if location.index.name == ORBAX else _native_arrays(location))
     if not pending:
         raise UserError(f"{location.index} names no parameters; T5X keeps them under optimizer/target or target")
-    return {name: opened if isinstance(opened, Array) else opened() for name, opened in pending.items()}
+    return {name: finish() for name, finish in pending.items()}
 
 
-def _native_arrays(location: Location) -> Iterator[tuple[str, Array | Callable[[], Array]]]:
+def _native_arrays(location: Location) -> Iterator[tuple[str, Callable[[], Array]]]:
     """T5X's own format: arrays inside the msgpack file, or descriptions there of where they are stored."""
     with location.index.open("rb") as opened:
         if opened.read(21) == b"model_checkpoint_path":
@@ -62,16 +60,25 @@ def _native_arrays(location: Location) -> Iterator[tuple[str, Array | Callable[[
     roots = [found for root in _ROOTS if (found := file.root.at(*root)) is not None and found.children]
     for name, node in _leaves(roots[0], ()) if roots else ():
         inline = file.array_type(node)
+        value = None if inline is not None else file.load(node)
         if inline is not None:
             yield name, _inline_array(file, node, name, *inline)
-            continue
-        value = file.load(node)
-        if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+        elif isinstance(value, str) and value.startswith(_PLACEHOLDER):
             yield name, _store(location, name, value.removeprefix(_PLACEHOLDER))
         elif isinstance(value, dict) and value.keys() >= _SPEC:
-            yield name, _described_store(location, name, value)
+            # Its folder, relative to the checkpoint's; at the top before TensorStore 0.1.14.
+            relative = value["kvstore"].get("path") or value["path"]
+            yield name, _store(location, name, relative.strip("/"), value["driver"])
         else:
             raise UserError(f"{location.index}: {name} is a {type(value).__name__}, not an array")
+
+
+def _leaves(node: Node, path: tuple[str, ...]) -> Iterator[tuple[str, Node]]:
+    for key, child in (node.children or {}).items():
+        if child.children is None or child.is_chunked_array or child.children.keys() >= _SPEC:
+            yield "/".join((*path, key)), child
+        else:
+            yield from _leaves(child, (*path, key))
 
 
 def _orbax_arrays(location: Location) -> Iterator[tuple[str, Callable[[], Array]]]:
@@ -89,45 +96,19 @@ def _orbax_arrays(location: Location) -> Iterator[tuple[str, Callable[[], Array]
     root = next((root for root in _ROOTS if any(key[: len(root)] == root for key in keys)), None)
     for key in keys:
         if root is not None and key[: len(root)] == root:
-            yield "/".join(key[len(root) :]), _store(location, "/".join(key[len(root) :]), ".".join(key), driver)
+            name = "/".join(key[len(root) :])
+            yield name, _store(location, name, ".".join(key), driver)
 
 
-def _leaves(node: Node, path: tuple[str, ...]) -> Iterator[tuple[str, Node]]:
-    for key, child in (node.children or {}).items():
-        if child.children is None or child.is_chunked_array or child.children.keys() >= _SPEC:
-            yield "/".join((*path, key)), child
-        else:
-            yield from _leaves(child, (*path, key))
-
-
-def _inline_array(file: MsgpackFile, node: Node, name: str, shape: tuple[int, ...], dtype: str) -> Array:
-    known = float_type(dtype)
-    if known is None:
-        raise UserError(f"{file.path}: {name} is stored as {dtype}; weights are floating-point numbers")
-
-    def read(index: tuple[Any, ...]) -> np.ndarray:
-        return np.asarray(file.load(node))[index]
-
-    return Array(name=name, where=str(file.path), shape=shape, dtype=known, read=read, layered=lambda axis: False)
-
-
-def _described_store(location: Location, name: str, spec: Mapping[str, Any]) -> Callable[[], Array]:
-    """An array where a description of TensorStore's says, which names its folder relative to the checkpoint's."""
-    relative = spec["kvstore"].get("path") or spec.get("path")  # at the top before TensorStore 0.1.14
-    if not isinstance(relative, str):
-        raise UserError(f"{location.index}: {name} does not say which folder it is in")
-    finish = _store(location, name, relative.strip("/"), spec["driver"])
-
-    def open_described() -> Array:
-        array = finish()
-        described = spec["metadata"].get("shape")
-        if described is not None and tuple(described) != array.shape:
-            raise UserError(
-                f"{array.where}: {name} has shape {array.shape}; {location.index} makes it {tuple(described)}"
-            )
-        return array
-
-    return open_described
+def _inline_array(file: MsgpackFile, node: Node, name: str, shape: tuple[int, ...], dtype: str) -> Callable[[], Array]:
+    array = Array(
+        where=str(file.path),
+        shape=shape,
+        dtype=_float_type(dtype, str(file.path), name),
+        read=lambda index: np.asarray(file.load(node))[index],
+        layered=lambda axis: False,
+    )
+    return lambda: array
 
 
 def _store(location: Location, name: str, relative: str, driver: str = "zarr") -> Callable[[], Array]:
@@ -144,31 +125,24 @@ def _store(location: Location, name: str, relative: str, driver: str = "zarr") -
         # TensorStore takes a piece that is not there for zeros. A database knows its pieces, and misses a lost one.
         if not in_database and not _wait(opened.storage_statistics(query_fully_stored=True), where, name).fully_stored:
             raise UserError(f"{where}: {name} lacks a part (or is zero there, which no weights are); copy it again")
-        return _stored_array(opened, where, name)
+        # T5X wrote bfloat16 as its bits until June 2021.
+        stored = "bfloat16" if opened.dtype.name == "uint16" else opened.dtype.name
+        dtype = _float_type(stored, where, name)
+        shape = tuple(opened.shape)
+        pieces = opened.chunk_layout.read_chunk.shape or shape
+
+        def read(index: tuple[Any, ...]) -> np.ndarray:
+            return np.asarray(_wait(opened[index].read(), where, name)).view(dtype)
+
+        return Array(where=where, shape=shape, dtype=dtype, read=read, layered=lambda axis: pieces[axis] == 1)
 
     return finish
 
 
-def _stored_array(opened: ts.TensorStore, where: str, name: str) -> Array:
-    stored = opened.dtype.name
-    # T5X wrote bfloat16 as its bits until June 2021.
-    dtype = np.dtype(ml_dtypes.bfloat16) if stored == "uint16" else float_type(stored)
-    if dtype is None:
+def _float_type(stored: str, where: str, name: str) -> np.dtype:
+    if stored not in _FLOATS:
         raise UserError(f"{where}: {name} is stored as {stored}; weights are floating-point numbers")
-    pieces = opened.chunk_layout.read_chunk.shape or opened.shape
-
-    def read(index: tuple[Any, ...]) -> np.ndarray:
-        found = np.asarray(_wait(opened[index].read(), where, name))
-        return found.view(dtype) if found.dtype != dtype else found
-
-    return Array(
-        name=name,
-        where=where,
-        shape=tuple(opened.shape),
-        dtype=dtype,
-        read=read,
-        layered=lambda axis: pieces[axis] == 1,
-    )
+    return np.dtype(ml_dtypes.bfloat16) if stored == "bfloat16" else np.dtype(stored)
 
 
 def _wait(future: Any, where: str, name: str) -> Any:

@@ -1,22 +1,24 @@
 """The files of a T5X checkpoint: found from whatever path a user gives, and the msgpack file read lazily."""
 
-import dataclasses
 import os
 import re
 from typing import Any, NamedTuple
 
 import msgpack
-import numpy as np
 from etils import epath
 from flax import serialization
 
 from endistill_jax.core.errors import UserError
-from endistill_jax.storage import BUCKET, reading_failure
+from endistill_jax.storage import BUCKET
 
 MSGPACK = "checkpoint"
 ORBAX = "_METADATA"
 _STATE = "state"
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
+
+_CHUNKED = "__msgpack_chunked_array__"
+_NDARRAY = 1  # Flax's extension type
+_HEADER = 256  # bytes that surely hold the shape and type of an array
 
 
 class Location(NamedTuple):
@@ -43,27 +45,10 @@ class Location(NamedTuple):
         named = _STEP.fullmatch(self.step_folder.name)
         return int(named.group(1)) if named else 0
 
-    @property
-    def is_orbax(self) -> bool:
-        """Whether Orbax's metadata say which arrays there are."""
-        return self.index.name == ORBAX
-
 
 def locate(path: str) -> Location:
-    """Finds a checkpoint.
-
-    Args:
-        path: a T5X model directory (its latest step is taken), the folder of a step, or the msgpack file in it.
-
-    Raises:
-        UserError: if there is none.
-        StorageFailure: if it cannot be looked for now.
-    """
-    given = _path(path)
-    try:
-        found = _index(given)
-    except OSError as error:
-        raise reading_failure(f"{path} cannot be read", error) from error
+    """Finds a checkpoint: a T5X model directory (its latest step is taken), the folder of a step, or the file in it."""
+    found = _index(epath.Path(path).expanduser())
     if found is None:
         raise UserError(
             f"{path} is no T5X checkpoint; give a model directory with checkpoint_<step>, the folder of a step, "
@@ -82,7 +67,7 @@ def is_checkpoint(path: str) -> bool:
     if path.startswith(BUCKET):
         return True
     try:
-        return _index(_path(path)) is not None
+        return _index(epath.Path(path).expanduser()) is not None
     except OSError:
         return False
 
@@ -94,10 +79,6 @@ def key_value_store(folder: epath.Path) -> dict[str, str]:
         bucket, _, rest = text.removeprefix(BUCKET).partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{rest}/"}
     return {"driver": "file", "path": f"{os.path.abspath(text)}/"}
-
-
-def _path(path: str) -> epath.Path:
-    return epath.Path(path).expanduser()
 
 
 def _index(path: epath.Path) -> epath.Path | None:
@@ -118,20 +99,8 @@ def _is_msgpack_map(path: epath.Path) -> bool:
     return len(head) == 1 and 0x81 <= head[0] <= 0x8F
 
 
-_CHUNKED = "__msgpack_chunked_array__"
-_NDARRAY = 1  # Flax's extension type
-_HEADER = 256  # bytes that surely hold the shape and type of an array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Node:
-    """A value in a msgpack file.
-
-    Attributes:
-        start: its first byte in the file.
-        end: the byte after its last.
-        children: the values of a map by key; None if it is something else, or was skipped.
-    """
+class Node(NamedTuple):
+    """A value in a msgpack file: its bytes [start, end), and of a map that was looked into its values by key."""
 
     start: int
     end: int
@@ -151,18 +120,9 @@ class Node:
 
 
 class MsgpackFile:
-    """The values of a msgpack file, by place."""
+    """A Flax msgpack file, indexed by place without loading arrays; under the keys `skipped` nothing is looked at."""
 
     def __init__(self, path: epath.Path, skipped: tuple[tuple[str, ...], ...] = ()):
-        """Indexes the file.
-
-        Args:
-            path: the file.
-            skipped: keys under which nothing is looked at.
-
-        Raises:
-            UserError: if it is not a whole msgpack map.
-        """
         self.path = path
         self._skipped = skipped
         try:
@@ -173,18 +133,11 @@ class MsgpackFile:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise UserError(f"{path} is damaged, cut short or no msgpack file ({reason}); copy it again") from error
         if self.root.children is None:
-            raise UserError(f"{path} is no checkpoint: it holds no msgpack map")
+            raise UserError(f"{path} is damaged or no checkpoint: it holds no msgpack map; copy it again")
 
     def load(self, node: Node) -> Any:
-        """A value, arrays as NumPy arrays.
-
-        Raises:
-            UserError: if it is damaged.
-        """
-        try:
-            return serialization.msgpack_restore(self._bytes(node.start, node.end))
-        except Exception as error:  # noqa: BLE001 - whatever a damaged file brings msgpack, Flax and NumPy to
-            raise UserError(f"{self.path} is damaged at byte {node.start} ({type(error).__name__})") from error
+        """A value, arrays as NumPy arrays."""
+        return serialization.msgpack_restore(self._bytes(node.start, node.end))
 
     def array_type(self, node: Node) -> tuple[tuple[int, ...], str] | None:
         """Shape and type of an array, from its header; None if it is no array."""
@@ -199,11 +152,8 @@ class MsgpackFile:
             return None
         unpacker = msgpack.Unpacker()
         unpacker.feed(head[size:])
-        try:
-            unpacker.read_array_header()
-            return tuple(int(extent) for extent in unpacker.unpack()), str(unpacker.unpack())
-        except (msgpack.exceptions.UnpackException, ValueError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged at byte {node.start} ({type(error).__name__})") from error
+        unpacker.read_array_header()
+        return tuple(int(extent) for extent in unpacker.unpack()), str(unpacker.unpack())
 
     def _bytes(self, start: int, end: int) -> bytes:
         with self.path.open("rb") as file:
@@ -225,13 +175,4 @@ class MsgpackFile:
                 for _ in range(count):
                     key = str(unpacker.unpack())
                     children[key] = self._node(unpacker, (*path, key))
-        return Node(start=start, end=unpacker.tell(), children=children)
-
-
-def float_type(name: str) -> np.dtype | None:
-    """A floating-point type by its name, None if it is none of those that weights are stored in."""
-    try:
-        found = np.dtype(name)
-    except TypeError:
-        return None
-    return found if found.name in ("float64", "float32", "float16", "bfloat16") else None
+        return Node(start, unpacker.tell(), children)

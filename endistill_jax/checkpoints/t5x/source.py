@@ -1,42 +1,47 @@
-"""A T5X checkpoint as a source of our tensors."""
+"""A T5X checkpoint as a source of our tensors.
+
+Its sizes come from the shapes of its arrays; activations and dropout only from the gin files next to it.
+"""
 
 import ast
 import dataclasses
 import re
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from endistill_jax.checkpoints.interchange import check_finite, parameters
+from endistill_jax.checkpoints.interchange import Source, check_finite, parameters
 from endistill_jax.checkpoints.t5x.arrays import open_arrays
 from endistill_jax.checkpoints.t5x.files import Location, locate
-from endistill_jax.checkpoints.tokenizer import VocabularyFile
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.models.family import Parameter, family_named
 from endistill_jax.storage import is_remote, reading_failure
 
+_BINDING = re.compile(r"^\s*(?:[\w.]*\bT5Config\.)?(mlp_activations|logits_via_embedding|dropout_rate)\s*=\s*(.+?)\s*$")
+_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=\s*(.+?)\s*$")
 
-class T5XSource:
-    """An opened checkpoint; see `interchange.Source`.
 
-    Attributes:
-        where: the folder of the step.
-        config: what model it holds.
-        vocabulary: None; T5X stores none with its checkpoints.
-        pieces: None likewise.
-        step: from the name of that folder; 0 if there is none.
-        notes: assumptions about what could not be read, a sentence each.
+def open_checkpoint(path: str) -> "T5XSource":
+    """Opens a T5X checkpoint, T5X's own format or written by Orbax, scanned or not; the optimizer is not read.
+
+    The path, local or gs://, is a T5X model directory (its latest step is taken), the folder of a step, or the msgpack
+    file in it.
     """
+    try:
+        return T5XSource(locate(path))
+    except (UserError, StorageFailure):
+        raise
+    except Exception as error:
+        # TensorFlow, which reads the small files of buckets, has errors of its own: no network, no permission.
+        if is_remote(path) or isinstance(error, OSError):
+            raise reading_failure(f"{path} cannot be read", error) from error
+        raise
 
-    vocabulary: VocabularyFile | None = None
-    pieces: str | None = None
+
+class T5XSource(Source):
+    """An opened checkpoint, of which every array's name, shape and type is checked; see `interchange.Source`."""
 
     def __init__(self, location: Location):
-        """Opens every array and checks names, shapes and types.
-
-        Raises:
-            UserError: naming file and tensor.
-        """
         self.where = str(location.step_folder)
         self.step = location.step
         self._arrays = open_arrays(location)
@@ -45,28 +50,21 @@ class T5XSource:
         self._format = family_named("t5").t5x
         where = self._format.Where(str(location.step_folder), str(location.index), str(location.arrays))
         config, self._layout = self._format.infer(shapes, where)
-        settings, self.notes = read_settings(location, gated=len(config.mlp_activations) == 2, tied=config.tied_head)
+        settings, self.notes = _gin_settings(location, gated=len(config.mlp_activations) == 2, tied=config.tied_head)
         self.config = dataclasses.replace(config, **settings)
         self._held: tuple[str, np.ndarray] | None = None
         self._check_names_and_shapes(location)
         self.config = dataclasses.replace(self.config, bias_per_layer=self._biases_differ())
 
-    def read(self, parameter: Parameter) -> np.ndarray:
-        """One tensor in our orientation, of the type it is stored in, finite.
+    def close(self) -> None:
+        self._held = None
 
-        Raises:
-            UserError: naming file and tensor, if it cannot be read or holds NaN or infinity.
-        """
+    def read(self, parameter: Parameter) -> np.ndarray:
+        """One tensor in our orientation, of the type it is stored in, finite."""
         found = self._format.place(parameter, self._layout)
         tensor = self._read(found).reshape(parameter.shape)
         check_finite(tensor, f"{self._arrays[found.name].where}: {parameter.name}")
         return tensor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held = None
 
     def _read(self, found: Any) -> np.ndarray:
         """One tensor. An array whose pieces hold several layers each is read once, and held for its other layers."""
@@ -87,24 +85,24 @@ class T5XSource:
         axis = self._layout.scan_axis
         expected: set[str] = set()
         for parameter in parameters(self.config):
+            shapes = self._format.tensor_shapes(parameter, self.config)
             for found in self._format.places(parameter, self.config, self._layout):
                 expected.add(found.name)
                 if found.name not in self._arrays:
                     raise UserError(f"{location.index} lacks {found.name}")
-                shapes = self._format.tensor_shapes(parameter, self.config)
+                wanted = shapes
                 if found.layer is not None:
                     depth = self.config.depth(parameter.path[0])
-                    shapes = tuple(self._format.insert_axis(shape, axis, depth) for shape in shapes)
+                    wanted = tuple(self._format.insert_axis(shape, axis, depth) for shape in shapes)
                 array = self._arrays[found.name]
-                if array.shape not in shapes:
+                if array.shape not in wanted:
                     raise UserError(
                         f"{array.where}: {found.name} has shape {array.shape}; "
-                        f"the other arrays make it {' or '.join(map(str, dict.fromkeys(shapes)))}"
+                        f"the other arrays make it {' or '.join(map(str, dict.fromkeys(wanted)))}"
                     )
         extra = sorted(self._arrays.keys() - expected)
         if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise UserError(f"{self._arrays[extra[0]].where}: a T5 has no place for {extra[0]}{more}")
+            raise UserError(f"{self._arrays[extra[0]].where}: a T5 has no place for {extra[0]}")
 
     def _biases_differ(self) -> bool:
         """Whether layers have position biases of their own, as umT5's, or all of a stack the same one."""
@@ -118,51 +116,21 @@ class T5XSource:
         return differ
 
 
-def open_checkpoint(path: str) -> T5XSource:
-    """Opens a T5X checkpoint, T5X's own format or written by Orbax, scanned or not; the optimizer is not read.
-
-    Args:
-        path: a T5X model directory (its latest step is taken), the folder of a step, or the msgpack file in it, local
-            or gs://.
-
-    Raises:
-        UserError: naming file and tensor: nothing there, a missing, damaged, additional or misshapen array.
-        StorageFailure: if it cannot be read now.
-    """
-    try:
-        return T5XSource(locate(path))
-    except (UserError, StorageFailure):
-        raise
-    except Exception as error:
-        # TensorFlow, which reads the small files there, has errors of its own: no network, no permission.
-        if not is_remote(path):
-            raise
-        raise reading_failure(f"{path} cannot be read", error) from error
-
-
-_BINDING = re.compile(r"^\s*(?:[\w.]*\bT5Config\.)?(mlp_activations|logits_via_embedding|dropout_rate)\s*=\s*(.+?)\s*$")
-_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=\s*(.+?)\s*$")
-
-
-def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Activations and dropout from the closest gin file that sets them, and what was assumed, a sentence each.
-
-    Raises:
-        UserError: if a file says what the checkpoint cannot be.
-    """
+def _gin_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Activations and dropout from the closest gin file that sets them, and what was assumed, a sentence each."""
     given: dict[str, Any] = {}
     for file in location.config_files:
         if file.is_file():
             for name, value in read_gin(file.read_text()).items():
                 given.setdefault(name, (value, file))
-    notes = []
+    notes = ()
     if "mlp_activations" in given:
         activations, file = given["mlp_activations"]
         if not isinstance(activations, tuple | list) or len(activations) != 1 + gated:
             raise UserError(f"{file} has mlp_activations {activations}, but the checkpoint has {1 + gated} branches")
     else:
         activations = ("gelu", "linear") if gated else ("relu",)
-        notes.append(f"no gin file beside it says which activations it has; taken as {' x '.join(activations)}")
+        notes = (f"no gin file beside it says which activations it has; taken as {' x '.join(activations)}",)
     if "logits_via_embedding" in given and bool(given["logits_via_embedding"][0]) != tied:
         file = given["logits_via_embedding"][1]
         raise UserError(
@@ -171,11 +139,8 @@ def read_settings(location: Location, *, gated: bool, tied: bool) -> tuple[dict[
         )
     settings = {"mlp_activations": activations}
     if "dropout_rate" in given:
-        rate, file = given["dropout_rate"]
-        if not isinstance(rate, int | float):
-            raise UserError(f"{file} has dropout_rate {rate!r}; a number is expected")
-        settings["dropout_rate"] = float(rate)
-    return settings, tuple(notes)
+        settings["dropout_rate"] = float(given["dropout_rate"][0])
+    return settings, notes
 
 
 def read_gin(text: str) -> dict[str, Any]:

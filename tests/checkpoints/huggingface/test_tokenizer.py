@@ -73,7 +73,7 @@ def test_vocabulary_that_cannot_go_with_the_model_is_refused(tmp_path, config, v
     text.write_text("not a model")
     begins = make_vocabulary(tmp_path / "begins.model", bos_id=3, unk_piece="?", pad_id=-1)
     for file, words in (
-        (tmp_path / "absent.model", "is not there"),
+        (tmp_path / "absent.model", "no vocabulary file at .*absent.model"),
         (text, "is not a SentencePiece model"),
         (begins, r"ids \(-1, 1, 2\); T5's are \(0, 1, 2\)"),
         (vocabulary_file, r"ids \(100 of them extra\) and the model only 40"),

@@ -140,15 +140,15 @@ def test_missing_torch_shard_and_missing_tensor_are_named(folder):
     dropped = sorted(state)[0]
     del state[dropped]
     torch.save(state, shard)
-    with pytest.raises(UserError, match=f"{shard} lacks the tensor {dropped}, which the index beside it"):
+    with pytest.raises(UserError, match=f"lacks the tensor {dropped}"):
         huggingface.open_folder(folder)
     shard.unlink()
-    with pytest.raises(UserError, match=rf"{shard} is missing; pytorch_model.bin.index.json says it holds \S+"):
+    with pytest.raises(UserError, match=rf"{shard} is missing; pytorch_model.bin.index.json names it"):
         huggingface.open_folder(folder)
 
 
 def test_without_torch_one_line_says_what_to_install(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pytorch_model.bin needs torch; pip install 'endistill-jax\[hf\]'"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin needs torch, .*pip install 'endistill-jax\[hf\]'"):
         huggingface.open_folder(folder)
