@@ -80,7 +80,7 @@ def _prepared(words: list[str]) -> Iterator[Callable[[], Any]]:
     from endistill_jax.reports.files import Launch, started_by
 
     config.read(options.gin_file, flags, options.gin_search_paths)
-    settings = multihost.code_facts() | {"configuration": config.bound_settings()}
+    settings = multihost.code_versions() | {"configuration": config.bound_settings()}
     multihost.agree("code and configuration", settings, multihost.connect_seconds())
     with (
         started_by(Launch(command=(*command_line.COMMAND, *words), config=config.config_text)),

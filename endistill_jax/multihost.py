@@ -1,14 +1,22 @@
-"""Connects the processes of a multi-host run.
+"""Several hosts: connected, in agreement, and shut down together.
 
-Three environment variables describe the run, all but the last the same on every host. Where JAX detects the cluster
-by itself (Cloud TPU slices, GKE, SLURM tasks) they are not needed:
+Three environment variables describe a run, all but the last the same on every host. Where JAX detects the cluster by
+itself (Cloud TPU slices, GKE, SLURM tasks) they are not needed:
 
     ENDISTILL_COORDINATOR     host:port of process 0, reachable from all
     ENDISTILL_NUM_PROCESSES   how many there are; 1 alone disables cluster detection
     ENDISTILL_PROCESS_ID      which one this is, from 0
 
 ENDISTILL_CONNECT_SECONDS is the connection timeout, 300 by default; raise it where slices are provisioned one by one.
-See `agreement` for the consistency checks that follow, and `shutdown` for how processes end.
+
+Before anything is computed, hosts check that they run with the same settings. They exchange values through the
+key-value store of JAX's coordination service, not through devices, so a host with different shapes, or one that never
+arrives, cannot make the others hang.
+
+A process that fails reports it in the same store, which every process polls once a second: the others would else hang
+in a collective. A checkpoint being written still needs all processes, so one that fails during training first closes
+what it has open, for at most `GRACE_SECONDS`, and the others wait for that. A process that is killed cannot report
+anything: JAX ends the others when its heartbeats stop (100 s), or at once if it was process 0.
 """
 
 import contextlib
@@ -20,6 +28,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import threading
 import time
@@ -39,17 +48,20 @@ from endistill_jax.core.errors import HostMissing, Stopped, UserError
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "ENDISTILL_COORDINATOR", "ENDISTILL_NUM_PROCESSES", "ENDISTILL_PROCESS_ID"
 CONNECT_SECONDS = "ENDISTILL_CONNECT_SECONDS"
 
+# Timeout for the other hosts, which may load a model more slowly.
+AGREE_SECONDS = 1800
+GRACE_SECONDS = 30.0
+POLL_SECONDS = 1.0
 
-def connect_seconds() -> int:
-    """How long to wait for the other hosts.
+# Packages whose version affects results or the order of batches.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "sentencepiece")
 
-    Raises:
-        UserError: the variable is not a number of seconds.
-    """
-    given = os.environ.get(CONNECT_SECONDS) or "300"
-    if not given.isdecimal() or int(given) < 1:
-        raise UserError(f"{CONNECT_SECONDS} is {given!r}; it must be a whole number of seconds, at least 1")
-    return int(given)
+# Keys of the coordination service's store.
+_FAILED, _GONE, _ENDED = "endistill/failed", "endistill/gone", "endistill/ended"
+_topics = itertools.count()
+
+
+# ---- Connecting ----
 
 
 def initialize() -> None:
@@ -68,10 +80,10 @@ def initialize() -> None:
     seconds = connect_seconds()
     # JAX's SIGTERM handler would replace ours, with which hosts agree to stop at a logged step.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX would abort with a stack trace.
-    alone = threading.Timer(seconds, _give_up, (settings, seconds))
-    alone.daemon = True
-    alone.start()
+    # Ours fires first: JAX would abort with a stack trace.
+    timeout = threading.Timer(seconds, _give_up, (settings, seconds))
+    timeout.daemon = True
+    timeout.start()
     try:
         jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
     except ValueError as error:
@@ -80,7 +92,15 @@ def initialize() -> None:
     except RuntimeError as error:
         raise HostMissing(f"could not join other hosts: {' '.join(str(error).split())[:200]}") from error
     finally:
-        alone.cancel()
+        timeout.cancel()
+
+
+def connect_seconds() -> int:
+    """How long to wait for the other hosts."""
+    given = os.environ.get(CONNECT_SECONDS) or "300"
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"{CONNECT_SECONDS} is {given!r}; it must be a whole number of seconds, at least 1")
+    return int(given)
 
 
 def _give_up(settings: Mapping[str, Any], seconds: float) -> None:
@@ -93,11 +113,7 @@ def _give_up(settings: Mapping[str, Any], seconds: float) -> None:
 
 
 def _from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; None for a single process.
-
-    Raises:
-        UserError: variables that are missing or malformed.
-    """
+    """Arguments of `jax.distributed.initialize`, none where JAX detects the cluster; None for a single process."""
     names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
     given = [name for name in names if variables.get(name)]
     if given == [NUM_PROCESSES] and variables[NUM_PROCESSES] == "1":
@@ -106,21 +122,15 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
         return {} if _in_cluster(variables) else None
     if missing := [name for name in names if name not in given]:
         raise UserError(f"{', '.join(given)} without {', '.join(missing)}; several hosts need all three")
-    host, _, port = variables[COORDINATOR].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{COORDINATOR} is {variables[COORDINATOR]!r}; it must be host:port of process 0")
-    for name in (NUM_PROCESSES, PROCESS_ID):
-        if not variables[name].isdecimal():
-            raise UserError(f"{name} is {variables[name]!r}; it must be a whole number")
-    count, index = int(variables[NUM_PROCESSES]), int(variables[PROCESS_ID])
-    if count < 1:
-        raise UserError(f"{NUM_PROCESSES} is {count}; it must be at least 1")
-    if index >= count:
-        raise UserError(f"{PROCESS_ID} is {index} of {NUM_PROCESSES}={count}; it must be one of 0 to {count - 1}")
+    coordinator, count, index = (variables[name] for name in names)
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"{COORDINATOR} is {coordinator!r}; it must be host:port of process 0")
+    if not count.isdecimal() or not index.isdecimal() or int(index) >= int(count):
+        raise UserError(f"{PROCESS_ID} is {index!r} of {NUM_PROCESSES}={count!r}; they are numbered from 0")
     return {
-        "coordinator_address": variables[COORDINATOR],
-        "num_processes": count,
-        "process_id": index,
+        "coordinator_address": coordinator,
+        "num_processes": int(count),
+        "process_id": int(index),
         "cluster_detection_method": "deactivate",  # else JAX would give a SLURM task only one of its GPUs
     }
 
@@ -138,11 +148,10 @@ def _in_cluster(variables: Mapping[str, str]) -> bool:
 
 
 def _state() -> Any:
-    """JAX's own record of how processes joined: `client`, `num_processes`, `process_id`.
-
-    The only use of JAX internals in this package (Orbax does the same): up to 0.12 JAX has no public API for the
-        key-value store of its coordination service, nor for these numbers before backends are initialized.
-    """
+    """JAX's own record of how processes joined: `client`, `num_processes`, `process_id`."""
+    # The only use of JAX internals in this package. `jax.distributed` has `initialize`, `is_initialized` and `shutdown`
+    # alone: up to JAX 0.12 nothing public gives the key-value store of the coordination service (Orbax takes it from
+    # here too), and `jax.process_count()` and `jax.process_index()` initialize the backends.
     from jax._src import distributed
 
     return distributed.global_state
@@ -175,11 +184,7 @@ def first_process_prints() -> Iterator[None]:
 
 
 def require_one_process(job: str) -> None:
-    """Refuses multi-process runs of a job that would only repeat the same work in each process.
-
-    Raises:
-        UserError: if there are several.
-    """
+    """Refuses multi-process runs of a job that would only repeat the same work in each process."""
     if process_count() > 1:
         raise UserError(f"{job} is a job for one process, and there are {process_count()}; set {NUM_PROCESSES}=1")
 
@@ -193,22 +198,17 @@ def gather(values: Sequence[int]) -> np.ndarray:
     return multihost_utils.process_allgather(mine.view(np.uint32)).view(np.int64)
 
 
-# Timeout for the other hosts, which may load a model more slowly.
-AGREE_SECONDS = 1800
-# Packages whose version affects results or the order of batches.
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "sentencepiece")
-
-_topics = itertools.count()
+# ---- Agreement ----
 
 
-def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) -> None:
-    """Blocks until every process has called this with the same facts; a no-op in a single process.
+def agree(topic: str, settings: Mapping[str, Any], seconds: float = AGREE_SECONDS) -> None:
+    """Blocks until every process has called this with the same settings; a no-op in a single process.
 
     Every process must make its calls in the same order.
 
     Args:
-        topic: what the facts are about, for messages.
-        facts: plain values in nested dictionaries.
+        topic: what the settings are about, for messages.
+        settings: plain values in nested dictionaries.
         seconds: how long to wait for the others.
 
     Raises:
@@ -218,13 +218,13 @@ def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) 
     if process_count() == 1:
         return
     prefix = f"endistill/{next(_topics)}/{topic}"
-    client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flattened(facts)))
+    client().key_value_set(f"{prefix}/{process_index()}", json.dumps(flattened(settings)))
     until = time.monotonic() + seconds
     reported = []
     for index in range(process_count()):
-        left = max(1, round(1000 * (until - time.monotonic())))
+        milliseconds = max(1, round(1000 * (until - time.monotonic())))
         try:
-            reported.append(json.loads(client().blocking_key_value_get(f"{prefix}/{index}", left)))
+            reported.append(json.loads(client().blocking_key_value_get(f"{prefix}/{index}", milliseconds)))
         except jax.errors.JaxRuntimeError as error:
             raise HostMissing(
                 f"process {index} of {process_count()} sent no {topic} within {seconds:.0f} s; see its output"
@@ -234,37 +234,25 @@ def agree(topic: str, facts: Mapping[str, Any], seconds: float = AGREE_SECONDS) 
 
 
 def describe_differences(reported: Sequence[Mapping[str, str]]) -> list[str]:
-    """One phrase per fact that differs between processes: each value, and which processes have it.
-
-    Args:
-        reported: facts of each process in order, values as strings.
-    """
+    """One phrase per setting that differs between processes (in order): each value, and which processes have it."""
     phrases = []
     for name in sorted(set().union(*reported)):
-        processes: dict[str, list[int]] = {}
-        for index, facts in enumerate(reported):
-            processes.setdefault(facts.get(name, "absent"), []).append(index)
-        if len(processes) > 1:
-            values = (f"{_shortened(value)} on {_named(indices)}" for value, indices in processes.items())
-            phrases.append(f"{name} is {' and '.join(values)}")
+        processes: dict[str, list[str]] = {}
+        for index, settings in enumerate(reported):
+            processes.setdefault(settings.get(name, "absent"), []).append(str(index))
+        if len(processes) == 1:
+            continue
+        shown = []
+        for value, who in processes.items():
+            value = value if len(value) <= 120 else f"{value[:120]}..."
+            listed = ", ".join(who if len(who) <= 8 else [*who[:8], "..."])
+            shown.append(f"{value} on {'process' if len(who) == 1 else 'processes'} {listed}")
+        phrases.append(f"{name} is {' and '.join(shown)}")
     return phrases
 
 
-def _shortened(value: str, length: int = 120) -> str:
-    return value if len(value) <= length else f"{value[:length]}..."
-
-
-def _named(indices: Sequence[int]) -> str:
-    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-    return f"process {shown}" if len(indices) == 1 else f"processes {shown}"
-
-
 def agree_on_folder(folder: str) -> None:
-    """Checks that all processes see the same folder, rather than a local one of the same name each.
-
-    Raises:
-        UserError: naming the processes that see a different one.
-    """
+    """Checks that all processes see the same folder, rather than a local one of the same name each."""
     if process_count() == 1:
         return
     mark = epath.Path(folder).expanduser() / ".seen_by_all_hosts"
@@ -279,7 +267,7 @@ def agree_on_folder(folder: str) -> None:
             mark.unlink(missing_ok=True)
 
 
-def code_facts() -> dict[str, Any]:
+def code_versions() -> dict[str, Any]:
     """Versions of this package (with a digest of its source), Python, and the packages that affect results."""
     versions = {}
     for name in PACKAGES:
@@ -295,18 +283,17 @@ def code_facts() -> dict[str, Any]:
 
 
 def _source_digest() -> str:
-    """SHA-256 of every Python file of this package with its name; in a checkout some are behind links."""
+    """SHA-256 of every Python file of this package with its name."""
     package = pathlib.Path(__file__).parent
     digest = hashlib.sha256()
+    # `glob`, not `rglob`, follows links: in a checkout `tasks` is one.
     for name in sorted(glob.glob("**/*.py", root_dir=package, recursive=True)):
         content = (package / name).read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-GRACE_SECONDS = 30.0
-LOOK_SECONDS = 1.0
-_FAILED, _GONE, _ENDED = "endistill/failed", "endistill/gone", "endistill/ended"
+# ---- Shutting down ----
 
 
 def watch_peers() -> None:
@@ -316,22 +303,20 @@ def watch_peers() -> None:
 
 
 def shutdown_all(line: str, code: int) -> int:
-    """Ends this process and all others of the run after a failure; in a single-process run returns the code.
+    """Ends all processes of the run with this code after a failure; in a single-process run returns the code.
 
-    Args:
-        line: what went wrong; the others print it with the number of this process.
-        code: exit code of all of them.
+    The other processes print `line`, what went wrong, with the number of this process.
     """
     if process_count() == 1:
         return code
     _report(line, code)
-    _tell(_GONE, "1")
+    _put(_GONE, "1")
     _quit(code)
 
 
 @contextlib.contextmanager
 def reporting_failure() -> Iterator[None]:
-    """Notifies the others of an exception as soon as it is raised, before enclosing contexts are closed."""
+    """Reports an exception to the others as soon as it is raised, before enclosing contexts are closed."""
     try:
         yield
     except Stopped:  # all hosts agreed on that
@@ -344,21 +329,21 @@ def reporting_failure() -> Iterator[None]:
 
 
 def _report(line: str, code: int) -> None:
-    _tell(_FAILED, json.dumps({"process": process_index(), "line": line, "code": code}))
+    _put(_FAILED, json.dumps({"process": process_index(), "line": line, "code": code}))
 
 
 def _watch() -> None:
     while jax.distributed.is_initialized():
-        if failure := _told(_FAILED):
+        if failure := _get(_FAILED):
             _follow(**json.loads(failure))
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _follow(process: int, line: str, code: int) -> None:
     """Ends this process once the failed one is gone, or its grace period is over."""
     until = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < until and not _told(_GONE):
-        time.sleep(LOOK_SECONDS / 4)
+    while time.monotonic() < until and not _get(_GONE):
+        time.sleep(POLL_SECONDS / 4)
     if process != process_index():
         print(f"endistill: process {process} failed: {line}", file=sys.stderr)
     _quit(code)
@@ -366,25 +351,24 @@ def _follow(process: int, line: str, code: int) -> None:
 
 def _quit(code: int) -> None:
     """Exits immediately: a regular exit would wait for hosts that wait for this one."""
-    _tell(f"{_ENDED}/{process_index()}", "1")
+    _put(f"{_ENDED}/{process_index()}", "1")
     if process_index() == 0:  # the store ends with process 0, and JAX aborts whoever still uses it
         until = time.monotonic() + 5
         others = range(1, process_count())
-        while time.monotonic() < until and not all(_told(f"{_ENDED}/{index}") for index in others):
-            time.sleep(LOOK_SECONDS / 10)
+        while time.monotonic() < until and not all(_get(f"{_ENDED}/{index}") for index in others):
+            time.sleep(POLL_SECONDS / 10)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
-def _tell(key: str, value: str) -> None:
-    with contextlib.suppress(
-        jax.errors.JaxRuntimeError, AttributeError
-    ):  # another process was first, or the service is shut down
+def _put(key: str, value: str) -> None:
+    # Fails where another process was first, or the service is shut down.
+    with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
         client().key_value_set(key, value)
 
 
-def _told(key: str) -> str | None:
+def _get(key: str) -> str | None:
     try:
         return client().key_value_try_get(key)
     except (jax.errors.JaxRuntimeError, AttributeError):  # no such key, or the service is shut down

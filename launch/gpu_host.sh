@@ -45,10 +45,10 @@ if [[ $DRY_RUN ]]; then
 fi
 if [[ $LOG ]]; then
     mkdir -p "$(dirname "$LOG")"
-    exec > >(tee --append --ignore-interrupts "$LOG") 2>&1 # it hears Ctrl-C too, while the run still saves
+    exec > >(tee --append --ignore-interrupts "$LOG") 2>&1 # it receives Ctrl-C too, while the run still saves
 fi
 
-# A process started with & hears neither Ctrl-C nor what is sent to this script alone: both are handed on, and the run
+# A process started with & receives neither Ctrl-C nor what is sent to this script alone: both are passed on, and the run
 # saves before it ends.
 CHILD='' ASKED=''
 trap 'ASKED=yes; if [[ $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi' INT TERM

@@ -33,10 +33,10 @@ def test_code_differs_when_one_character_of_the_source_does(tmp_path, monkeypatc
     package = pathlib.Path(multihost.__file__).parent
     copy = tmp_path / "endistill_jax"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.pyc", "assets", "gin"))
-    facts = multihost.code_facts()
+    facts = multihost.code_versions()
     assert facts["packages"]["jax"] is not None and len(facts["endistill_jax"]["source"]) == 64
     monkeypatch.setattr(multihost, "__file__", str(copy / "multihost.py"))
-    assert multihost.code_facts() == facts
+    assert multihost.code_versions() == facts
     file = copy / "objectives" / "objective.py"
     file.write_text(file.read_text() + " ")
-    assert multihost.code_facts()["endistill_jax"]["source"] != facts["endistill_jax"]["source"]
+    assert multihost.code_versions()["endistill_jax"]["source"] != facts["endistill_jax"]["source"]

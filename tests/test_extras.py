@@ -9,11 +9,11 @@ from endistill_jax.core.errors import UserError
 TEXT_PIPELINE = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "clu")
 
 USE_A_MODEL = """
+import json
 import jax, jax.numpy as jnp, numpy as np
 from endistill_jax.checkpoints.models import open_model
 from endistill_jax.checkpoints.tokenizer import load_tokenizer
-from endistill_jax.jobs.export import export
-from endistill_jax.jobs.import_checkpoint import import_checkpoint
+from endistill_jax.jobs import export, import_checkpoint, infer
 from endistill_jax.models.generation.generation import Decoding, make_decoder
 
 folder = sys.argv[1]
@@ -39,6 +39,10 @@ text, score = generate(open_model(f"{folder}/again"), greedy)
 assert text and score < 0
 assert generate(teacher, greedy) == (text, score)
 assert generate(teacher, beam)[0]
+open(f"{folder}/texts.txt", "w").write("Return the <extra_id_0> of items in a list.")
+output = f"{folder}/out.jsonl"
+assert infer(model="bundled", input_file=f"{folder}/texts.txt", output_file=output, decoding=greedy, batch_size=1) == 1
+assert json.loads(open(output).read())["prediction"] == text
 assert not HIDDEN & {name.split(".")[0] for name in sys.modules}
 """
 
@@ -95,17 +99,16 @@ def test_a_study_asks_for_its_plots_before_it_trains(monkeypatch):
     from endistill_jax.studies.arms import plan_study
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    settings = dict.fromkeys(("data", "optimizer", "run", "seeds", "tasks"))
+    settings = dict.fromkeys(("seeds", "tasks"))
     with pytest.raises(UserError, match=r"endistill-jax\[studies\]"):
         plan_study("study", None, None, {}, **settings)
 
 
 def test_a_task_asks_for_its_metrics_before_a_model_is_trained(monkeypatch):
     pytest.importorskip("seqio")
-    from endistill_jax.data.text_pipeline import resolve_task
-    from endistill_jax.evaluation.task_metrics import check_tasks
+    from endistill_jax.evaluation.task_metrics import check_task_metrics
+    from endistill_jax.train.experiment import Data
 
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    task, lengths = resolve_task("python_docs_stdlib_summary_v1"), {"inputs": 128, "targets": 32}
     with pytest.raises(UserError, match=r"endistill-jax\[metrics\]"):
-        check_tasks(task, split="validation", lengths=lengths)
+        check_task_metrics(Data(task="python_docs_stdlib_summary_v1", inputs_length=128, targets_length=32))

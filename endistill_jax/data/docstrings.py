@@ -1,6 +1,10 @@
 """English text of an installed Python: docstrings of its modules, classes and functions, and its language topics.
 
 Source files are parsed with `ast`; nothing that is read is ever imported or run.
+
+Docstrings are full of templates: the same paragraph on `axis` or on the arguments of a distribution is in hundreds of
+them. Splitting by content alone would leave such paragraphs in the training and in the held-out texts, and held-out
+metrics would reward memory; see `without_near_copies`.
 """
 
 import ast
@@ -19,6 +23,8 @@ from packaging.requirements import Requirement
 
 MINIMUM_CHARACTERS = 40
 SPLIT_PERCENTAGES = {"train": 90, "validation": 5, "test": 5}
+SEQUENCE_WORDS = 8
+LARGEST_SHARED_PART = 0.5
 
 # What the main program of this project imports. Its installed dependency closure is the `packages` configuration.
 ROOT_DISTRIBUTIONS = (
@@ -40,47 +46,18 @@ _SKIPPED_FOLDERS = frozenset(
     | {"_vendor", "__pycache__"}
 )
 _SKIPPED_FILES = re.compile(r"^(test_.*|.*_test|.*_tests|conftest|.*_pb2|.*_pb2_grpc|.*_generated)\.py$")
+_DEFINITIONS = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_BLOCKS = ast.stmt | ast.ExceptHandler | ast.match_case  # what may hold a definition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text and where it is from.
+    """One text and where it is from."""
 
-    Attributes:
-      text: the docstring, its common indentation removed.
-      module: dotted name of the module that holds it; for language topics `pydoc_data.topics`.
-      name: qualified name of the class or function, empty for a module, the topic's name for a topic.
-      source: distribution that holds it, `stdlib` for the standard library.
-    """
-
-    text: str
-    module: str
-    name: str
-    source: str
-
-
-def content_key(text: str) -> str:
-    """Hash of a text up to white space: two texts with the same key are the same text to this corpus."""
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-
-
-def split_of(text: str) -> str:
-    """Split of a text, from its letters alone, so that copies that differ in case, digits or punctuation stay together.
-
-    It depends on nothing else: the same text is in the same split in every configuration and on every machine.
-    """
-    letters = re.sub(r"[\W\d_]+", " ", text.casefold()).strip()
-    # A text without letters would share one key with all others of its kind; its full content is used instead.
-    bucket = int(hashlib.sha256((letters or content_key(text)).encode()).hexdigest(), 16) % 100
-    for split, percentage in SPLIT_PERCENTAGES.items():
-        if bucket < percentage:
-            return split
-        bucket -= percentage
-    raise AssertionError("split percentages do not add up to 100")
-
-
-_DEFINITIONS = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-_BLOCKS = ast.stmt | ast.ExceptHandler | ast.match_case  # what may hold a definition
+    text: str  # the docstring, its common indentation removed
+    module: str  # dotted name of the module that holds it; for language topics `pydoc_data.topics`
+    name: str  # qualified name of the class or function, empty for a module, the topic's name for a topic
+    source: str  # distribution that holds it, `stdlib` for the standard library
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -136,6 +113,13 @@ def read_folder(folder: pathlib.Path, source: str) -> Iterator[Document]:
     yield from read_files(((path, path.relative_to(folder)) for path in files), source)
 
 
+def read_distribution(name: str, distribution: importlib.metadata.Distribution) -> Iterator[Document]:
+    """Documents of one installed distribution, from the list of files that its installer recorded."""
+    files = sorted(distribution.files or (), key=str)
+    located = ((pathlib.Path(str(distribution.locate_file(file))), file) for file in files)
+    yield from read_files(located, name)
+
+
 def standard_library() -> pathlib.Path:
     """Folder of the running Python's standard library."""
     return pathlib.Path(sysconfig.get_path("stdlib"))
@@ -159,11 +143,9 @@ def installed_closure(roots: Iterable[str] = ROOT_DISTRIBUTIONS) -> dict[str, im
     return dict(sorted(found.items()))
 
 
-def read_distribution(name: str, distribution: importlib.metadata.Distribution) -> Iterator[Document]:
-    """Documents of one installed distribution, from the list of files that its installer recorded."""
-    files = sorted(distribution.files or (), key=str)
-    located = ((pathlib.Path(str(distribution.locate_file(file))), file) for file in files)
-    yield from read_files(located, name)
+def content_key(text: str) -> str:
+    """Hash of a text up to white space: two texts with the same key are the same text to this corpus."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def unique_documents(documents: Iterable[Document]) -> list[Document]:
@@ -171,7 +153,7 @@ def unique_documents(documents: Iterable[Document]) -> list[Document]:
     kept: dict[str, Document] = {}
     for document in sorted(documents, key=lambda d: (d.source != "stdlib", d.source, d.module, d.name, d.text)):
         text = document.text.strip()
-        if len(text) < MINIMUM_CHARACTERS or not text.isprintable() and "\0" in text:
+        if len(text) < MINIMUM_CHARACTERS or "\0" in text:
             continue
         if any("\ud800" <= character <= "\udfff" for character in text):  # lone surrogates are not UTF-8
             continue
@@ -179,8 +161,51 @@ def unique_documents(documents: Iterable[Document]) -> list[Document]:
     return [kept[key] for key in sorted(kept)]
 
 
-SEQUENCE_WORDS = 8
-LARGEST_SHARED_PART = 0.5
+def split_of(text: str) -> str:
+    """Split of a text, from its letters alone, so that copies that differ in case, digits or punctuation stay together.
+
+    It depends on nothing else: the same text is in the same split in every configuration and on every machine.
+    """
+    letters = re.sub(r"[\W\d_]+", " ", text.casefold()).strip()
+    # A text without letters would share one key with all others of its kind; its full content is used instead.
+    bucket = int(hashlib.sha256((letters or content_key(text)).encode()).hexdigest(), 16) % 100
+    for split, percentage in SPLIT_PERCENTAGES.items():
+        if bucket < percentage:
+            return split
+        bucket -= percentage
+    raise AssertionError("split percentages do not add up to 100")
+
+
+def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
+    """Documents by split, near-copies between the training and the held-out splits left out."""
+    splits: dict[str, list[Document]] = {split: [] for split in SPLIT_PERCENTAGES}
+    for document in documents:
+        splits[split_of(document.text)].append(document)
+    held_out = [document.text for split in splits if split != "train" for document in splits[split]]
+    train_texts, held_out_texts = without_near_copies([document.text for document in splits["train"]], held_out)
+    kept = train_texts | held_out_texts
+    return {split: [document for document in splits[split] if document.text in kept] for split in splits}
+
+
+def without_near_copies(train: Iterable[str], held_out: Iterable[str]) -> tuple[set[str], set[str]]:
+    """(training texts, held-out texts) that may stay.
+
+    First every training text goes of whose word sequences half or more are in held-out texts, then every held-out text
+    of which half or more are in the training texts that are left.
+    """
+    held_out_sequences = {text: word_sequences(text) for text in held_out}
+    of_held_out = set().union(*held_out_sequences.values())
+
+    def mostly_in(sequences: set[str], others: set[str]) -> bool:
+        return len(sequences & others) >= LARGEST_SHARED_PART * len(sequences)
+
+    kept, seen = set(), set()
+    for text in train:
+        sequences = word_sequences(text)
+        if not mostly_in(sequences, of_held_out):
+            kept.add(text)
+            seen |= sequences & of_held_out
+    return kept, {text for text, sequences in held_out_sequences.items() if not mostly_in(sequences, seen)}
 
 
 def word_sequences(text: str) -> set[str]:
@@ -188,31 +213,3 @@ def word_sequences(text: str) -> set[str]:
     words = re.findall(r"[^\W\d_]+", text.casefold())
     last = max(len(words) - SEQUENCE_WORDS, 0)
     return {" ".join(words[start : start + SEQUENCE_WORDS]) for start in range(last + 1)}
-
-
-def shared_part(sequences: set[str], others: set[str]) -> float:
-    """Share of `sequences` (not empty) that are among `others`."""
-    return len(sequences & others) / len(sequences)
-
-
-def without_near_copies(train: Iterable[str], held_out: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Texts of both sides that may stay.
-
-    First every training text goes of whose word sequences half or more are in held-out texts, then every held-out text
-    of which half or more are in the training texts that are left.
-
-    Returns:
-      (training texts kept, held-out texts kept).
-    """
-    held_out_sequences = {text: word_sequences(text) for text in held_out}
-    of_held_out = set().union(*held_out_sequences.values())
-    kept, seen = set(), set()
-    for text in train:
-        sequences = word_sequences(text)
-        if shared_part(sequences, of_held_out) < LARGEST_SHARED_PART:
-            kept.add(text)
-            seen |= sequences & of_held_out
-    clean = {
-        text for text, sequences in held_out_sequences.items() if shared_part(sequences, seen) < LARGEST_SHARED_PART
-    }
-    return kept, clean

@@ -1,4 +1,4 @@
-"""Texts for a model from one file, line by line and by number: text or JSONL, plain or gzip."""
+"""Texts for a model from one file, line by line and by number: text or JSONL, plain or gzip. Needs no TensorFlow."""
 
 import gzip
 import hashlib
@@ -6,22 +6,17 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from endistill_jax.core.errors import UserError
 
-JSON_ENDINGS = (".jsonl", ".json")
-
 
 class Line(NamedTuple):
-    """One line of an input file.
+    """One line of an input file; a bad one has no text but a problem, which names file and number.
 
-    Attributes:
-        number: from 1.
-        text: what it says; empty for a bad line.
-        problem: what is wrong with a bad line, naming file and number; None for a good one.
+    Numbers are from 1.
     """
 
     number: int
@@ -33,22 +28,13 @@ class InputFile:
     """A file of texts: in `.jsonl` and `.json` every line is an object with the text in a field; `.gz` is unpacked."""
 
     def __init__(self, path: str | os.PathLike[str], *, field: str = "inputs"):
-        """Does not read the file yet.
-
-        Raises:
-            UserError: no such file.
-        """
         self._path, self._field = epath.Path(path).expanduser(), field
-        self._is_json = os.fspath(path).removesuffix(".gz").endswith(JSON_ENDINGS)
+        self._is_json = is_json(os.fspath(path))
         if not self._path.is_file():
             raise UserError(f"there is no file {path}")
 
-    def facts(self) -> dict[str, str | int]:
-        """Identity of the file: SHA-256 of its unpacked content, and its number of lines.
-
-        Raises:
-            UserError: if it cannot be read.
-        """
+    def identity(self) -> dict[str, str | int]:
+        """What identifies the file: SHA-256 of its unpacked content, and its number of lines."""
         digest, lines = hashlib.sha256(), 0
         for line in self._raw_lines():
             digest.update(line)
@@ -56,11 +42,7 @@ class InputFile:
         return {"sha256": digest.hexdigest(), "lines": lines}
 
     def __iter__(self) -> Iterator[Line]:
-        """Every line in order, bad ones too.
-
-        Raises:
-            UserError: if the file cannot be read further, as a gzip file that was cut off.
-        """
+        """Every line in order, bad ones too."""
         for number, raw in enumerate(self._raw_lines(), start=1):
             where = f"{self._path} line {number}"
             try:
@@ -78,21 +60,19 @@ class InputFile:
 
     def _raw_lines(self) -> Iterator[bytes]:
         try:
-            with self._path.open("rb") as packed, self._unpacked(packed) as file:
-                yield from file
-        except (OSError, EOFError, zlib.error) as error:
+            with self._path.open("rb") as file:
+                yield from gzip.GzipFile(fileobj=file) if self._path.name.endswith(".gz") else file
+        except (OSError, EOFError, zlib.error) as error:  # such as a gzip file that was cut off
             raise UserError(f"{self._path} cannot be read to its end: {error}") from None
 
-    def _unpacked(self, file: BinaryIO) -> BinaryIO:
-        return gzip.GzipFile(fileobj=file) if self._path.name.endswith(".gz") else file
+
+def is_json(path: str) -> bool:
+    """Whether a file is JSONL by its name."""
+    return path.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
 def json_text(line: bytes, field: str, where: str) -> str:
-    """The text in one line of JSONL; an empty line has none.
-
-    Raises:
-        UserError: not a JSON object, or without a string in `field`; names `where`.
-    """
+    """The text in one line of JSONL; an empty line has none. `where` names the line in errors."""
     if not line.strip():
         return ""
     try:

@@ -1,4 +1,9 @@
-"""Cache of prepared data between runs, and its lock."""
+"""TFDS builder and SeqIO source of the offline corpus: English docstrings of the installed Python, nothing downloaded.
+
+`python_docs/stdlib` reads the standard library and the language topics of `help()` (about 2 MB); `python_docs/packages`
+adds the docstrings of the installed packages that this project depends on (about 24 MB). The texts depend on what is
+installed, so a prepared corpus is stored in a folder named after Python's version and the packages' versions.
+"""
 
 import contextlib
 import dataclasses
@@ -11,40 +16,16 @@ from collections.abc import Iterator, Sequence
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.data import docstrings
-from endistill_jax.data.docstrings import without_near_copies
 from endistill_jax.data.text_pipeline import seqio, tf, tfds
-
-
-def cache_folder() -> pathlib.Path:
-    """`$ENDISTILL_CACHE`, else `$XDG_CACHE_HOME/endistill_jax`, else `~/.cache/endistill_jax`."""
-    if chosen := os.environ.get("ENDISTILL_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(parent).expanduser() / "endistill_jax"
-
-
-@contextlib.contextmanager
-def exclusive(folder: pathlib.Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` in `folder` (created if need be); other processes wait. It goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @dataclasses.dataclass(kw_only=True)
 class PythonDocsConfig(tfds.core.BuilderConfig):
-    """What is read.
+    """What is read."""
 
-    Attributes:
-      packages: whether installed distributions are read in addition to the standard library.
-      folder: read the source files below this folder instead of anything installed.
-      files: number of files a split is written to, so that as many hosts can each read their own.
-    """
-
-    packages: bool = False
-    folder: str | None = None
-    files: int = 16
+    packages: bool = False  # whether installed distributions are read in addition to the standard library
+    folder: str | None = None  # read the source files below this folder instead of anything installed
+    files: int = 16  # a split is written to so many, so that as many hosts can each read their own
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
@@ -66,7 +47,8 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        splits = split_documents(docstrings.unique_documents(read_corpus(self.builder_config)))
+        documents = docstrings.unique_documents(_read_corpus(self.builder_config))
+        splits = docstrings.split_documents(documents)
         return {split: self._generate_examples(documents) for split, documents in splits.items()}
 
     def _generate_examples(self, documents: list[docstrings.Document]):
@@ -74,18 +56,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
             yield docstrings.content_key(document.text), dataclasses.asdict(document)
 
 
-def split_documents(documents: list[docstrings.Document]) -> dict[str, list[docstrings.Document]]:
-    """Documents by split, near-copies between the training and the held-out splits left out."""
-    splits: dict[str, list[docstrings.Document]] = {split: [] for split in docstrings.SPLIT_PERCENTAGES}
-    for document in documents:
-        splits[docstrings.split_of(document.text)].append(document)
-    held_out = [document.text for split in splits if split != "train" for document in splits[split]]
-    train_texts, held_out_texts = without_near_copies([document.text for document in splits["train"]], held_out)
-    kept = train_texts | held_out_texts
-    return {split: [document for document in splits[split] if document.text in kept] for split in splits}
-
-
-def read_corpus(config: PythonDocsConfig) -> Iterator[docstrings.Document]:
+def _read_corpus(config: PythonDocsConfig) -> Iterator[docstrings.Document]:
     """Every document of a configuration, repeated ones included."""
     if config.folder:
         yield from docstrings.read_folder(pathlib.Path(config.folder), pathlib.Path(config.folder).name)
@@ -108,26 +79,19 @@ def corpus_versions(config: PythonDocsConfig) -> dict[str, str]:
     return versions
 
 
-def python_docs_builder(config: str | PythonDocsConfig = "stdlib", data_dir: str | None = None) -> PythonDocs:
+def python_docs_builder(config: PythonDocsConfig, data_dir: str | None = None) -> PythonDocs:
     """The builder of a configuration, its data prepared first if they are not there yet.
 
-    Args:
-      config: `stdlib`, `packages`, or a configuration of one's own.
-      data_dir: folder for prepared data; by default one in the cache folder (see `cache_folder`). Below it each
-        set of Python and package versions has its own folder, so a corpus of another installation is never reused.
-
-    Raises:
-      UserError: no such configuration.
+    They are below `data_dir`, by default `cache_folder()`, where each set of Python and package versions has its own
+    folder, so that a corpus of another installation is never reused.
     """
-    if isinstance(config, str):
-        config = _known_config(config)
     versions = corpus_versions(config)
     digest = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()[:12]
     root = pathlib.Path(data_dir) if data_dir else cache_folder() / "datasets"
     folder = root / f"{versions['python']}-{digest}"
     builder = PythonDocs(data_dir=str(folder), config=config)
     if not _is_prepared(builder):
-        with exclusive(folder, config.name), _silence():
+        with _lock(folder, config.name), _silence():
             # Another process may have prepared it while this one waited.
             builder = PythonDocs(data_dir=str(folder), config=config)
             if not _is_prepared(builder):
@@ -137,16 +101,26 @@ def python_docs_builder(config: str | PythonDocsConfig = "stdlib", data_dir: str
     return builder
 
 
+def cache_folder() -> pathlib.Path:
+    """`$ENDISTILL_CACHE`, else `$XDG_CACHE_HOME/endistill_jax`, else `~/.cache/endistill_jax`."""
+    if chosen := os.environ.get("ENDISTILL_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(parent).expanduser() / "endistill_jax"
+
+
 def _is_prepared(builder: PythonDocs) -> bool:
     # Not `builder.is_prepared()`, which logs a warning for a folder that is not there yet.
     return (pathlib.Path(builder.data_dir) / "dataset_info.json").exists()
 
 
-def _known_config(name: str) -> PythonDocsConfig:
-    known = {config.name: config for config in PythonDocs.BUILDER_CONFIGS}
-    if name not in known:
-        raise UserError(f"python_docs has no configuration {name!r}; it has {', '.join(known)}")
-    return known[name]
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` in `folder`; other processes wait. The system releases it when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -157,10 +131,18 @@ def _silence() -> Iterator[None]:
 
 
 class PythonDocsSource(seqio.DataSource):
-    """SeqIO source of the corpus, prepared when it is first read and not when a task is defined."""
+    """SeqIO source of the corpus, prepared when it is first read and not when a task is defined.
+
+    `config` is `stdlib`, `packages`, or a configuration of one's own.
+    """
 
     def __init__(self, config: str | PythonDocsConfig = "stdlib", data_dir: str | None = None):
-        self._config = _known_config(config) if isinstance(config, str) else config
+        if isinstance(config, str):
+            known = {each.name: each for each in PythonDocs.BUILDER_CONFIGS}
+            if config not in known:
+                raise UserError(f"python_docs has no configuration {config!r}; it has {', '.join(known)}")
+            config = known[config]
+        self._config = config
         self._data_dir = data_dir
         self._builder: PythonDocs | None = None
         super().__init__(splits=tuple(docstrings.SPLIT_PERCENTAGES))

@@ -10,9 +10,9 @@ sentinel. The first sentinel has the highest id of the vocabulary, the next ones
 
 from collections.abc import Mapping
 
+from endistill_jax.checkpoints.tokenizer import sentinel_ids
 from endistill_jax.core.errors import UserError
 from endistill_jax.data.text_pipeline import seqio, tf
-from endistill_jax.data.vocabulary import sentinel_ids
 
 MINIMUM_TOKENS = 2  # one token to keep and one to take out
 
@@ -30,21 +30,13 @@ def corrupted_lengths(length: int, noise_density: float, mean_span_length: float
     return length - noise_tokens + spans + 1, noise_tokens + spans + 1
 
 
-def corruption_lengths(inputs_length: int, noise_density: float = 0.15, mean_span_length: float = 3.0):
-    """The longest text whose corrupted inputs fill `inputs_length`, and the length of its targets.
+def corruption_lengths(
+    inputs_length: int, noise_density: float = 0.15, mean_span_length: float = 3.0
+) -> tuple[int, int]:
+    """(length of the longest text whose corrupted inputs fit into `inputs_length`, length of its targets).
 
-    Both lengths of a corrupted text never fall as the text grows, so every shorter text fits too.
-
-    Args:
-      inputs_length: length of the encoder's input, sentinels and EOS included.
-      noise_density: share of the tokens that is taken out.
-      mean_span_length: mean number of tokens in a span.
-
-    Returns:
-      (tokens_length, targets_length); (568, 114) for (512, 0.15, 3.0).
-
-    Raises:
-      UserError: settings out of range, or inputs too short for any text.
+    (568, 114) for (512, 0.15, 3.0). Both lengths of a corrupted text, sentinels and EOS included, never fall as the
+    text grows, so every shorter text fits too.
     """
     check_corruption(noise_density, mean_span_length)
     tokens_length = MINIMUM_TOKENS
@@ -56,7 +48,7 @@ def corruption_lengths(inputs_length: int, noise_density: float = 0.15, mean_spa
 
 
 def check_corruption(noise_density: float, mean_span_length: float) -> None:
-    """Raises UserError unless 0 < noise_density < 1 and mean_span_length >= 1."""
+    """Refuses settings out of range."""
     if not 0 < noise_density < 1:
         raise UserError(f"noise_density is {noise_density}; it is a share between 0 and 1, such as 0.15")
     if not mean_span_length >= 1:
@@ -105,13 +97,7 @@ def corrupt(
 ) -> dict[str, tf.Tensor]:
     """Corrupted `inputs` and `targets` of one text of at least two tokens; the seed alone decides which spans go.
 
-    Args:
-      tokens: [length] int32.
-      seed: [2] integers.
-      first_sentinel: id of the first sentinel, the highest of the vocabulary.
-      eos_id: id that ends inputs and targets.
-      noise_density: share of the tokens that is taken out.
-      mean_span_length: mean number of tokens in a span.
+    `tokens` are int32 [length], `seed` two integers; `first_sentinel` is the highest id of the vocabulary.
     """
     runs = random_spans(tf.size(tokens), noise_density, mean_span_length, seed)
     inputs = replace_runs(tokens, runs, 1, first_sentinel)
@@ -121,13 +107,10 @@ def corrupt(
 
 
 def split_into_chunks(dataset: tf.data.Dataset, length: int, concatenate: bool) -> tf.data.Dataset:
-    """Texts cut into chunks of at most `length` tokens and at least two.
+    """Texts, elements [tokens], cut into chunks of at most `length` tokens and at least two.
 
-    Args:
-      dataset: elements [tokens], of any length.
-      length: tokens in a chunk.
-      concatenate: whether texts run on into each other, so that every chunk but the last of all is full (as T5 does for
-        pretraining); else each text is cut by itself and its end is a short chunk, for packing to fill up.
+    With `concatenate` texts run on into each other, so that every chunk but the last of all is full (as T5 does for
+    pretraining); else each text is cut by itself and its end is a short chunk, for packing to fill up.
     """
     if concatenate:
         chunks = dataset.rebatch(length)
@@ -138,7 +121,7 @@ def split_into_chunks(dataset: tf.data.Dataset, length: int, concatenate: bool) 
 
 def span_corruption(
     dataset: tf.data.Dataset,
-    sequence_length: Mapping[str, int] | None,
+    sequence_length: Mapping[str, int],
     output_features: Mapping[str, seqio.Feature],
     *,
     noise_density: float = 0.15,
@@ -148,12 +131,7 @@ def span_corruption(
     """SeqIO preprocessor: tokenized `targets` of whole documents to corrupted `inputs` and `targets`, EOS included.
 
     Every pass over a text takes out other spans, decided by SeqIO's seed. See `corrupt` and `split_into_chunks`.
-
-    Raises:
-      UserError: targets too short for what is taken out of full inputs, or too few sentinels in the vocabulary.
     """
-    if sequence_length is None:
-        raise UserError("span corruption needs task_feature_lengths, such as {'inputs': 512, 'targets': 114}")
     vocabulary = output_features["targets"].vocabulary
     inputs_length = sequence_length["inputs"]
     tokens_length, targets_length = corruption_lengths(inputs_length, noise_density, mean_span_length)

@@ -1,4 +1,8 @@
-"""SeqIO and TensorFlow, imported in one place: where they are missing, whoever reads tasks says so in one line."""
+"""SeqIO's tasks: found by name, checked, and their texts.
+
+SeqIO and TensorFlow are imported here for the whole package, so that where they are missing, whoever reads tasks says
+so in one line.
+"""
 
 import difflib
 import importlib
@@ -17,24 +21,16 @@ seqio = require("seqio", _READING)
 tfds = require("tensorflow_datasets", _READING)
 
 
-def task_modules() -> list[str]:
-    """Every module of `endistill_jax.tasks`; importing one registers its tasks, so a new file needs no entry."""
-    return [f"{tasks.__name__}.{module.name}" for module in pkgutil.iter_modules(tasks.__path__)]
-
-
 def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
-    """The task or mixture of that name; one that is given as an object is returned as it is.
-
-    Whoever reads examples comes here first, so this is where TensorFlow is kept off the GPUs.
-
-    Raises:
-      UserError: no such name; the message lists known ones that are like it.
-    """
-    hide_gpus()
+    """The task or mixture of that name; one that is given as an object is returned as it is."""
+    # TensorFlow would take the memory of every GPU, which JAX needs. It can be kept off them only before its first
+    # operation, and whoever reads examples comes here first.
+    tf.config.set_visible_devices([], "GPU")
     if not isinstance(task, str):
         return task
-    for module in task_modules():
-        importlib.import_module(module)
+    # Importing a module registers its tasks, so a new file in the folder needs no entry anywhere.
+    for module in pkgutil.iter_modules(tasks.__path__):
+        importlib.import_module(f"{tasks.__name__}.{module.name}")
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if task not in known:
         similar = difflib.get_close_matches(task, known, n=3, cutoff=0.5) or known
@@ -42,23 +38,15 @@ def resolve_task(task: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.M
     return seqio.get_mixture_or_task(task)
 
 
-def hide_gpus() -> None:
-    """Keeps TensorFlow from taking the memory of every GPU it sees, which JAX needs.
-
-    TensorFlow allows it only before its first operation, and any number of times.
-    """
-    tf.config.set_visible_devices([], "GPU")
+def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
+    """Checks that a task, or any task of a mixture, has a split; reads no example."""
+    splits = sorted({str(each) for each in task.splits})
+    if split not in splits:
+        raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(splits)}")
 
 
 def read_prepared_from(folder: str) -> None:
-    """Says where prepared data are, for all tasks that read through TensorFlow Datasets, in place of `$TFDS_DATA_DIR`.
-
-    Args:
-      folder: a local folder, or one of a bucket.
-
-    Raises:
-      UserError: no such folder here, or another kind of storage.
-    """
+    """Makes all tasks read what TensorFlow Datasets prepared in this folder, local or gs://, not `$TFDS_DATA_DIR`."""
     path = stored_path(folder)
     if not is_remote(path) and not path.is_dir():
         raise UserError(f"jobs.run.data_dir is {folder}, which is no folder; give the one where data were prepared")
@@ -66,11 +54,7 @@ def read_prepared_from(folder: str) -> None:
 
 
 def check_prepared(task: seqio.Task | seqio.Mixture) -> None:
-    """Checks that TensorFlow Datasets would not have to download and prepare anything for a task.
-
-    Raises:
-      UserError: naming what is not prepared, and where it was looked for.
-    """
+    """Checks that TensorFlow Datasets would not have to download and prepare anything for a task."""
     for each in task.tasks if isinstance(task, seqio.Mixture) else [task]:
         if not isinstance(each.source, seqio.TfdsDataSource):
             continue
@@ -90,16 +74,15 @@ def read_texts(
     text_field: str = "text",
     max_documents: int | None = None,
 ) -> Iterator[str]:
-    """The texts of a split, in a fixed order. What is asked for is checked at once, what is read only when it is.
+    """The plain texts of a split, in a fixed order: what a vocabulary is trained on.
+
+    Mistakes are found in the call, before the first text is read.
 
     Args:
-      source: a SeqIO source, or a task (or its name), whose source is read.
-      split: split of the source.
-      text_field: string feature of the source's examples.
-      max_documents: at most so many; None reads all.
-
-    Raises:
-      UserError: a mixture, no such task, split or feature.
+        source: a SeqIO source, or a task (or its name), whose source is read.
+        split: split of the source.
+        text_field: string feature of the source's examples.
+        max_documents: at most so many; None reads all.
     """
     if not isinstance(source, seqio.DataSource):
         task = resolve_task(source)
@@ -108,12 +91,12 @@ def read_texts(
         source = task.source
     if split not in source.splits:
         raise UserError(f"the source has no split {split!r}; it has {', '.join(sorted(source.splits))}")
-    return _decoded(source, split, text_field, max_documents)
+    return _texts(source, split, text_field, -1 if max_documents is None else max_documents)
 
 
-def _decoded(source: seqio.DataSource, split: str, text_field: str, max_documents: int | None) -> Iterator[str]:
+def _texts(source: seqio.DataSource, split: str, text_field: str, count: int) -> Iterator[str]:
     dataset = source.get_dataset(split=split, shuffle=False)
     if text_field not in dataset.element_spec:
         raise UserError(f"the source's examples have no {text_field!r}; they have {', '.join(dataset.element_spec)}")
-    for example in dataset.take(-1 if max_documents is None else max_documents).as_numpy_iterator():
+    for example in dataset.take(count).as_numpy_iterator():
         yield example[text_field].decode("utf-8", errors="replace")

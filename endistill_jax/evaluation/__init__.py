@@ -23,35 +23,24 @@ class Evaluation(Protocol):
         """The metrics of one model, its parameters on the host or on the mesh."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class JointReport:
-    """The reports of several evaluations of one model.
-
-    Attributes:
-        reports: in order; metric names must not repeat.
-    """
+    """The reports of several evaluations of one model; metric names must not repeat."""
 
     reports: tuple[Report, ...]
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The metrics of all reports."""
         return {name: value for report in self.reports for name, value in report.scalars(prefix).items()}
 
     def summary(self) -> str:
-        """What each finds important."""
         return ", ".join(report.summary() for report in self.reports)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointEvaluation:
-    """Several evaluations as one.
-
-    Attributes:
-        evaluations: asked in order.
-    """
+    """Several evaluations as one."""
 
     evaluations: tuple[Evaluation, ...]
 
     def evaluate(self, config: ModelConfig, params: Any) -> JointReport:
-        """The metrics of one model, its parameters on the host or on the mesh."""
-        return JointReport(reports=tuple(each.evaluate(config, params) for each in self.evaluations))
+        return JointReport(tuple(each.evaluate(config, params) for each in self.evaluations))

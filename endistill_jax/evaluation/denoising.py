@@ -9,7 +9,7 @@ is a language model that ignores its input.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from endistill_jax.checkpoints.tokenizer import sentinel_ids
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.ngrams import NgramCounter, NgramModel
 from endistill_jax.models.family import ModelConfig, apply
@@ -25,6 +26,10 @@ from endistill_jax.objectives import CrossEntropy
 from endistill_jax.objectives.token_terms import TokenDistribution
 from endistill_jax.sharding import activation_sharding, host_rows, param_shardings, place_batch
 from endistill_jax.train.experiment import Data
+
+# Held-out texts are corrupted the same way in every run, so that metrics of different seeds are on the same examples.
+EVALUATION_SEED = 0
+REFERENCE_TOKENS = 2_000_000
 
 HostBatch = Mapping[str, np.ndarray]
 ApplyLogits = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -35,28 +40,15 @@ _REFERENCES = ("unigram_nats", "bigram_nats")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoisingReport:
-    """Denoising metrics on held-out text. Losses are in nats per token, each a ratio of sums.
+    """Denoising metrics on held-out text. Losses are in nats per token, each a ratio of sums."""
 
-    Attributes:
-        loss: over all target tokens (`decoder_loss_weights`), as in training.
-        token_loss: over non-sentinel tokens, the targets that are neither sentinel nor end of sequence.
-        accuracy: share of all target tokens that are the argmax of the logits.
-        token_accuracy: the same over non-sentinel tokens.
-        shuffled_input_loss: over those, when each example is given the input of the next (the last, the first's).
-        shuffled_input_gap: `shuffled_input_loss - token_loss`; near zero means that the input is ignored.
-        unigram_loss: of the unigram reference on the same tokens; None without one.
-        bigram_loss: of the bigram reference on the same tokens; None without one.
-        tokens: number of target tokens.
-        non_sentinel_tokens: number of non-sentinel tokens.
-    """
-
-    loss: float
-    token_loss: float
-    accuracy: float
-    token_accuracy: float
-    shuffled_input_loss: float
-    shuffled_input_gap: float
-    unigram_loss: float | None
+    loss: float  # over all target tokens (`decoder_loss_weights`), as in training
+    token_loss: float  # over non-sentinel tokens: targets that are neither sentinel nor end of sequence
+    accuracy: float  # share of all target tokens that are the argmax of the logits
+    token_accuracy: float  # the same over non-sentinel tokens
+    shuffled_input_loss: float  # over those, when each example is given the input of the next (the last, the first's)
+    shuffled_input_gap: float  # `shuffled_input_loss - token_loss`; near zero means that the input is ignored
+    unigram_loss: float | None  # of the unigram reference on the same tokens; None without one
     bigram_loss: float | None
     tokens: int
     non_sentinel_tokens: int
@@ -71,11 +63,95 @@ class DenoisingReport:
         return cls(**{field.name: scalars.get(field.name) for field in dataclasses.fields(cls)})
 
     def summary(self) -> str:
-        """The losses in one line."""
         return (
             f"held-out loss {self.loss:.3f}, on non-sentinel tokens {self.token_loss:.3f}, "
             f"shuffled-input gap {self.shuffled_input_gap:.3f}"
         )
+
+
+@dataclasses.dataclass(kw_only=True)
+class HeldOut:
+    """The evaluation batches of a task and the n-gram references counted on its training split; an `Evaluation`."""
+
+    mesh: Mesh  # where models are evaluated
+    # Unpacked batches of the held-out split, complete on every host, so that no metric depends on the number of hosts.
+    batches: list[dict[str, np.ndarray]]
+    ngrams: NgramModel
+    sentinel_ids: range  # which the loss on non-sentinel tokens leaves out
+    _steps: dict[tuple[ModelConfig, str], DenoisingStep] = dataclasses.field(default_factory=dict)
+
+    def evaluate(self, config: ModelConfig, params: Any, sharding: str = "sharded") -> DenoisingReport:
+        """The metrics of one model, its parameters on the host or on the mesh; compiled once for a configuration.
+
+        `sharding` is how the parameters are sharded; see `sharding.logical_rules`.
+        """
+        if (config, sharding) not in self._steps:
+
+            def apply_logits(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+                with activation_sharding(self.mesh, sharding):
+                    return model_logits(config)(params, batch)
+
+            self._steps[config, sharding] = make_denoising_step(
+                apply_logits, sentinel_ids=self.sentinel_ids, eos_id=config.eos_id
+            )
+        return evaluate_denoising(
+            self._steps[config, sharding],
+            jax.device_put(params, param_shardings(config, self.mesh, sharding)),
+            self.batches,
+            ngrams=self.ngrams,
+            place=lambda batch: place_batch(host_rows(batch, self.mesh), self.mesh),
+        )
+
+    def on(self, mesh: Mesh) -> "HeldOut":
+        """The same evaluation on another mesh; reuses the data."""
+        return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
+
+
+def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
+    """Reads the held-out batches and counts the references."""
+    from endistill_jax.data.pipeline import make_iterator
+    from endistill_jax.data.text_pipeline import resolve_task
+
+    def batches(split: str, batch_size: int):
+        return make_iterator(
+            data.task,
+            split=split,
+            task_feature_lengths=data.feature_lengths,
+            batch_size=batch_size,
+            seed=EVALUATION_SEED,
+            pack=False,
+            # Shuffled once: a neighbor's input must be unrelated.
+            shuffle=True,
+            repeat=False,
+        )
+
+    vocabulary = resolve_task(data.task).output_features["targets"].vocabulary
+    counter = NgramCounter(vocabulary.vocab_size, max_tokens=REFERENCE_TOKENS)
+    for batch in batches("train", data.batch_size):
+        counter.update(batch)
+        if counter.full:
+            break
+    return HeldOut(
+        mesh=mesh,
+        batches=list(islice(batches(data.eval_split, data.eval_batch_size), data.eval_batches)),
+        ngrams=counter.fit(),
+        sentinel_ids=sentinel_ids(vocabulary),
+    )
+
+
+def eval_spec(data: Data) -> dict[str, Any]:
+    """The eval_spec: what held-out metrics depend on besides the model, as plain values."""
+    from endistill_jax.data.text_pipeline import resolve_task
+
+    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
+    return {"task": resolve_task(data.task).name} | lengths | data.evaluated
+
+
+def check_metric(name: str | None) -> None:
+    """Checks that `Run.keep_best` is one of the held-out metrics, if it is set."""
+    known = [field.name for field in dataclasses.fields(DenoisingReport)]
+    if name is not None and name not in known:
+        raise UserError(f"Run.keep_best is {name!r}, which is no held-out metric; choose one of {', '.join(known)}")
 
 
 def make_denoising_step(apply_logits: ApplyLogits, *, sentinel_ids: Collection[int], eos_id: int) -> DenoisingStep:
@@ -125,7 +201,7 @@ def model_logits(config: ModelConfig) -> ApplyLogits:
 def evaluate_denoising(
     step: DenoisingStep,
     params: Any,
-    batches: Iterable[HostBatch],
+    batches: Sequence[HostBatch],
     *,
     ngrams: NgramModel | None = None,
     place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
@@ -133,9 +209,9 @@ def evaluate_denoising(
     """Runs over held-out examples once with their own input and once with another's.
 
     The metrics depend only on the examples and their order, not on the batch size or on padding rows without weight.
-        With several processes all pass the same global batches, and `place` keeps each one's rows; otherwise shuffled
-        inputs would depend on the number of processes. Neighbors should be unrelated texts, or the gap is
-    underestimated: shuffle once, with a fixed seed.
+    With several processes all pass the same global batches, and `place` keeps each one's rows; otherwise shuffled
+    inputs would depend on the number of processes. Neighbors should be unrelated texts, or the gap is underestimated:
+    shuffle once, with a fixed seed.
 
     Args:
         step: from `make_denoising_step`.
@@ -146,207 +222,56 @@ def evaluate_denoising(
         ngrams: the references, fitted on training targets.
         place: puts a global batch onto the step's devices, such as a mesh; the batch may hold two more float32 arrays
             [batch, target].
-
-    Raises:
-        UserError: a row holds two packed examples, or fewer than two examples have target tokens.
     """
     totals: Counter[str] = Counter()  # Python floats: float64 sums of the steps' float32 sums.
     shuffled_sum = 0.0
-    for batch, wrong in with_wrong_inputs(batches):
-        references = {} if ngrams is None else reference_nats(ngrams, batch)
-        totals.update({name: float(value) for name, value in step(params, place(batch | references)).items()})
+    for batch, wrong in zip(batches, with_wrong_inputs(batches), strict=True):
+        references = {} if ngrams is None else _reference_nats(ngrams, batch)
+        totals.update({name: float(value) for name, value in step(params, place({**batch, **references})).items()})
         shuffled_sum += float(step(params, place(wrong | references))["non_sentinel/loss"])
     if not totals["non_sentinel"]:
         raise UserError("the held-out batches have no target but sentinels and ends; is the span corruption right?")
-
-    def per_token(name: str) -> float | None:
-        return totals[name] / totals["non_sentinel"] if name in totals else None
-
-    token_loss = totals["non_sentinel/loss"] / totals["non_sentinel"]
-    shuffled_loss = shuffled_sum / totals["non_sentinel"]
+    per_token = {name: total / totals["non_sentinel"] for name, total in totals.items()}
+    token_loss, shuffled_loss = per_token["non_sentinel/loss"], shuffled_sum / totals["non_sentinel"]
     return DenoisingReport(
         loss=totals["tokens/loss"] / totals["tokens"],
         token_loss=token_loss,
         accuracy=totals["tokens/correct"] / totals["tokens"],
-        token_accuracy=totals["non_sentinel/correct"] / totals["non_sentinel"],
+        token_accuracy=per_token["non_sentinel/correct"],
         shuffled_input_loss=shuffled_loss,
         shuffled_input_gap=shuffled_loss - token_loss,
-        unigram_loss=per_token("non_sentinel/unigram_nats"),
-        bigram_loss=per_token("non_sentinel/bigram_nats"),
+        unigram_loss=per_token.get("non_sentinel/unigram_nats"),
+        bigram_loss=per_token.get("non_sentinel/bigram_nats"),
         tokens=round(totals["tokens"]),
         non_sentinel_tokens=round(totals["non_sentinel"]),
     )
 
 
-def reference_nats(ngrams: NgramModel, batch: HostBatch) -> dict[str, np.ndarray]:
-    """`unigram_nats` and `bigram_nats`, float32 [batch, target], so that a step sums them where it sums the loss."""
+def _reference_nats(ngrams: NgramModel, batch: HostBatch) -> dict[str, np.ndarray]:
+    """The references' losses, float32 [batch, target], so that a step sums them where it sums the model's."""
     previous, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
-    return {
-        "unigram_nats": ngrams.unigram_nats(targets).astype(np.float32),
-        "bigram_nats": ngrams.bigram_nats(previous, targets).astype(np.float32),
-    }
+    nats = (ngrams.unigram_nats(targets), ngrams.bigram_nats(previous, targets))
+    return {name: value.astype(np.float32) for name, value in zip(_REFERENCES, nats, strict=True)}
 
 
-def with_wrong_inputs(
-    batches: Iterable[HostBatch],
-) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Pairs each batch with the same batch whose examples have the encoder side of the next example.
+def with_wrong_inputs(batches: Sequence[HostBatch]) -> list[dict[str, np.ndarray]]:
+    """The same batches, each example with the encoder side (tokens, segment ids, positions) of the next example.
 
     The next example is the next row with any weight, across batches: rolling within a batch would make the result
     depend on the batch size, and give one row the empty input of a padding row. The last example gets the first's.
-
-    Raises:
-        UserError: a row holds two packed examples, or there are fewer than two examples.
     """
-    first: dict[str, np.ndarray] | None = None
-    held: tuple[dict[str, np.ndarray], np.ndarray] | None = None
-    waiting: list[dict[str, np.ndarray]] = []  # batches of padding alone after the one held
-    examples = 0
-    for batch in batches:
-        batch = {name: np.asarray(array) for name, array in batch.items()}
-        _refuse_packed_rows(batch)
-        real = np.flatnonzero((batch["decoder_loss_weights"] > 0).any(axis=1))
-        if not real.size:
-            waiting.append(batch)
-            continue
-        head = {name: array[real[0]] for name, array in _encoder_side(batch).items()}
-        first = first or head
-        examples += real.size
-        if held is not None:
-            yield held[0], _shifted(*held, head)
-        yield from ((padding, padding) for padding in waiting)
-        held, waiting = (batch, real), []
-    if held is None or examples < 2:
-        raise UserError(f"{examples} held-out examples with targets; shuffled inputs take at least two")
-    yield held[0], _shifted(*held, first)
-    yield from ((padding, padding) for padding in waiting)
-
-
-def _encoder_side(batch: HostBatch) -> dict[str, np.ndarray]:
-    """What belongs to the input: tokens and, when there, segment ids and positions."""
-    return {name: array for name, array in batch.items() if name.startswith("encoder_")}
-
-
-def _shifted(batch: HostBatch, real: np.ndarray, following: HostBatch) -> dict[str, np.ndarray]:
-    """The batch with each real row's encoder side taken from the next real row, and the last's from `following`."""
-    shifted = dict(batch)
-    for name, array in _encoder_side(batch).items():
-        shifted[name] = array.copy()
-        shifted[name][real[:-1]] = array[real[1:]]
-        shifted[name][real[-1]] = following[name]
-    return shifted
-
-
-def _refuse_packed_rows(batch: HostBatch) -> None:
     for name in ("encoder_segment_ids", "decoder_segment_ids"):
-        if name in batch and batch[name].max(initial=0) > 1:
+        if any(name in batch and batch[name].max(initial=0) > 1 for batch in batches):
             raise UserError(f"{name} of a held-out batch goes beyond 1; evaluate on unpacked examples (pack=False)")
-
-
-# Held-out texts are corrupted the same way in every run, so that metrics of different seeds are on the same examples.
-EVALUATION_SEED = 0
-REFERENCE_TOKENS = 2_000_000
-
-
-@dataclasses.dataclass(kw_only=True)
-class HeldOut:
-    """The evaluation batches of a task and the n-gram references counted on its training split.
-
-    Attributes:
-        mesh: where models are evaluated.
-        batches: unpacked NumPy batches of the held-out split, complete on every host, so that no metric depends on
-            the number of hosts.
-        ngrams: unigram and bigram references.
-        sentinel_ids: ids that the loss on non-sentinel tokens leaves out.
-    """
-
-    mesh: Mesh
-    batches: list[dict[str, np.ndarray]]
-    ngrams: NgramModel
-    sentinel_ids: range
-    _steps: dict[tuple[ModelConfig, str], Callable] = dataclasses.field(default_factory=dict)
-
-    def evaluate(self, config: ModelConfig, params: Any, placement: str = "sharded") -> DenoisingReport:
-        """The metrics of one model, its parameters on the host or on the mesh; compiled once for a configuration.
-
-        Args:
-            config: its settings.
-            params: its parameters.
-            placement: how they are sharded; see `sharding.logical_rules`.
-        """
-        if (config, placement) not in self._steps:
-            logits = self._logits(config, placement)
-            self._steps[config, placement] = make_denoising_step(
-                logits, sentinel_ids=self.sentinel_ids, eos_id=config.eos_id
-            )
-        params = jax.device_put(params, param_shardings(config, self.mesh, placement))
-        return evaluate_denoising(
-            self._steps[config, placement],
-            params,
-            self.batches,
-            ngrams=self.ngrams,
-            place=lambda batch: place_batch(host_rows(batch, self.mesh), self.mesh),
-        )
-
-    def on(self, mesh: Mesh) -> "HeldOut":
-        """The same evaluation on another mesh; reuses the data."""
-        return self if mesh == self.mesh else dataclasses.replace(self, mesh=mesh, _steps={})
-
-    def _logits(self, config: ModelConfig, placement: str) -> ApplyLogits:
-        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-            with activation_sharding(self.mesh, placement):
-                return model_logits(config)(params, batch)
-
-        return apply
-
-
-def eval_spec(data: Data) -> dict[str, Any]:
-    """The eval_spec: what held-out metrics depend on besides the model, as plain values."""
-    from endistill_jax.data.text_pipeline import resolve_task
-
-    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
-    return {"task": resolve_task(data.task).name} | lengths | data.evaluated
-
-
-def check_metric(name: str | None) -> None:
-    """Checks that a metric is among the held-out metrics.
-
-    Raises:
-        UserError: naming the valid ones.
-    """
-    known = [field.name for field in dataclasses.fields(DenoisingReport)]
-    if name is not None and name not in known:
-        raise UserError(f"Run.keep_best is {name!r}, which is no held-out figure; choose one of {', '.join(known)}")
-
-
-def prepare_held_out(data: Data, mesh: Mesh) -> HeldOut:
-    """Reads the held-out batches and counts the references."""
-    from endistill_jax.data.pipeline import make_iterator
-    from endistill_jax.data.text_pipeline import resolve_task
-    from endistill_jax.data.vocabulary import sentinel_ids
-
-    def batches(split: str, batch_size: int):
-        return make_iterator(
-            data.task,
-            split=split,
-            task_feature_lengths=data.feature_lengths,
-            batch_size=batch_size,
-            seed=EVALUATION_SEED,
-            pack=False,
-            # Shuffled once: a neighbor's input must be unrelated.
-            shuffle=True,
-            repeat=False,
-        )
-
-    vocabulary = resolve_task(data.task).output_features["targets"].vocabulary
-    counter = NgramCounter(vocabulary.vocab_size, max_tokens=REFERENCE_TOKENS)
-    for batch in batches("train", data.batch_size):
-        counter.update(batch)
-        if counter.full:
-            break
-    return HeldOut(
-        mesh=mesh,
-        batches=list(islice(batches(data.eval_split, data.eval_batch_size), data.eval_batches)),
-        ngrams=counter.fit(),
-        sentinel_ids=sentinel_ids(vocabulary),
-    )
+    real = [np.flatnonzero((batch["decoder_loss_weights"] > 0).any(axis=1)) for batch in batches]
+    ends = np.cumsum([0, *(rows.size for rows in real)])
+    if ends[-1] < 2:
+        raise UserError(f"{ends[-1]} held-out examples with targets; shuffled inputs take at least two")
+    wrong = [dict(batch) for batch in batches]
+    for name in (name for name in wrong[0] if name.startswith("encoder_")):
+        inputs = np.concatenate([batch[name][rows] for batch, rows in zip(batches, real, strict=True)])
+        following = np.split(np.roll(inputs, -1, axis=0), ends[1:-1])
+        for batch, rows, rolled in zip(wrong, real, following, strict=True):
+            batch[name] = batch[name].copy()
+            batch[name][rows] = rolled
+    return wrong

@@ -22,8 +22,6 @@ MetricFn = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
 
 def _of_known_targets(metric_fn: MetricFn) -> MetricFn:
-    """The metric, which is empty where every target is hidden."""
-
     @functools.wraps(metric_fn)
     def checked(targets, predictions):
         hidden = all(target == NO_LABEL for target in targets)
@@ -100,14 +98,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
 
 
 def check_packages(metric_fns: Iterable[Callable[..., Any]]) -> None:
-    """Checks that the packages of metrics are installed: before a model is trained, not when it is evaluated.
-
-    Args:
-        metric_fns: metrics of this module, partial applications of them, or others.
-
-    Raises:
-        UserError: naming the missing ones.
-    """
+    """Checks that the packages of metrics are installed: before a model is trained, not when it is evaluated."""
     for metric_fn in metric_fns:
         while isinstance(metric_fn, functools.partial):
             metric_fn = metric_fn.func
@@ -121,13 +112,10 @@ def rank_metrics(
     """Metrics of a classification by rank: the label with the highest score is the prediction, of equals the first.
 
     Args:
-      targets: the true value of each example, repeated for each of its labels; [examples * labels].
-      scores: log-likelihood of each label, an example's labels in their order; [examples * labels].
-      values: of each label, what `metric_fns` compare with targets; [labels].
-      metric_fns: metrics (targets, predictions) of one entry an example; their names must differ.
-
-    Raises:
-      UserError: scores that are not one for each label of each example.
+        targets: the true value of each example, repeated for each of its labels; [examples * labels].
+        scores: log-likelihood of each label, an example's labels in their order; [examples * labels].
+        values: of each label, what `metric_fns` compare with targets; [labels].
+        metric_fns: metrics (targets, predictions) of one entry an example; their names must differ.
     """
     if len(scores) != len(targets) or len(scores) % len(values):
         raise UserError(

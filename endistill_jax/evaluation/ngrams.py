@@ -24,23 +24,13 @@ _BUCKETS = 64  # powers of two of an int64 count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NgramModel:
-    """A fitted unigram and interpolated bigram model over target tokens.
+    """A fitted unigram and interpolated bigram model over target tokens."""
 
-    Attributes:
-        unigram: p1, float64 [vocab], sums to one.
-        context_counts: c(v), int64 [vocab].
-        pair_codes: sorted distinct `v * vocab + w` of the pairs seen, int64 [pairs].
-        pair_counts: how often each was seen, int64 [pairs].
-        interpolation: a(v), the weight of the bigram's relative frequency, float64 [vocab].
-        tokens: number of target tokens counted.
-    """
-
-    unigram: np.ndarray
-    context_counts: np.ndarray
-    pair_codes: np.ndarray
-    pair_counts: np.ndarray
-    interpolation: np.ndarray
-    tokens: int
+    unigram: np.ndarray  # p1, float64 [vocab], sums to one
+    context_counts: np.ndarray  # c(v), int64 [vocab]
+    pair_codes: np.ndarray  # sorted distinct `v * vocab + w` of the pairs seen, int64 [pairs]
+    pair_counts: np.ndarray  # how often each was seen, int64 [pairs]
+    interpolation: np.ndarray  # a(v), the weight of the bigram's relative frequency, float64 [vocab]
 
     def unigram_nats(self, targets: np.ndarray) -> np.ndarray:
         """`-log p1(target)` of each token, in nats; float64 in the shape of `targets`."""
@@ -57,101 +47,61 @@ class NgramModel:
 
 
 class NgramCounter:
-    """Counts target tokens and (previous, target) pairs of batches, in bounded memory, for `fit`.
+    """Gathers target tokens and the ones before them from batches, for `fit`; 8 bytes a token.
 
-    Feed it one pass over training examples: repeated examples bias the pair counts. Memory is at most
-    16 bytes for each distinct pair kept, of which there are never more than tokens counted.
-
-    Args:
-        vocab_size: number of token ids.
-        max_tokens: once this many tokens are counted, further batches are ignored and `full` is true.
-        merge_every: pairs gathered between two merges into the sorted counts.
+    Feed it one pass over training examples: repeated examples bias the pair counts. Once `max_tokens` are gathered,
+    `full` is true and further batches are ignored.
     """
 
-    def __init__(self, vocab_size: int, *, max_tokens: int = 20_000_000, merge_every: int = 1_000_000):
+    def __init__(self, vocab_size: int, *, max_tokens: int = 2_000_000):
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
-        self.merge_every = merge_every
         self.tokens = 0
-        self._codes = np.zeros(0, np.int64)
-        self._counts = np.zeros(0, np.int64)
-        self._pending: list[np.ndarray] = []
-        self._pending_size = 0
+        self._codes: list[np.ndarray] = []  # `previous * vocab_size + target`
 
     @property
     def full(self) -> bool:
-        """Whether `max_tokens` is reached; further batches are ignored."""
         return self.tokens >= self.max_tokens
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a batch's targets where `decoder_loss_weights` is not zero; batches may be packed.
-
-        Args:
-            batch: `decoder_input_tokens`, `decoder_target_tokens` and `decoder_loss_weights`, each [batch, target].
-
-        Raises:
-            UserError: a token id is outside the vocabulary.
-        """
+        """Counts a batch's targets, [batch, target], where `decoder_loss_weights` is not zero; it may be packed."""
         kept = np.asarray(batch["decoder_loss_weights"]) > 0
-        previous = np.asarray(batch["decoder_input_tokens"])[kept].astype(np.int64)
-        targets = np.asarray(batch["decoder_target_tokens"])[kept].astype(np.int64)
         room = max(self.max_tokens - self.tokens, 0)
-        previous, targets = previous[:room], targets[:room]
-        if not targets.size:
-            return
-        largest = int(max(previous.max(), targets.max()))
+        previous = np.asarray(batch["decoder_input_tokens"])[kept].astype(np.int64)[:room]
+        targets = np.asarray(batch["decoder_target_tokens"])[kept].astype(np.int64)[:room]
+        largest = max(previous.max(initial=0), targets.max(initial=0))
         if largest >= self.vocab_size:
             raise UserError(f"token id {largest} in the targets; a vocabulary of {self.vocab_size} ends before it")
-        self._pending.append(previous * self.vocab_size + targets)
-        self._pending_size += targets.size
+        self._codes.append(previous * self.vocab_size + targets)
         self.tokens += targets.size
-        if self._pending_size >= self.merge_every:
-            self._merge()
-
-    def _merge(self) -> None:
-        """Moves the pending pairs into the sorted distinct codes and their counts."""
-        fresh_codes, fresh_counts = np.unique(np.concatenate(self._pending), return_counts=True)
-        codes, places = np.unique(np.concatenate([self._codes, fresh_codes]), return_inverse=True)
-        counts = np.zeros(codes.size, np.int64)
-        np.add.at(counts, places, np.concatenate([self._counts, fresh_counts]))
-        self._codes, self._counts = codes, counts
-        self._pending, self._pending_size = [], 0
 
     def fit(self, *, smoothing: float = 0.5, iterations: int = 50) -> NgramModel:
         """Fits a model to the counts so far; counting may continue afterwards.
 
-        Args:
-            smoothing: added to every unigram count; positive.
-            iterations: of expectation maximization, fewer once the weights have converged.
-
-        Raises:
-            UserError: nothing was counted, or smoothing is not positive.
+        `smoothing`, positive, is added to every unigram count. There are fewer than `iterations` of expectation
+        maximization where the weights have converged.
         """
-        if smoothing <= 0:
-            raise UserError(f"smoothing {smoothing} of the unigram model; it must be positive, such as 0.5")
         if not self.tokens:
             raise UserError("no target tokens to count for the unigram and bigram references; is the split empty?")
-        if self._pending:
-            self._merge()
-        contexts, targets = np.divmod(self._codes, self.vocab_size)
+        codes, counts = np.unique(np.concatenate(self._codes), return_counts=True)
+        contexts, targets = np.divmod(codes, self.vocab_size)
         context_counts = np.zeros(self.vocab_size, np.int64)
         target_counts = np.zeros(self.vocab_size, np.int64)
-        np.add.at(context_counts, contexts, self._counts)
-        np.add.at(target_counts, targets, self._counts)
+        np.add.at(context_counts, contexts, counts)
+        np.add.at(target_counts, targets, counts)
         mass = smoothing * self.vocab_size
         # Leave-one-out estimates from the rest of the training tokens.
         left_out_unigram = (target_counts[targets] - 1 + smoothing) / (self.tokens - 1 + mass)
-        left_out_bigram = (self._counts - 1) / np.maximum(context_counts[contexts] - 1, 1)
+        left_out_bigram = (counts - 1) / np.maximum(context_counts[contexts] - 1, 1)
         bucket_weights = _interpolation_weights(
-            left_out_bigram, left_out_unigram, self._counts, _bucket(context_counts[contexts]), iterations
+            left_out_bigram, left_out_unigram, counts, _bucket(context_counts[contexts]), iterations
         )
         return NgramModel(
             unigram=(target_counts + smoothing) / (self.tokens + mass),
             context_counts=context_counts,
-            pair_codes=self._codes,
-            pair_counts=self._counts,
+            pair_codes=codes,
+            pair_counts=counts,
             interpolation=np.where(context_counts > 0, bucket_weights[_bucket(context_counts)], 0.0),
-            tokens=self.tokens,
         )
 
 

@@ -28,23 +28,15 @@ PREFIX = "probe/"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """Distances of a student from its teacher on held-out text.
+    """Distances of a student from its teacher on held-out text."""
 
-    Attributes:
-        terms: of each term of the objective by name (`cross/qk`, `logits`), its sum over all batches divided by its
-            weight.
-        loss: the terms' sum by their coefficients; by those of the first step, where they move.
-    """
-
-    terms: Mapping[str, float]
-    loss: float
+    terms: Mapping[str, float]  # by name (`cross/qk`, `logits`): the sum over all batches divided by its weight
+    loss: float  # the terms' sum by their coefficients; by those of the first step, where they move
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The terms as `probe/<term>`."""
         return {f"{prefix}{PREFIX}{name}": value for name, value in self.terms.items()}
 
     def summary(self) -> str:
-        """The terms in one number."""
         return f"from the teacher {self.loss:.3f}"
 
 
@@ -54,24 +46,14 @@ def make_probe_step(
     student: ModelConfig,
     teacher: ModelConfig,
     mesh: Mesh,
-    implementation: LossImplementation | None = None,
     teacher_sharding: str = "sharded",
 ) -> ProbeStep:
     """Builds the jitted step of a probe; reuse it, as each new one compiles again.
 
-    Args:
-        objective: the terms; the target is the teacher, also where targets are interpolated in training.
-        student: settings of the student; it runs without dropout.
-        teacher: settings of the teacher.
-        mesh: where both are placed.
-        implementation: implementation of the losses; by default chosen by platform and shape.
-        teacher_sharding: how the teacher's parameters are sharded; see `sharding.logical_rules`.
+    The target is the teacher, also where targets are interpolated in training.
 
     Returns:
         (params, teacher_params, batch) -> by the terms' names their sum and weight over the batch, float32 scalars.
-
-    Raises:
-        UserError: a term has parameters of its own, which are not part of a student.
     """
     student = dataclasses.replace(student, dropout_rate=0.0)
     carried = jax.eval_shape(lambda: init_objective(objective, jax.random.key(0), student, teacher))
@@ -82,7 +64,7 @@ def make_probe_step(
         student=student,
         teacher=teacher,
         objective=objective,
-        implementation=dataclasses.replace(implementation or LossImplementation(), axes=MeshAxes(mesh=mesh)),
+        implementation=LossImplementation(axes=MeshAxes(mesh=mesh)),
         teacher_sharding=teacher_sharding,
     )
 
@@ -104,18 +86,9 @@ def evaluate_probe(
     batches: Iterable[Mapping[str, np.ndarray]],
     place: Callable[[Mapping[str, np.ndarray]], Any] = lambda batch: batch,
 ) -> ProbeReport:
-    """Runs over held-out batches; sums and weights are each added up before they are divided, once.
+    """Runs over held-out batches of one shape; sums and weights are each added up before they are divided, once.
 
-    Args:
-        step: from `make_probe_step`.
-        objective: of the step.
-        params: the student's, on the mesh.
-        teacher_params: the teacher's, on the mesh.
-        batches: NumPy batches of one shape.
-        place: puts a global batch onto the step's devices.
-
-    Raises:
-        UserError: a term has no row or token in any batch.
+    `step` is from `make_probe_step`; `place` puts a global batch onto its devices.
     """
     sums: Counter[str] = Counter()  # Python floats: float64 sums of the steps' float32 sums
     weights: Counter[str] = Counter()
@@ -132,21 +105,13 @@ def evaluate_probe(
 
 @dataclasses.dataclass(kw_only=True)
 class Probe:
-    """How far students are from a teacher, by the terms of an objective; an `Evaluation`.
-
-    Attributes:
-        objective: the terms.
-        teacher: what they are compared with.
-        mesh: where both are evaluated.
-        batches: unpacked NumPy batches of held-out text, complete on every host.
-        teacher_sharding: how the teacher's parameters are sharded; see `sharding.logical_rules`.
-    """
+    """How far students are from a teacher, by the terms of an objective; an `Evaluation`."""
 
     objective: Objective
     teacher: TrainedModel
-    mesh: Mesh
-    batches: list[dict[str, np.ndarray]]
-    teacher_sharding: str = "sharded"
+    mesh: Mesh  # where student and teacher are evaluated
+    batches: list[dict[str, np.ndarray]]  # unpacked, of held-out text, complete on every host
+    teacher_sharding: str = "sharded"  # see `sharding.logical_rules`
     _steps: dict[ModelConfig, ProbeStep] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, config: ModelConfig, params: Any) -> ProbeReport:

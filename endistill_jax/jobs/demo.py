@@ -37,7 +37,6 @@ def demo(
         The rows of the table; None after a dry run.
 
     Raises:
-        UserError: invalid settings, before anything is created.
         Stopped: a signal stopped the run; progress is saved, and the same command resumes.
     """
     seeds = whole_numbers(seeds, "demo.seeds")

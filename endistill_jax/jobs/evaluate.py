@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
-from endistill_jax.checkpoints.models import CHECKPOINTS, TrainedModel, open_model, print_notes
+from endistill_jax.checkpoints.models import CHECKPOINTS, open_model, print_notes
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.task_metrics import TaskResult, check_task_metrics, prepare_task_metrics
 from endistill_jax.models.family import check_batches
@@ -61,15 +61,22 @@ def evaluate(
 
     Returns:
         The rows of the table, one a metric; None after a dry run.
-
-    Raises:
-        UserError: invalid settings, before anything is created.
     """
+    from endistill_jax.data.text_pipeline import resolve_task
+
     trained = open_model(model, dtype)
     print_notes(trained)
     if (epath.Path(model_dir).expanduser() / CHECKPOINTS).exists():
         raise UserError(f"evaluate.model_dir {model_dir} is that of a training run; give a folder of its own")
-    task = _check(trained, data, scored_by, decoding)
+    task = resolve_task(data.task)
+    vocabulary = task.output_features["targets"].vocabulary
+    agree("vocabulary and model", {"vocabulary": fingerprint_vocabulary(vocabulary), "step": trained.step})
+    check_vocabularies(vocabulary, trained.config, None)
+    check_batches(trained.config, vocabulary.eos_id)
+    check_same_vocabulary(vocabulary, trained, "the model")
+    if decoding is not None:
+        decoding.validate(trained.config)
+    check_task_metrics(data, scored_by)
     devices = make_mesh(*mesh)
     param_shardings(trained.config, devices, placement)
     if dry_run:
@@ -83,8 +90,9 @@ def evaluate(
 
     def keep(result: TaskResult) -> None:
         if is_primary:
-            keep_predictions(model_dir, result)
-            if is_submitted(result, data, scored_by):
+            path = epath.Path(model_dir).expanduser() / "predictions" / f"{result.task}.jsonl"
+            write_atomically(path, "".join(json_text(record) + "\n" for record in result.records))
+            if _is_submitted(result, data, scored_by):
                 submit(model_dir, result)
 
     params = trained.load_on(devices, placement)
@@ -104,13 +112,7 @@ def evaluate(
     return rows
 
 
-def keep_predictions(model_dir: str, result: TaskResult) -> None:
-    """Writes `predictions/<task>.jsonl`, a record of `TaskResult` a line."""
-    path = epath.Path(model_dir).expanduser() / "predictions" / f"{result.task}.jsonl"
-    write_atomically(path, "".join(json_text(record) + "\n" for record in result.records))
-
-
-def is_submitted(result: TaskResult, data: Data, scored_by: str) -> bool:
+def _is_submitted(result: TaskResult, data: Data, scored_by: str) -> bool:
     """Whether predictions are of a whole test split; of two of one task, those by rank, which are always labels."""
     from endistill_jax.tasks.text_to_text import task_labels
 
@@ -128,18 +130,3 @@ def submit(model_dir: str, result: TaskResult) -> None:
     folder = epath.Path(model_dir).expanduser() / "submission"
     path = write_submission(config, folder, result.row_numbers, result.values)
     print(f"wrote {path}")
-
-
-def _check(trained: TrainedModel, data: Data, scored_by: str, decoding: Decoding | None) -> Any:
-    from endistill_jax.data.text_pipeline import resolve_task
-
-    task = resolve_task(data.task)
-    vocabulary = task.output_features["targets"].vocabulary
-    agree("vocabulary and model", {"vocabulary": fingerprint_vocabulary(vocabulary), "step": trained.step})
-    check_vocabularies(vocabulary, trained.config, None)
-    check_batches(trained.config, vocabulary.eos_id)
-    check_same_vocabulary(vocabulary, trained, "the model")
-    if decoding is not None:
-        decoding.validate(trained.config)
-    check_task_metrics(data, scored_by)
-    return task

@@ -1,4 +1,4 @@
-"""Inference: generates text for every line of a file.
+"""Inference: generates text for every line of a file. Needs no TensorFlow.
 
 Each valid line of the input gives one line of the output, in order: an object with its number `line`, `inputs`,
 `prediction`, `score` (see `Decoded.scores`), and `cut` if the input was too long. The settings are stored next to the
@@ -9,7 +9,6 @@ On several hosts each reads the input, which must be the same; only the primary 
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -17,7 +16,9 @@ import jax
 
 from endistill_jax.checkpoints.fingerprint import fingerprint_vocabulary
 from endistill_jax.checkpoints.models import TrainedModel, choose_vocabulary, open_model, print_notes
+from endistill_jax.checkpoints.tokenizer import BYTES, Tokenizer, load_tokenizer
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.input_lines import InputFile
 from endistill_jax.evaluation.predictor import Predictor
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.multihost import agree, gather
@@ -95,54 +96,94 @@ def infer(
 
     Returns:
         How many lines the output has; None after a dry run.
-
-    Raises:
-        UserError: invalid settings, or an output made with different ones, before anything is written; later a bad
-            line or long input if set to "fail".
     """
-    from endistill_jax.data.input_lines import InputFile
-
     file, log = InputFile(input_file, field=reading.field), RecordLog(output_file)
     trained = open_model(model, dtype)
     print_notes(trained)
-    vocabulary = find_vocabulary(trained, vocabulary_file, extra_ids)
-    settings = {"batch_size": batch_size, "inputs_length": reading.inputs_length, "seed": seed, "placement": placement}
-    predictor = Predictor(trained.config, decoding, make_mesh(*mesh), **settings)
+    tokenizer = find_tokenizer(trained, vocabulary_file, extra_ids)
+    predictor = Predictor(
+        trained.config,
+        decoding,
+        make_mesh(*mesh),
+        batch_size=batch_size,
+        inputs_length=reading.inputs_length,
+        seed=seed,
+        sharding=placement,
+    )
     if dry_run:
         print(f"{model}: {trained.config}\nwould read {input_file} and write {output_file}, {decoding}, {reading}")
         return None
+    is_primary = jax.process_index() == 0
     manifest = {
-        "vocabulary": fingerprint_vocabulary(vocabulary),
+        "vocabulary": fingerprint_vocabulary(tokenizer),
         "batch_size": batch_size,
         "dtype": dtype,
         "seed": seed,
-    }
-    manifest |= {
         "decoding": dataclasses.asdict(decoding),
         "reading": dataclasses.asdict(reading),
-        "input": file.facts(),
+        "input": file.identity(),
     }
-    if jax.process_index() == 0:
+    if is_primary:
         log.check(manifest, unknown=("model",))  # before the model is read
     params = trained.load(predictor.shardings)
-    done = _begin(log, manifest | {"model": trained.fingerprint})
-    encoder = _Encoder(vocabulary, reading, after=done.last)
-    windows = encoder.windows(file, batch_size * WINDOW_BATCHES)
-    answers = ((rows[-1].number, list(_answers(predictor, params, vocabulary, rows))) for rows in windows)
-    done = _write(log, done, answers, of=manifest["input"]["lines"])
+    done = _open_output(log, manifest | {"model": trained.fingerprint})
+    written, cut, bad = done.records, done.marked[CUT], 0
+
+    most = reading.inputs_length - 1  # without the end
+    lines = iter(file)
+    while window := list(islice(lines, batch_size * WINDOW_BATCHES)):
+        for line in (line for line in window if line.problem is not None):
+            if reading.bad_lines == "fail":
+                raise UserError(f"{line.problem}; correct it, or skip such lines with Reading.bad_lines = 'skip'")
+            bad += 1
+            if line.number > done.last:
+                _log(f"skipped: {line.problem}")
+        good = [line for line in window if line.problem is None]
+        if not good or window[-1].number <= done.last:
+            continue
+        encoded = [tokenizer.encode(reading.prefix + line.text) for line in good]
+        for line, ids in zip(good, encoded, strict=True):
+            if len(ids) > most and reading.long_inputs == "fail":
+                raise UserError(
+                    f"line {line.number} has {len(ids) + 1} tokens with its end, and inputs_length is "
+                    f"{reading.inputs_length}; raise it, or set Reading.long_inputs = 'cut'"
+                )
+        inputs = [(*ids[:most], tokenizer.eos_id) for ids in encoded]
+        tokens, scores = predictor.generate(params, inputs, [line.number for line in good])
+        records = []
+        for line, ids, answer, score in zip(good, encoded, tokens.tolist(), scores, strict=True):
+            record = {NUMBER: line.number, "inputs": line.text, "prediction": tokenizer.decode(answer)}
+            records.append(record | {"score": float(score)} | ({CUT: True} if len(ids) > most else {}))
+        missing = [record for record in records if record[NUMBER] > done.last]
+        if is_primary:
+            log.append(missing)
+        written, cut = written + len(missing), cut + sum(CUT in record for record in missing)
+        _log(f"line {good[-1].number} of {manifest['input']['lines']}")
     print(
-        f"{output_file}: {done.records} lines written, {encoder.bad} bad lines skipped, "
-        f"{done.marked[CUT]} inputs cut to {reading.inputs_length} tokens"
+        f"{output_file}: {written} lines written, {bad} bad lines skipped, "
+        f"{cut} inputs cut to {reading.inputs_length} tokens"
     )
-    return done.records
+    return written
 
 
-def _begin(log: RecordLog, manifest: dict[str, Any]) -> Done:
-    """Opens the output and broadcasts its progress to all hosts; `length` is valid on the primary host only.
+def find_tokenizer(model: TrainedModel, file: str | None, extra_ids: int) -> Tokenizer:
+    """The tokenizer of the vocabulary given by the user, or of the one stored with the model; refuses another one."""
+    if file == BYTES:
+        tokenizer = load_tokenizer(BYTES, extra_ids=extra_ids)
+        if model.has_other_vocabulary(tokenizer):
+            raise UserError(
+                f"{model.source} was trained with another vocabulary than {BYTES} with {extra_ids} extra ids"
+            )
+    elif found := choose_vocabulary(model, file, extra_ids):
+        tokenizer = load_tokenizer(found.path, extra_ids=found.extra_ids)
+    else:
+        raise UserError(f"no vocabulary is stored with {model.source}; give its SentencePiece model: vocabulary_file")
+    check_vocabularies(tokenizer, model.config, None)
+    return tokenizer
 
-    Raises:
-        UserError: it was made with a different manifest, or the hosts disagree on it.
-    """
+
+def _open_output(log: RecordLog, manifest: dict[str, Any]) -> Done:
+    """Opens the output and broadcasts its progress to all hosts; `length` is valid on the primary host only."""
     agree("model and settings", manifest)
     found = Done(marked={CUT: 0})
     if jax.process_index() == 0:
@@ -150,109 +191,10 @@ def _begin(log: RecordLog, manifest: dict[str, Any]) -> Done:
         log.start(manifest, found)
     last, records, cut = map(int, gather([found.last, found.records, found.marked[CUT]])[0])
     if last:
-        _say(f"resumes after line {last}")
+        _log(f"resumes after line {last}")
     return Done(last=last, records=records, marked={CUT: cut})
 
 
-def _write(log: RecordLog, done: Done, answers: Iterable[tuple[int, list[dict[str, Any]]]], of: int) -> Done:
-    """Appends the missing records.
-
-    Args:
-        log: the output.
-        done: the progress so far.
-        answers: for each group of lines, the number of the last line and all records.
-        of: the total number of lines.
-
-    Returns:
-        The progress at the end.
-    """
-    records, cut = done.records, done.marked[CUT]
-    for number, answered in answers:
-        new = [record for record in answered if record[NUMBER] > done.last]
-        if jax.process_index() == 0:
-            log.append(new)
-        _say(f"line {number} of {of}")
-        records, cut = records + len(new), cut + sum(CUT in record for record in new)
-    return done._replace(records=records, marked={CUT: cut})
-
-
-def _answers(predictor: Predictor, params: Any, vocabulary: Any, rows: list["_Row"]) -> Iterator[dict[str, Any]]:
-    tokens, scores = predictor.generate(params, [row.ids for row in rows], [row.number for row in rows])
-    for row, ids, score in zip(rows, tokens.tolist(), scores, strict=True):
-        found = {NUMBER: row.number, "inputs": row.text, "prediction": vocabulary.decode(ids), "score": float(score)}
-        yield found | ({CUT: True} if row.cut else {})
-
-
-def find_vocabulary(model: TrainedModel, file: str | None, extra_ids: int) -> Any:
-    """The vocabulary of a model: the one given by the user, or the one stored with it.
-
-    Raises:
-        UserError: if there is none, or it is not the model's.
-    """
-    from endistill_jax.data.vocabulary import BYTES, load_vocabulary
-
-    if file == BYTES:
-        vocabulary = load_vocabulary(BYTES, extra_ids=extra_ids)
-        if model.has_other_vocabulary(vocabulary):
-            raise UserError(
-                f"{model.source} was trained with another vocabulary than {BYTES} with {extra_ids} extra ids"
-            )
-    else:
-        found = choose_vocabulary(model, file, extra_ids)
-        if found is None:
-            raise UserError(
-                f"no vocabulary is stored with {model.source}; give its SentencePiece model: vocabulary_file"
-            )
-        vocabulary = load_vocabulary(found.path, extra_ids=found.extra_ids)
-    check_vocabularies(vocabulary, model.config, None)
-    return vocabulary
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Row:
-    number: int
-    text: str
-    ids: tuple[int, ...]
-    cut: bool
-
-
-class _Encoder:
-    """Tokenizes lines in groups; counts bad lines, and reports those after line `after`."""
-
-    def __init__(self, vocabulary: Any, reading: Reading, *, after: int):
-        self._vocabulary, self._reading, self._after = vocabulary, reading, after
-        self.bad = 0
-
-    def windows(self, lines: Iterable[Any], size: int) -> Iterator[list[_Row]]:
-        """The good lines of every `size` lines, from those on that have a line after `after`."""
-        iterator = iter(lines)
-        while window := list(islice(iterator, size)):
-            for line in window:
-                if line.problem is not None:
-                    self._meet_bad(line)
-            good = [line for line in window if line.problem is None]
-            if good and window[-1].number > self._after:
-                yield [self._row(line) for line in good]
-
-    def _meet_bad(self, line: Any) -> None:
-        if self._reading.bad_lines == "fail":
-            raise UserError(f"{line.problem}; correct it, or skip such lines with Reading.bad_lines = 'skip'")
-        self.bad += 1
-        if line.number > self._after:
-            _say(f"skipped: {line.problem}")
-
-    def _row(self, line: Any) -> _Row:
-        reading = self._reading
-        ids, most = self._vocabulary.encode(reading.prefix + line.text), reading.inputs_length - 1
-        if len(ids) > most and reading.long_inputs == "fail":
-            raise UserError(
-                f"line {line.number} has {len(ids) + 1} tokens with its end, and inputs_length is "
-                f"{reading.inputs_length}; raise it, or set Reading.long_inputs = 'cut'"
-            )
-        kept = (*ids[:most], self._vocabulary.eos_id)
-        return _Row(number=line.number, text=line.text, ids=kept, cut=len(ids) > most)
-
-
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     if jax.process_index() == 0:
         print(f"infer: {text}", file=sys.stderr, flush=True)

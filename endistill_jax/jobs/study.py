@@ -8,7 +8,7 @@ import jax
 
 from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel
 from endistill_jax.core.errors import UserError, naming, whole_numbers
-from endistill_jax.multihost import code_facts
+from endistill_jax.multihost import code_versions
 from endistill_jax.objectives import Objective
 from endistill_jax.sharding import host_part
 from endistill_jax.studies.arms import Arm, StudyRun, plan_study
@@ -103,7 +103,7 @@ def study(
         "teacher": {"source": teacher.source, "dtype": teacher.config.dtype} | teacher.config.architecture(),
         **{name: _settings(value) for name, value in (("data", data), ("run", experiment.run), ("tasks", tasks))},
         "judged_by": eval_spec,
-        "versions": code_facts(),
+        "versions": code_versions(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "teacher_figures": teacher_report,
         "runs": ended_runs,  # what has ended comes first, so that none of it is missing while the rest is run

@@ -32,9 +32,6 @@ def train_vocabulary(
         text_field: feature of the source's examples that holds the text.
         max_documents: read at most so many texts.
         dry_run: print what would be done, and do nothing.
-
-    Raises:
-        UserError: if the file exists, there is no such split, or the texts do not allow so many pieces.
     """
     require_one_process("train_vocabulary")
     from endistill_jax.data.text_pipeline import read_texts

@@ -79,7 +79,7 @@ class Training:
 
     def check(self) -> None:
         """Finds what would go wrong later, before anything is created."""
-        from endistill_jax.data.pipeline import check_split
+        from endistill_jax.data.text_pipeline import check_split
 
         experiment = self.experiment
         if (experiment.initial_checkpoint is None) != (self.initial is None):

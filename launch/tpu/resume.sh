@@ -72,7 +72,7 @@ look_after_workers() {
     LOST=''
     states="$(worker_states)" || states=''
     became="$(outcome "$JOB" "$(worker_count "$listing")" "$states")"
-    tell "$became"
+    report "$became"
     step "$became"
 }
 
@@ -88,15 +88,15 @@ lose() {
     fi
 }
 
-# tell OUTCOME: prints it once; unresponsive workers every ten minutes, as they may need attention.
-tell() {
+# report OUTCOME: prints it once; unresponsive workers every ten minutes, as they may need attention.
+report() {
     if [[ $1 != "$LAST_SEEN" ]]; then
         LAST_SEEN="$1" SEEN_SINCE="$(now)"
-        TOLD="$SEEN_SINCE"
+        REPORTED="$SEEN_SINCE"
         say "the run is $1"
-    elif [[ $1 == unreachable ]] && (($(now) - TOLD >= 600)); then
-        TOLD="$(now)"
-        say "workers of $NAME have not answered for $(((TOLD - SEEN_SINCE) / 60)) minutes"
+    elif [[ $1 == unreachable ]] && (($(now) - REPORTED >= 600)); then
+        REPORTED="$(now)"
+        say "workers of $NAME have not answered for $(((REPORTED - SEEN_SINCE) / 60)) minutes"
     fi
 }
 

@@ -95,7 +95,7 @@ failure_reason() { "${QUEUE[@]}" describe "$NAME" "${PLACE[@]}" '--format=value(
 slices() {
     local names listing name
     names="$(ask_names)" && listing="$(ask_slices)" || return 1
-    [[ $names ]] || { say "$NAME does not tell the names of its slices" && return 1; }
+    [[ $names ]] || { say "$NAME does not list its slices" && return 1; }
     for name in ${names//;/ }; do
         awk -v name="$name" '$1 == name { print $1, $2, $3; found = 1 } END { if (!found) print name, "MISSING", 0 }' <<<"$listing"
     done

@@ -223,7 +223,7 @@ def test_state_of_a_finished_pass_is_finished(document_task):
 
 def test_state_of_other_settings_is_refused_by_name(stream_task):
     state = _iterator(stream_task, seed=1).state()
-    with pytest.raises(UserError, match="batch_size was 4 and is 8; seed was 1 and is 2"):
+    with pytest.raises(UserError, match="batch_size is 4 there and 8 here; seed is 1 there and 2 here"):
         _iterator(stream_task, seed=2, batch_size=8).restore(state)
     with pytest.raises(UserError, match="not the state"):
         _iterator(stream_task).restore({"shard_0_of_1": b"nonsense"})

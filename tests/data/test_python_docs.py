@@ -83,7 +83,7 @@ def test_near_copies_are_not_on_both_sides():
     shared = " ".join(f"word{chr(97 + n)}" for n in range(20))
     texts = [f"{shared} {chr(97 + n)}{chr(97 + n)}" for n in range(26)]
     documents = [docstrings.Document(text=text, module="m", name="", source="s") for text in texts]
-    splits = python_docs.split_documents(documents)
+    splits = docstrings.split_documents(documents)
     held_out = splits["validation"] + splits["test"]
     assert not (splits["train"] and held_out) and (splits["train"] or held_out)
 
@@ -98,4 +98,4 @@ def test_standard_library_is_english_text():
 
 def test_unknown_configuration():
     with pytest.raises(UserError, match="no configuration 'all'; it has stdlib, packages"):
-        python_docs_builder("all")
+        PythonDocsSource("all")

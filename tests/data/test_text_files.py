@@ -6,8 +6,9 @@ import json
 import pytest
 
 from endistill_jax.core.errors import UserError
+from endistill_jax.data.input_lines import json_text
 from endistill_jax.data.pipeline import make_iterator
-from endistill_jax.data.text_files import TextFilesSource, json_text, matching_files
+from endistill_jax.data.text_files import TextFilesSource, matching_files
 
 
 def _texts(folder, **settings):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from endistill_jax.checkpoints.tokenizer import sentinel_ids
 from endistill_jax.core.errors import UserError
 from endistill_jax.data import vocabulary
 
@@ -39,7 +40,6 @@ def test_printable_ascii_is_never_unknown(model):
 def test_bundled_vocabulary():
     bundled = vocabulary.bundled_vocabulary()
     assert bundled.vocab_size == 8100
-    assert vocabulary.padded_vocab_size(bundled) == 8192
     pieces = bundled.encode("Return the first item of the sequence, or raise IndexError if it is empty.")
     assert len(pieces) == 17
 
@@ -65,24 +65,18 @@ def test_same_ids_as_hugging_face():
 
 def test_sentinels_are_extra_ids_or_the_last_pieces(tmp_path, model):
     plain = vocabulary.load_vocabulary(model, extra_ids=7)
-    assert vocabulary.sentinel_ids(plain) == range(100, 107)
+    assert sentinel_ids(plain) == range(100, 107)
     (tmp_path / "mt5.model").write_bytes(plain.sp_model)
-    assert vocabulary.sentinel_ids(vocabulary.load_vocabulary(tmp_path / "mt5.model", extra_ids=0)) == range(100, 107)
-    assert len(vocabulary.sentinel_ids(vocabulary.load_vocabulary(model, extra_ids=0))) == 0
-    assert vocabulary.sentinel_ids(vocabulary.load_vocabulary("bytes")) == range(259, 359)
-    assert len(vocabulary.sentinel_ids(vocabulary.load_vocabulary("bytes", extra_ids=0))) == 0
+    assert sentinel_ids(vocabulary.load_vocabulary(tmp_path / "mt5.model", extra_ids=0)) == range(100, 107)
+    assert len(sentinel_ids(vocabulary.load_vocabulary(model, extra_ids=0))) == 0
+    assert sentinel_ids(vocabulary.load_vocabulary("bytes")) == range(259, 359)
+    assert len(sentinel_ids(vocabulary.load_vocabulary("bytes", extra_ids=0))) == 0
 
 
 def test_bytes():
     loaded = vocabulary.load_vocabulary("bytes")
     assert loaded.vocab_size == 3 + 256 + 100
     assert loaded.decode(loaded.encode("né\n")) == "né\n"
-
-
-def test_padded_size_is_the_next_multiple():
-    loaded = vocabulary.load_vocabulary("bytes", extra_ids=125)
-    assert vocabulary.padded_vocab_size(loaded, 128) == 384
-    assert vocabulary.padded_vocab_size(loaded, 1) == 384
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def test_wrong_input_moves_everything_of_the_encoder_side_and_nothing_else(examp
         "encoder_segment_ids": (examples["encoder_input_tokens"] != 0).astype(np.int32),
         "decoder_segment_ids": examples["decoder_loss_weights"],
     }
-    pairs = list(with_wrong_inputs(batched(examples | segments, 3)))
-    wrong = {name: np.concatenate([pair[1][name] for pair in pairs])[:7] for name in pairs[0][1]}
+    batches = with_wrong_inputs(batched(examples | segments, 3))
+    wrong = {name: np.concatenate([batch[name] for batch in batches])[:7] for name in batches[0]}
     np.testing.assert_array_equal(wrong["encoder_input_tokens"], np.roll(examples["encoder_input_tokens"], -1, 0))
     np.testing.assert_array_equal(wrong["encoder_segment_ids"], wrong["encoder_input_tokens"] != 0)
     np.testing.assert_array_equal(wrong["decoder_target_tokens"], examples["decoder_target_tokens"])

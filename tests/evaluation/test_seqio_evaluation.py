@@ -12,13 +12,14 @@ from endistill_jax.core.errors import UserError
 from endistill_jax.data.vocabulary import load_vocabulary
 from endistill_jax.evaluation.metrics import accuracy, rouge
 from endistill_jax.evaluation.predictor import Predictor, batches_by_length, choices_of_each_input, make_score_step
-from endistill_jax.evaluation.task_metrics import TaskEvaluator, check_tasks, make_evaluators
+from endistill_jax.evaluation.task_metrics import TaskEvaluator, check_task_metrics
 from endistill_jax.models.family import init_params
 from endistill_jax.models.generation.generation import Decoding
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.models.t5.t5 import T5
 from endistill_jax.sharding import make_mesh
 from endistill_jax.tasks.text_to_text import TextToText, label_index, text_to_text_task
+from endistill_jax.train.experiment import Data
 
 LENGTHS = {"inputs": 16, "targets": 8}
 LABELS = ("yes", "no", "maybe")
@@ -106,7 +107,7 @@ def test_the_right_label_on_top_is_perfect_by_rank(label_task):
     found = evaluator.evaluate(copying, score)
     assert found.metrics == {"accuracy": 100.0} and found.task == "evaluation_tests_label_ranked_v1"
     assert found.counted_as == "evaluation_tests_label_v1"
-    assert evaluator.size == len(found.records) == len(WORDS)
+    assert len(found.records) == len(WORDS)
     assert found.records[1] == {
         "index": 1,
         "inputs": "two two",
@@ -120,9 +121,8 @@ def test_the_right_label_on_top_is_perfect_by_rank(label_task):
 def test_neither_padding_nor_batches_change_a_metric_or_a_prediction(text_task, label_task, params, predictors):
     def run(batch_size):
         predictor, found = predictors(batch_size), []
-        for evaluator in make_evaluators(
-            [text_task, label_task], split="validation", lengths=LENGTHS, scored_by="both"
-        ):
+        for task, by_rank in ((text_task, False), (label_task, False), (label_task, True)):
+            evaluator = TaskEvaluator(task, split="validation", lengths=LENGTHS, by_rank=by_rank)
             found.append(
                 evaluator.evaluate(
                     lambda dataset: predictor.predict(params, dataset), lambda dataset: predictor.score(params, dataset)
@@ -173,12 +173,12 @@ def test_labels_of_one_input_are_recognized_also_where_inputs_repeat():
 def test_batches_have_few_shapes_and_every_text_once():
     texts = [tuple(range(1, 1 + length)) for length in (3, 16, 1, 8, 4, 5, 2, 4)]
     batches = list(batches_by_length(texts, 2, 16))
-    assert {batch.tokens.shape for batch in batches} == {(2, 4), (2, 8), (2, 16)}
-    assert sorted(index for batch in batches for index in batch.indices) == list(range(8))
-    for batch in batches:
-        for index, row in zip(batch.indices, batch.tokens, strict=False):
+    assert {tokens.shape for _, tokens in batches} == {(2, 4), (2, 8), (2, 16)}
+    assert sorted(index for indices, _ in batches for index in indices) == list(range(8))
+    for indices, tokens in batches:
+        for index, row in zip(indices, tokens, strict=False):
             assert tuple(row[row != 0]) == texts[index]
-        assert not batch.tokens[len(batch.indices) :].any()
+        assert not tokens[len(indices) :].any()
 
 
 def test_metric_names_are_known_before_any_model_is_run(text_task, label_task):
@@ -189,4 +189,4 @@ def test_metric_names_are_known_before_any_model_is_run(text_task, label_task):
 
 def test_open_targets_cannot_be_ranked(text_task):
     with pytest.raises(UserError, match="no task of evaluation_tests_text_v1 has labels to rank"):
-        check_tasks(text_task, split="validation", lengths=LENGTHS, scored_by="rank")
+        check_task_metrics(Data(task=text_task, inputs_length=16, targets_length=8), "rank")

@@ -46,5 +46,5 @@ def test_the_mesh_changes_neither_texts_nor_scores():
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="batch of 6 examples does not split over data x fsdp = 4; choose 8"):
+    with pytest.raises(UserError, match="batch size is 6; it must be a multiple of 4 .*choose 4 or 8"):
         make_predictor(2, 2, 2, batch_size=6)

@@ -63,16 +63,9 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """One forward pass with teacher forcing: float32 logits [batch, target, vocab_size].
 
-        Args:
-            encoder_input_tokens: int [batch, source]; 0 is padding.
-            decoder_input_tokens: int [batch, target].
-            decoder_target_tokens: int [batch, target]; 0 is padding.
-            encoder_segment_ids: int [batch, source], given when examples are packed.
-            decoder_segment_ids: int [batch, target], likewise.
-            encoder_positions: not needed: distances within an example are those within its row.
-            decoder_positions: likewise.
-            enable_dropout: with a "dropout" key in `rngs`.
-            decode: also puts an empty cache for `target` tokens into the collection "cache".
+        Tokens are int [batch, source] and [batch, target], 0 is padding; segment ids are given when examples are
+        packed. Positions are not needed: distances within an example are those within its row. `decode` also puts an
+        empty cache for `target` tokens into the collection "cache".
         """
         if decode:
             rows, length = decoder_input_tokens.shape
@@ -112,16 +105,10 @@ class Transformer(nn.Module):
         decode: bool = True,
         max_decode_length: int | None = None,
     ) -> jax.Array:
-        """Decodes one token of each example: float32 logits [batch, 1, vocab_size]; updates the cache.
+        """Decodes one token of each example, [batch, 1]: float32 logits [batch, 1, vocab_size]; updates the cache.
 
-        Args:
-            encoded: from `encode`.
-            encoder_input_tokens: int [batch, source], for the padding mask.
-            decoder_input_tokens: int [batch, 1].
-            decoder_target_tokens: not read.
-            enable_dropout: must be false.
-            decode: must be true; whole targets are for `__call__`.
-            max_decode_length: not read: the cache has it.
+        `encoder_input_tokens` give the padding mask. `decoder_target_tokens` and `max_decode_length` are not read: the
+        cache has the length.
         """
         self._check_no_dropout(enable_dropout)
         if not decode:
@@ -160,11 +147,8 @@ def logical_axes(boxed: Any, stacked: bool = False) -> Any:
     """T5X's collection "params_axes" of boxed parameters: `encoder/layers_0/attention/query/kernel_axes` etc.
 
     The names of our axes that parameters have (`vocab`, `embed`, `joined_kv`, `mlp`, `heads`, `relpos_buckets`,
-    `layers`) are T5X's, whose standard partitioning rules and factorization rules know them all.
-
-    Args:
-        boxed: of `boxed_init`, or its shapes.
-        stacked: of the parameters as they are; else of those with one subtree a layer.
+    `layers`) are T5X's, whose standard partitioning rules and factorization rules know them all. `boxed` is that of
+    `boxed_init`, or its shapes; unless `stacked`, the result has one subtree a layer.
     """
     axes = {}
     for (part, *path, name), box in flatten_dict(boxed).items():

@@ -40,16 +40,8 @@ class MiniEndModel(models.EncoderDecoderModel):
         teacher: "bundled", a Hugging Face T5 folder, a T5X checkpoint, or the model directory of a run; None if the
             objective needs none.
         objective: terms without step-dependent coefficients or parameters of their own.
-        input_vocabulary: of the task; must be the teacher's.
-        output_vocabulary: the same.
-        optimizer_def: as for any model of T5X.
+        input_vocabulary: of the task; must be the teacher's, as must `output_vocabulary`.
         teacher_dtype: type of the teacher's parameters and computations.
-        decode_fn: how the student generates text.
-        feature_converter_cls: as for any model of T5X.
-        default_decoder_params: likewise.
-
-    Raises:
-        UserError: if objective, models and vocabulary do not fit each other, or there is no such teacher.
     """
 
     def __init__(
@@ -114,8 +106,8 @@ class MiniEndTrainer(trainer.Trainer):
     """T5X's trainer, which also passes the teacher's parameters to every step.
 
     They are an argument of the compiled step: arrays that a traced function closes over are embedded in the executable
-        as constants, on every host, and cannot be sharded over several hosts. They are not part of the train state, so
-        neither of the optimizer's state nor of checkpoints.
+    as constants, on every host, and cannot be sharded over several hosts. They are not part of the train state, so
+    neither of the optimizer's state nor of checkpoints.
 
     Gradients of micro-batches add up to those of the whole batch, whatever their padding.
     """
