@@ -61,7 +61,7 @@ class T5XSource(Source):
 
     def read(self, parameter: Parameter) -> np.ndarray:
         """One tensor in our orientation, of the type it is stored in, finite."""
-        found = self._format.place(parameter, self._layout)
+        found = self._format.places(parameter, self.config, self._layout)[0]
         tensor = self._read(found).reshape(parameter.shape)
         check_finite(tensor, f"{self._arrays[found.name].where}: {parameter.name}")
         return tensor

@@ -58,22 +58,14 @@ class Where(NamedTuple):
     arrays: str
 
 
-def place(parameter: Parameter, layout: Layout) -> Place:
-    """The name of a tensor; for position biases that repeat in every layer, of the first."""
-    stack = parameter.path[0]
-    if stack in STACKS and parameter.path[1:] == BIAS and layout.bias_per_layer:
-        return _in_layer(stack, BIAS, 0, layout)
-    if parameter.layer is None:
-        return Place(parameter.name, None)
-    return _in_layer(stack, parameter.path[2:], parameter.layer, layout)
-
-
 def places(parameter: Parameter, config: T5Config, layout: Layout) -> list[Place]:
     """All places that hold a tensor: more than one for a stack's position bias that repeats in every layer."""
     stack = parameter.path[0]
     if layout.bias_per_layer and parameter.path[1:] == BIAS:
         return [_in_layer(stack, BIAS, layer, layout) for layer in range(config.depth(stack))]
-    return [place(parameter, layout)]
+    if parameter.layer is None:
+        return [Place(parameter.name, None)]
+    return [_in_layer(stack, parameter.path[2:], parameter.layer, layout)]
 
 
 def tensor_shapes(parameter: Parameter, config: T5Config) -> tuple[tuple[int, ...], ...]:
