@@ -94,7 +94,7 @@ def replace_folder(
 ) -> Iterator[pathlib.Path]:
     """Yields a temporary folder next to `path`; it is renamed on success and removed on failure.
 
-    What may be overwritten is said as for `check_free`.
+    `overwrite` and `marker` are those of `check_free`.
     """
     check_free(path, overwrite=overwrite, marker=marker)
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
