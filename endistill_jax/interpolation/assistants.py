@@ -15,10 +15,10 @@ Sizes are rounded:
     head_dim                the teacher's, then the student's; halves or doubles of the teacher's in between
     all else                the student's: kind of MLP and head, vocabulary, relative positions, execution
 
-Of each width the multiples below and above its mean are candidates, with each head_dim, and of their combinations the
-one is taken whose parameters are nearest to P_f. Sizes are monotonic along the chain, so that a stage may start from a
-slice of its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's
-kind has as many parameters.
+Of each width the multiples below and above its mean are candidates, with each head_dim; the combination whose
+parameters are nearest to P_f is taken. Sizes are monotonic along the chain, so that a stage may start from a slice of
+its teacher. Where the kinds of MLP differ, the teacher's mlp_dim counts as the width at which the student's kind has as
+many parameters.
 
 How far one stage should reach is not known for encoder-decoders. The default bound of 2.5 on the ratio of non-embedding
 parameters follows the law of capacity gap of Zhang et al. (arXiv 2311.07052), by which the best teacher of a student is
@@ -42,15 +42,12 @@ HEADS = 4
 # What has a geometric mean.
 _DEPTHS = ("num_encoder_layers", "num_decoder_layers")
 _WIDTHS = ("d_model", "num_heads", "mlp_dim")
+_Sizes = dict[str, float]
 
 
 def non_embedding_params(config: ModelConfig) -> int:
-    """Parameters without the token table and without a head of its own; relative positions and scales count."""
-    kernels = (len(config.mlp_activations) + 1) * config.d_model * config.mlp_dim
-    attention = 4 * config.d_model * config.inner_dim
-    encoder = config.num_encoder_layers * (attention + kernels + 2 * config.d_model)
-    decoder = config.num_decoder_layers * (2 * attention + kernels + 3 * config.d_model)
-    return encoder + decoder + 2 * (config.d_model + config.num_heads * config.relative_buckets)
+    """Parameters without the token table and without a head of its own."""
+    return config.family.non_embedding_params(config)
 
 
 def plan_assistants(
@@ -69,20 +66,13 @@ def plan_assistants(
         number: how many; None takes the fewest whose rounded shapes keep the bound, none where the student itself does.
         largest_ratio: bound on the ratio of non-embedding parameters of every two neighbors; unused with a `number`.
         relation_heads: numbers that must divide the joined heads, as they do in teacher and student.
-
-    Raises:
-        UserError: a student that is not smaller than its teacher, a number below 1, a bound that is not above 1, or too
-            few shapes of whole tiles and heads in between.
     """
     check_assistants(teacher, (), student)
     fitting = [heads for heads in relation_heads if teacher.inner_dim % heads == student.inner_dim % heads == 0]
     divisor = math.lcm(1, *fitting)
     if number is not None:
         if number < 1:
-            raise UserError(
-                f"the number of assistants is {number}; give 1 or more, or leave it out; for a distillation without "
-                "assistants run jobs.distill"
-            )
+            raise UserError(f"the number of assistants is {number}; give 1 or more, or run jobs.distill without any")
         planned = _interpolate(teacher, student, number, divisor)
         if planned is None:
             raise UserError(
@@ -90,8 +80,6 @@ def plan_assistants(
                 "of whole tiles and heads; give fewer"
             )
         return planned
-    if not 1 < largest_ratio < math.inf:
-        raise UserError(f"largest_ratio is {largest_ratio}; it must be above 1, such as {LARGEST_RATIO}")
     for count in range(MOST + 1):
         planned = _interpolate(teacher, student, count, divisor)
         if planned is None:
@@ -106,23 +94,18 @@ def plan_assistants(
 
 def ratios(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: ModelConfig) -> list[float]:
     """Of every stage: non-embedding parameters of its teacher to those of its student."""
-    sizes = [non_embedding_params(config) for config in (teacher, *assistants, student)]
+    sizes = map(non_embedding_params, (teacher, *assistants, student))
     return [larger / smaller for larger, smaller in itertools.pairwise(sizes)]
 
 
 def check_assistants(teacher: ModelConfig, assistants: Sequence[ModelConfig], student: ModelConfig) -> None:
-    """Checks that every model has fewer non-embedding parameters than its teacher.
-
-    Raises:
-        UserError: naming the first pair that violates this, and their sizes.
-    """
+    """Checks that every model has fewer non-embedding parameters than its teacher."""
     names = ("the teacher", *(f"assistant {number}" for number in range(1, len(assistants) + 1)), "the student")
-    models = zip(names, (teacher, *assistants, student), strict=True)
-    for (larger, teaching), (smaller, learning) in itertools.pairwise(models):
-        sizes = non_embedding_params(teaching), non_embedding_params(learning)
-        if sizes[1] >= sizes[0]:
+    sizes = map(non_embedding_params, (teacher, *assistants, student))
+    for (larger, most), (smaller, least) in itertools.pairwise(zip(names, sizes, strict=True)):
+        if least >= most:
             raise UserError(
-                f"{smaller} has {sizes[1]:,} non-embedding parameters and {larger}, which teaches it, {sizes[0]:,}; "
+                f"{smaller} has {least:,} non-embedding parameters and {larger}, which teaches it, {most:,}; "
                 "it must have fewer"
             )
 
@@ -163,18 +146,18 @@ def _head_dims(first: int, last: int) -> list[int]:
     return steps if last == first else [*steps, last]
 
 
-def _sizes(config: ModelConfig, student: ModelConfig) -> dict[str, float]:
+def _sizes(config: ModelConfig, student: ModelConfig) -> _Sizes:
     """A model's sizes, its MLP as wide as one of the student's kind with as many parameters."""
-    sizes: dict[str, float] = {name: getattr(config, name) for name in (*_DEPTHS, *_WIDTHS)}
-    sizes["mlp_dim"] *= (len(config.mlp_activations) + 1) / (len(student.mlp_activations) + 1)
+    sizes: _Sizes = {name: getattr(config, name) for name in (*_DEPTHS, *_WIDTHS)}
+    sizes["mlp_dim"] *= config.family.mlp_kernels(config) / student.family.mlp_kernels(student)
     return sizes
 
 
 def _units(teacher: ModelConfig, student: ModelConfig, head_dim: int, divisor: int) -> dict[str, int]:
     """What each width is a multiple of."""
-    heads = math.lcm(_unit(HEADS, teacher.num_heads, student.num_heads), divisor // math.gcd(divisor, head_dim))
     units = {name: _unit(TILE, getattr(teacher, name), getattr(student, name)) for name in ("d_model", "mlp_dim")}
-    return units | {"num_heads": heads}
+    heads = _unit(HEADS, teacher.num_heads, student.num_heads)
+    return units | {"num_heads": math.lcm(heads, divisor // math.gcd(divisor, head_dim))}
 
 
 def _unit(largest: int, *ends: int) -> int:
@@ -186,12 +169,7 @@ def _unit(largest: int, *ends: int) -> int:
 
 
 def _shapes(
-    student: ModelConfig,
-    means: dict[str, float],
-    before: dict[str, float],
-    end: dict[str, float],
-    units: dict[str, int],
-    head_dim: int,
+    student: ModelConfig, means: _Sizes, before: _Sizes, end: _Sizes, units: dict[str, int], head_dim: int
 ) -> Iterator[ModelConfig]:
     """All shapes of the nearest depths and of the widths around their means, none outside of its neighbors' sizes."""
     depths = {name: math.floor(means[name] + 0.5) for name in _DEPTHS}

@@ -1,4 +1,4 @@
-"""The stages of interpolated distillation as plain settings: teacher, student, length and cost of each.
+"""The stages of interpolated distillation: their settings, and the teacher, student, length and cost of each.
 
 A chain goes from the teacher over its assistants to the student. Each stage is an ordinary distillation, whose student
 is the next stage's teacher.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from endistill_jax.checkpoints.student_init import StudentInit
-from endistill_jax.core.errors import UserError, as_tuple, is_positive, is_whole
+from endistill_jax.core.errors import UserError, as_tuple, is_positive, is_whole, require_choice
 from endistill_jax.interpolation.assistants import (
     LARGEST_RATIO,
     check_assistants,
@@ -25,13 +25,24 @@ from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.training import as_teacher
 
-KEEP = ("params", "all")
-# Of settings that list things: what, and which are right.
-LISTED = {
+# Settings that list things: what they list, and whether an item is valid.
+_LISTS = {
     "assistants": ("shapes, such as (@first/sizes.build(),)", lambda each: hasattr(each, "architecture")),
     "steps": ("whole numbers above 0, such as (20000, 50000)", functools.partial(is_whole, least=1)),
     "shares": ("numbers above 0, such as (1, 1.5)", is_positive),
 }
+_COLUMNS = (
+    Column(key="stage", title="stage"),
+    Column(key="shape", title="layers x width, heads, MLP"),
+    Column(key="parameters", title="parameters", kind="count"),
+    Column(key="body", title="non-embedding", kind="count"),
+    Column(key="ratio", title="ratio", kind="number"),
+    Column(key="token_flops", title="FLOPs a token", kind="number"),
+    Column(key="steps", title="steps", kind="number"),
+    Column(key="flops", title="FLOPs", kind="number"),
+    Column(key="share", title="share", kind="share"),
+    Column(key="state", title="state"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +50,6 @@ class StageSettings:
     """Overrides of one stage; None keeps the common setting.
 
     Attributes:
-        objective: of the stage.
-        optimizer: optimizer and learning-rate schedule.
         run: length, mesh, logging and checkpoints. Its `steps` are the stage's, unless `Interpolation` sets them; its
             seed is that of the chain's run.
         init: how its student is initialized.
@@ -80,7 +89,7 @@ class Interpolation:
     keep: str = "params"
 
     def __post_init__(self):
-        for name, (wanted, fits) in LISTED.items():
+        for name, (wanted, fits) in _LISTS.items():
             if getattr(self, name) is not None:
                 given = as_tuple(getattr(self, name), f"Interpolation.{name}", wanted, fits)
                 object.__setattr__(self, name, given)
@@ -90,8 +99,7 @@ class Interpolation:
                 f"Interpolation.stages is {stages!r}; give settings by number of the stage, such as "
                 "{1: @first/jobs.StageSettings()}"
             )
-        if self.keep not in KEEP:
-            raise UserError(f"Interpolation.keep is {self.keep!r}; choose one of {', '.join(KEEP)}")
+        require_choice(self, keep=("params", "all"))
         if self.number is not None and self.assistants is not None:
             raise UserError("Interpolation has both number and assistants; give the number, or their shapes")
         if self.equal_compute and self.steps is not None:
@@ -102,11 +110,7 @@ class Interpolation:
             )
 
     def by_stage(self, count: int) -> dict[int, StageSettings]:
-        """Per-stage overrides, by number from 1.
-
-        Raises:
-            UserError: for a stage that does not exist, or is given twice.
-        """
+        """Per-stage overrides, by number from 1."""
         by_stage: dict[int, StageSettings] = {}
         for number, settings in self.stages.items():
             if not isinstance(number, int) or not 1 <= abs(number) <= count:
@@ -120,61 +124,13 @@ class Interpolation:
         return by_stage
 
 
-FEWEST = Interpolation()
+def step_cost(stage: Experiment) -> int:
+    """Operations of one training step of a stage, by formula."""
+    return step_flops(stage.student, stage.teacher.config, stage.objective, stage.data.lengths).total
 
 
-COLUMNS = (
-    Column(key="stage", title="stage"),
-    Column(key="shape", title="layers x width, heads, MLP"),
-    Column(key="parameters", title="parameters", kind="count"),
-    Column(key="body", title="non-embedding", kind="count"),
-    Column(key="ratio", title="ratio", kind="number"),
-    Column(key="token_flops", title="FLOPs a token", kind="number"),
-    Column(key="steps", title="steps", kind="number"),
-    Column(key="flops", title="FLOPs", kind="number"),
-    Column(key="share", title="share", kind="share"),
-    Column(key="state", title="state"),
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One distillation of a chain.
-
-    Attributes:
-        number: from 1.
-        teacher: shape of its teacher, as it is run.
-        experiment: the distillation; only the first stage's teacher has a source that is known before.
-    """
-
-    number: int
-    teacher: ModelConfig
-    experiment: Experiment
-
-    @property
-    def student(self) -> ModelConfig:
-        """Shape of what is trained."""
-        return self.experiment.student
-
-    @property
-    def ratio(self) -> float:
-        """Non-embedding parameters of the teacher to those of the student."""
-        return non_embedding_params(self.teacher) / non_embedding_params(self.student)
-
-    @property
-    def step_flops(self) -> int:
-        """Operations of one training step, by formula; see `train/flops.py`."""
-        experiment = self.experiment
-        return step_flops(self.student, self.teacher, experiment.objective, experiment.data.lengths).total
-
-    @property
-    def flops(self) -> int:
-        """Operations of the whole stage."""
-        return self.experiment.run.steps * self.step_flops
-
-
-def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Interpolation) -> tuple[Stage, ...]:
-    """The stages from teacher to student; pure.
+def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Interpolation) -> tuple[Experiment, ...]:
+    """The stages from teacher to student; each has its teacher's shape, and only the first a teacher that exists.
 
     Args:
         experiment: the distillation straight from teacher to student. Assistants have its student's kind of layers, its
@@ -182,12 +138,9 @@ def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Int
             `equal_compute` compares with it.
         teacher: the teacher's shape, as it is run; assistants are run alike when they teach.
         interpolation: assistants and per-stage overrides.
-
-    Raises:
-        UserError: no such assistants, settings of a stage that does not exist, steps of another number of stages.
     """
-    student, run = experiment.student, experiment.run
-    overrides = [own.objective for own in interpolation.stages.values() if own.objective is not None]
+    student = experiment.student
+    objectives = [experiment.objective, *(own.objective for own in interpolation.stages.values() if own.objective)]
     assistants = interpolation.assistants
     if assistants is None:
         assistants = plan_assistants(
@@ -195,39 +148,41 @@ def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Int
             student,
             number=interpolation.number,
             largest_ratio=interpolation.largest_ratio,
-            relation_heads=tuple(heads for each in (experiment.objective, *overrides) for heads in each.relation_heads),
+            relation_heads=tuple(heads for objective in objectives for heads in objective.relation_heads),
         )
     check_assistants(teacher, assistants, student)
     students = (*assistants, student)
     teachers = (teacher, *(as_teacher(each, teacher.dtype, teacher.scan_layers) for each in assistants))
-    own = interpolation.by_stage(len(students))
+
+    def stage(shape: ModelConfig, taught: ModelConfig, own: StageSettings) -> Experiment:
+        overrides = {name: value for name, value in vars(own).items() if value is not None}
+        with_shape = dataclasses.replace(experiment.teacher, config=shape)
+        return dataclasses.replace(experiment, student=taught, teacher=with_shape, **overrides)
+
+    overrides = interpolation.by_stage(len(students))
     stages = [
-        Stage(
-            number=number,
-            teacher=teachers[number - 1],
-            experiment=_of_stage(experiment, students[number - 1], teachers[number - 1], own.get(number)),
-        )
-        for number in range(1, len(students) + 1)
+        stage(shape, taught, overrides.get(number, StageSettings()))
+        for number, (shape, taught) in enumerate(zip(teachers, students, strict=True), 1)
     ]
-    direct = run.steps * step_flops(student, teacher, experiment.objective, experiment.data.lengths).total
-    steps = _stage_steps(interpolation, stages, direct)
+    direct = stage(teacher, student, StageSettings())
+    steps = _steps(interpolation, stages, direct.run.steps * step_cost(direct))
     return tuple(
-        dataclasses.replace(stage, experiment=_with_run(stage.experiment, steps=each, seed=run.seed))
-        for stage, each in zip(stages, steps, strict=True)
+        dataclasses.replace(stage, run=dataclasses.replace(stage.run, steps=count, seed=experiment.run.seed))
+        for stage, count in zip(stages, steps, strict=True)
     )
 
 
-def _of_stage(
-    experiment: Experiment, student: ModelConfig, teacher: ModelConfig, own: StageSettings | None
-) -> Experiment:
-    overrides = {} if own is None else {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    of_stage = dataclasses.replace(experiment.teacher, config=teacher)
-    return dataclasses.replace(experiment, student=student, teacher=of_stage, **overrides)
-
-
-def _with_run(experiment: Experiment, **settings: int) -> Experiment:
-    return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, **settings))
+def _steps(interpolation: Interpolation, stages: Sequence[Experiment], direct: float) -> tuple[int, ...]:
+    """The steps of each stage; `direct` are the operations of the direct distillation."""
+    if interpolation.equal_compute:
+        return equal_compute_steps([step_cost(stage) for stage in stages], direct, interpolation.shares)
+    if interpolation.steps is None:
+        return tuple(stage.run.steps for stage in stages)
+    if len(interpolation.steps) != len(stages):
+        raise UserError(
+            f"Interpolation.steps is {interpolation.steps}; give one number for each of {len(stages)} stages"
+        )
+    return interpolation.steps
 
 
 def equal_compute_steps(
@@ -239,9 +194,6 @@ def equal_compute_steps(
         step_costs: operations of one step of each stage.
         total: operations of all steps together, such as those of a direct distillation.
         shares: ratios of the numbers of steps; None makes them equal.
-
-    Raises:
-        UserError: shares that do not fit, or a total that is too small for a step of each.
     """
     if shares is None:
         shares = (1.0,) * len(step_costs)
@@ -260,26 +212,38 @@ def equal_compute_steps(
     return tuple(steps)
 
 
-def stages_table(stages: Sequence[Stage], objective: Objective, states: Sequence[str] = ()) -> str:
+def stages_table(stages: Sequence[Experiment], objective: Objective, states: Sequence[str] = ()) -> str:
     """The stages as plain text, the teacher first.
 
     Args:
-        stages: in order.
-        objective: of the direct distillation that all of them are compared with, as in `plan_stages`.
+        stages: from `plan_stages`.
+        objective: of the direct distillation that all of them are compared with.
         states: the status of each; none where none has begun.
     """
-    total = sum(stage.flops for stage in stages)
-    teacher = {"stage": "teacher", **_size(stages[0].teacher)}
-    rows = [teacher, *(_row(stage, total) for stage in stages)]
+    total = sum(stage.run.steps * step_cost(stage) for stage in stages)
+    rows = [{"stage": "teacher", **_size(stages[0].teacher.config)}]
+    for number, stage in enumerate(stages, 1):
+        batch, source, target = stage.data.lengths
+        cost = step_cost(stage)
+        rows.append(
+            {
+                "stage": f"stage {number}",
+                **_size(stage.student),
+                "ratio": rows[-1]["body"] / non_embedding_params(stage.student),
+                "token_flops": f"{cost / (batch * (source + target)):.3g}",
+                "steps": f"{stage.run.steps:,}",
+                "flops": f"{stage.run.steps * cost:.3g}",
+                "share": stage.run.steps * cost / total,
+            }
+        )
     for row, state in zip(rows[1:], states, strict=False):
         row["state"] = state
-    columns = [column for column in COLUMNS if column.key != "state" or any(states)]
-    lengths = stages[0].experiment.data.lengths
-    direct = step_flops(stages[-1].student, stages[0].teacher, objective, lengths).total
+    columns = [column for column in _COLUMNS if column.key != "state" or any(states)]
+    direct = dataclasses.replace(stages[-1], objective=objective, teacher=stages[0].teacher)
     return (
         f"{plain_table(rows, columns)}"
-        f"In all {total:.3g} FLOPs, as many as {total / direct:,.0f} steps from the teacher straight to the student. "
-        "Tokens are positions, padding included.\n"
+        f"In all {total:.3g} FLOPs, as many as {total / step_cost(direct):,.0f} steps from the teacher straight to the "
+        "student. Tokens are positions, padding included.\n"
     )
 
 
@@ -291,28 +255,3 @@ def _size(config: ModelConfig) -> dict[str, Any]:
         "body": body,
         "parameters": body + (1 if config.tied_head else 2) * config.vocab_size * config.d_model,
     }
-
-
-def _row(stage: Stage, total: int) -> dict[str, Any]:
-    batch, source, target = stage.experiment.data.lengths
-    return {
-        "stage": f"stage {stage.number}",
-        **_size(stage.student),
-        "ratio": stage.ratio,
-        "token_flops": f"{stage.step_flops / (batch * (source + target)):.3g}",
-        "steps": f"{stage.experiment.run.steps:,}",
-        "flops": f"{stage.flops:.3g}",
-        "share": stage.flops / total,
-    }
-
-
-def _stage_steps(interpolation: Interpolation, stages: Sequence[Stage], direct: int) -> tuple[int, ...]:
-    if interpolation.equal_compute:
-        return equal_compute_steps([stage.step_flops for stage in stages], direct, interpolation.shares)
-    if interpolation.steps is None:
-        return tuple(stage.experiment.run.steps for stage in stages)
-    if len(interpolation.steps) != len(stages):
-        raise UserError(
-            f"Interpolation.steps is {interpolation.steps}; give one number for each of {len(stages)} stages"
-        )
-    return interpolation.steps

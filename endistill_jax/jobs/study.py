@@ -1,29 +1,23 @@
 """A study: ways to train a student, compared over seeds by held-out metrics and fine-tuning."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from endistill_jax.checkpoints.manifest import check_same
 from endistill_jax.checkpoints.models import CHECKPOINTS, PRODUCT, TOKENIZER, TrainedModel
 from endistill_jax.core.errors import UserError, naming, whole_numbers
 from endistill_jax.multihost import code_versions
 from endistill_jax.objectives import Objective
+from endistill_jax.reports.files import json_text
 from endistill_jax.sharding import host_part
 from endistill_jax.studies.arms import Arm, StudyRun, plan_study
 from endistill_jax.studies.report import print_study, write_report
-from endistill_jax.studies.results import write_raw
-from endistill_jax.studies.runs import (
-    check_judged_alike,
-    earlier_record,
-    eval_spec_of,
-    prepare_evaluations,
-    run_to_end,
-    settle_shards,
-    split_by_end,
-    teacher_metrics,
-)
+from endistill_jax.studies.results import raw_file, read_raw, write_raw
+from endistill_jax.studies.runs import prepare_evaluations, run_to_end, settle_shards, study_eval_spec, teacher_metrics
 from endistill_jax.train.experiment import Data, Experiment, check_folder_names
 from endistill_jax.train.finetuning import Finetuning
 from endistill_jax.train.metrics import TENSORBOARD
@@ -50,9 +44,8 @@ def study(
 
     Args:
         model_dir: receives the runs and, after each of them, `study.json` with every metric, `study.md` and the plots.
-        experiment: what the arms have in common, and what each has where it has nothing of its own; its objective is
-            that of no arm. Without `Data.shards` these are as many as hosts when the study first starts.
-            `Run.eval_every` gives the points of the curves.
+        experiment: what arms have where they set nothing of their own; its objective is unused. Without `Data.shards`
+            there are as many as hosts when the study first starts. `Run.eval_every` gives the points of the curves.
         arms: name -> how the student is trained.
         seeds: one run of every arm for each.
         baseline: the arm that differences are taken to, seed by seed.
@@ -62,7 +55,7 @@ def study(
         dry_run: print what would be done, and do nothing.
 
     Returns:
-        What `study.json` holds, see `studies.results`; None after a dry run.
+        The content of `study.json`, see `studies.results`; None after a dry run.
 
     Raises:
         UserError: invalid settings, before anything is created.
@@ -74,7 +67,8 @@ def study(
     if experiment.teacher is None:
         raise UserError("study.experiment has no teacher; give it a jobs.Teacher")
     teacher, sharding = open_teacher(experiment.teacher, experiment.student.scan_layers), experiment.teacher_sharding
-    earlier, mesh = earlier_record(model_dir), experiment.run.mesh_of_devices()
+    mesh = experiment.run.mesh_of_devices()
+    earlier = read_raw(model_dir) if raw_file(model_dir).exists() else None
     data, tasks = settle_shards(experiment.data, tasks, earlier, host_part(mesh).count)
     experiment = dataclasses.replace(experiment, data=data)
     runs = plan_study(model_dir, experiment, teacher, arms, seeds=seeds, tasks=tasks)
@@ -87,26 +81,30 @@ def study(
         _print_plan(list(first.values()), len(runs), tasks)
         return None
 
-    teacher.load_on(mesh, sharding)  # what is wrong with it shows before the rest
-    eval_spec = eval_spec_of(runs[0], teacher, probe, probe_batches)
-    check_judged_alike(model_dir, earlier, eval_spec)
-    ended, left = split_by_end(runs)
-    ended_runs = [run_to_end(each, None) for each in ended]
-    teacher_report, evaluations = earlier and earlier["teacher_figures"], None
+    teacher.load_on(mesh, sharding)  # a damaged teacher fails before the rest
+    spec = study_eval_spec(runs[0], teacher, probe, probe_batches)
+    if earlier is not None:
+        check_same(earlier["eval_spec"], json.loads(json_text(spec)), str(raw_file(model_dir)))
+    ended, left = [], []
+    for each in runs:
+        (ended if each.has_ended else left).append(each)
+    ended_runs = [run_to_end(each, None) for each in ended]  # those of other settings fail before the data is read
+    metrics_of_teacher, evaluations = earlier and earlier["teacher_metrics"], None
     if earlier is None or left:
         evaluations = prepare_evaluations(runs, teacher, probe, probe_batches)
-        teacher_report = teacher_report or teacher_metrics(teacher, evaluations.held_out, sharding)
+        metrics_of_teacher = metrics_of_teacher or teacher_metrics(teacher, evaluations.held_out, sharding)
     raw: dict[str, Any] = {
         "baseline": baseline,
         "seeds": list(seeds),
         "arms": {name: each.settings() for name, each in first.items()},
         "teacher": {"source": teacher.source, "dtype": teacher.config.dtype} | teacher.config.architecture(),
         **{name: _settings(value) for name, value in (("data", data), ("run", experiment.run), ("tasks", tasks))},
-        "judged_by": eval_spec,
+        "eval_spec": spec,
         "versions": code_versions(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "teacher_figures": teacher_report,
-        "runs": ended_runs,  # what has ended comes first, so that none of it is missing while the rest is run
+        "teacher_metrics": metrics_of_teacher,
+        # What has ended comes first, so that none of it is missing while the rest is run.
+        "runs": ended_runs,
     }
     _write(model_dir, raw)
     for each in left:
@@ -136,11 +134,10 @@ def _check(
         if not given:
             raise UserError(f"study.{name} is empty; give at least one")
     for name, given, kind in (("arms", arms, Arm), ("tasks", tasks, Finetuning)):
-        if not isinstance(given, Mapping):
-            raise UserError(f"study.{name} is {given!r}; give them by name")
-        for key, each in given.items():
-            if not isinstance(each, kind):
-                raise UserError(f"study.{name} has {each!r} for {key!r}; give a jobs.{kind.__name__}")
+        by_name = isinstance(given, Mapping)
+        wrong = [each for each in given.values() if not isinstance(each, kind)] if by_name else [given]
+        if wrong:
+            raise UserError(f"study.{name} has {wrong[0]!r}; give a jobs.{kind.__name__} for each name")
     check_folder_names(arms, "study.arms")
     check_folder_names(tasks, "study.tasks", taken=(CHECKPOINTS, TOKENIZER, PRODUCT, TENSORBOARD))
     if len(set(seeds)) < len(seeds):
@@ -152,15 +149,14 @@ def _check(
     for task, how in tasks.items():
         if how.run.keep_best is not None:
             raise UserError(
-                f"task {task} has Run.keep_best = {how.run.keep_best!r}, but the figures of a study's fine-tunings are "
-                "those of their last step; leave keep_best and patience None"
+                f"task {task} has Run.keep_best = {how.run.keep_best!r}, but a study compares fine-tunings after their "
+                "last step; leave keep_best and patience None"
             )
-        for name in ("learning_rates", "seeds"):
-            if len(getattr(how, name)) > (name == "learning_rates"):
-                raise UserError(
-                    f"task {task} has Finetuning.{name} = {getattr(how, name)}; a study fine-tunes every student once, "
-                    "at one learning rate and with the seed of its training"
-                )
+        if how.seeds or len(how.learning_rates) > 1:
+            raise UserError(
+                f"task {task} has Finetuning.learning_rates = {how.learning_rates} and seeds = {how.seeds}; a study "
+                "fine-tunes every student once, at one learning rate and with the seed of its training"
+            )
 
 
 def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) -> None:
@@ -172,7 +168,7 @@ def _check_probe(probe: Objective | None, run: StudyRun, teacher: TrainedModel) 
         with naming(f"study.probe with the student of {training.label}"):
             probe.validate(training.student, teacher.config)
             if own := probe.init_params(jax.random.key(0), training.student, teacher.config):
-                raise UserError(f"{', '.join(own)} has parameters of its own, which no student brings; leave it out")
+                raise UserError(f"{', '.join(own)} has parameters of its own, which no student has; leave it out")
 
 
 def _print_plan(runs: Sequence[StudyRun], count: int, tasks: Mapping[str, Finetuning]) -> None:

@@ -6,6 +6,7 @@ what was found as JSON. AOT compilers can crash the process, or exhaust its memo
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,31 +24,27 @@ import numpy as np
 
 from endistill_jax.core.errors import UserError
 from endistill_jax.models.family import abstract_params, count_params
-from endistill_jax.planning import topologies
 from endistill_jax.planning.costs import matmul_flops, read_collectives
 from endistill_jax.planning.hlo import parse_program
 from endistill_jax.planning.options import Bounds
 from endistill_jax.planning.planned import StepRequest
-from endistill_jax.planning.topologies import Topology, environment
+from endistill_jax.planning.topologies import Topology, devices, environment
 from endistill_jax.sharding import batch_sharding, check_rows, make_mesh, param_shardings
 from endistill_jax.train.optimizer import make_optimizer
 from endistill_jax.train.state import abstract_state, state_shardings
 from endistill_jax.train.step import make_train_step
 
 WORKER = (sys.executable, "-m", "endistill_jax.planning.compiling")
-LIBTPU = "libtpu"
 # Polling interval of a running compilation's memory.
 _POLL_SECONDS = 0.2
+_TOKENS = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "loss_weights")}
+_PACKED = ("segment_ids", "positions")
 
 
 def check_compilers(topologies: Sequence[Topology]) -> None:
-    """Checks that the compiler is installed.
-
-    Raises:
-        UserError: naming what to install.
-    """
+    """Checks that the TPU compiler is installed where it is needed."""
     for topology in topologies:
-        if not topology.is_proxy and importlib.util.find_spec(LIBTPU) is None:
+        if not topology.is_proxy and importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"compiling for {topology.name} needs libtpu, which is not installed; "
                 "install the extra `plan`: pip install 'endistill-jax[plan]'"
@@ -55,50 +52,48 @@ def check_compilers(topologies: Sequence[Topology]) -> None:
 
 
 def compile_bounded(request: StepRequest, bounds: Bounds, worker: Sequence[str] = WORKER) -> dict[str, Any]:
-    """Runs the worker and returns its result; for a worker that ended without one, how it ended.
+    """Compiles a step in a process of its own; if that ended without a result, returns how it ended.
 
     Args:
         request: the step.
         bounds: on time and memory.
-        worker: the words of the worker's command, without its files.
+        worker: the command of the process, without its files.
 
     Returns:
-        `status`: "compiled", or "refused", "too big", "failed", as the worker reports; "crashed", "out of time" and
-        "out of host memory" if it did not. `reason` has details. A compiled one has what `worker.compile_step` returns.
+        `status`: "compiled", or "refused", "too big", "failed", as the process reports; "crashed", "out of time" and
+        "out of host memory" if it did not. `reason` has details. A compiled one has what `compile_step` returns.
     """
     with tempfile.TemporaryDirectory(prefix="plan_") as folder:
-        files = {name: pathlib.Path(folder) / name for name in ("request", "result", "output")}
-        files["request"].write_bytes(pickle.dumps(request))
-        with files["output"].open("wb") as output:
+        request_file, result_file, output_file = (
+            pathlib.Path(folder, name) for name in ("request", "result", "output")
+        )
+        request_file.write_bytes(pickle.dumps(request))
+        with output_file.open("wb") as output:
             process = subprocess.Popen(
-                [*worker, str(files["request"]), str(files["result"])],
-                env=_environment(os.environ, request.topology),
+                [*worker, str(request_file), str(result_file)],
+                # A cached program would compile in no time and with no memory.
+                env={**os.environ, **environment(request.topology), "JAX_ENABLE_COMPILATION_CACHE": "false"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
             try:
-                ended = _wait(process, bounds)
+                broken = _wait(process, bounds)
             finally:
                 process.kill()
                 process.wait()
-        if ended is not None:
-            return {"status": ended[0], "reason": ended[1]}
-        if files["result"].exists():
-            return json.loads(files["result"].read_text(encoding="utf-8"))
-        said = files["output"].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if broken is not None:
+            return {"status": broken[0], "reason": broken[1]}
+        if result_file.exists():
+            return json.loads(result_file.read_text(encoding="utf-8"))
+        said = output_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         code = process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return {"status": "crashed", "reason": f"the compiling process ended with {how}: {said[-1] if said else ''}"}
 
 
-def _environment(own: Mapping[str, str], topology: Topology) -> dict[str, str]:
-    """Of the worker: ours, with what the topology needs, and no cached programs, which would take no time."""
-    return {**own, **environment(topology), "JAX_ENABLE_COMPILATION_CACHE": "false"}
-
-
 def _wait(process: subprocess.Popen, bounds: Bounds) -> tuple[str, str] | None:
-    """Waits for the end of a process, or for the bound that it breaks, whose name and what happened it returns."""
+    """Waits until a process ends, or breaks a bound: then returns its status and the reason."""
     deadline = time.monotonic() + bounds.seconds
     while True:
         try:
@@ -125,12 +120,8 @@ def _resident(process_id: int) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-TOKENS = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "loss_weights")}
-PACKED = ("segment_ids", "positions")
-
-
 def compile_step(request: StepRequest) -> dict[str, Any]:
-    """Compiles the step and measures it, for one device and one step.
+    """Compiles the step in this process, which has the topology's devices, and measures it for one device and one step.
 
     Returns:
         `mesh`, sizes by axis; `student_params` and `teacher_params`, numbers; in bytes `held`, what is kept between
@@ -141,8 +132,7 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
         UserError: settings that do not fit each other or the topology.
         jax.errors.JaxRuntimeError: what the compiler says, such as that memory does not suffice.
     """
-    devices = topologies.devices(request.topology)
-    mesh = make_mesh(*request.mesh, devices=devices, slices=request.slices)
+    mesh = make_mesh(*request.mesh, devices=devices(request.topology), slices=request.slices)
     check_rows("Data.batch_size", request.lengths.batch, mesh, request.micro_batches)
     if request.eval_rows is not None:
         check_rows("Data.eval_batch_size", request.eval_rows, mesh)
@@ -159,16 +149,9 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
         teacher_sharding=request.teacher_sharding,
         compiler_options=request.compiler_options,
     )
-    arguments = _arguments(request, optimizer, mesh)
-    held = {
-        "student": _bytes_a_device(arguments[0].params),
-        "optimizer": _bytes_a_device((arguments[0].step, arguments[0].opt_state)),
-        "objective": _bytes_a_device(arguments[0].objective),
-        "teacher": _bytes_a_device(arguments[1]),
-        "batch": _bytes_a_device(arguments[2]),
-    }
+    state, teacher_params, batch = _arguments(request, optimizer, mesh)
     began = time.monotonic()
-    lowered = step.lower(*arguments)
+    lowered = step.lower(state, teacher_params, batch)
     lowered_after = time.monotonic() - began
     compiled = lowered.compile()
     compiled_after = time.monotonic() - began
@@ -177,9 +160,15 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
     traffic = read_collectives(program, [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat])
     return {
         "mesh": dict(mesh.shape),
-        "student_params": count_params(arguments[0].params),
-        "teacher_params": count_params(arguments[1]) if request.teacher else 0,
-        "held": held,
+        "student_params": count_params(state.params),
+        "teacher_params": count_params(teacher_params),
+        "held": {
+            "student": _bytes_a_device(state.params),
+            "optimizer": _bytes_a_device((state.step, state.opt_state)),
+            "objective": _bytes_a_device(state.objective),
+            "teacher": _bytes_a_device(teacher_params),
+            "batch": _bytes_a_device(batch),
+        },
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -196,36 +185,33 @@ def compile_step(request: StepRequest) -> dict[str, Any]:
 
 
 def _arguments(request: StepRequest, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and shardings of the step's arguments: the state, the teacher's parameters or None, and the batch."""
+
+    def sharded(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
 
-    student, objective = request.student, request.objective
-    teacher = request.teacher if objective.needs_teacher else None
-    state = placed(
+    student, teacher, objective = request.student, request.teacher, request.objective
+    state = sharded(
         abstract_state(student, optimizer, objective, teacher),
         state_shardings(student, optimizer, mesh, objective, teacher),
     )
     teacher_params = None
     if teacher is not None:
         params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(teacher.dtype)), abstract_params(teacher))
-        teacher_params = placed(params, param_shardings(teacher, mesh, request.teacher_sharding))
-    lengths = {"encoder": request.lengths.source, "decoder": request.lengths.target}
+        teacher_params = sharded(params, param_shardings(teacher, mesh, request.teacher_sharding))
+    rows, *lengths = request.lengths
     batch = {
-        f"{side}_{name}": jax.ShapeDtypeStruct(
-            (request.lengths.batch, lengths[side]), np.int32, sharding=batch_sharding(mesh)
-        )
-        for side, names in TOKENS.items()
-        for name in (*names, *(PACKED if request.packed else ()))
+        f"{side}_{name}": jax.ShapeDtypeStruct((rows, length), np.int32, sharding=batch_sharding(mesh))
+        for (side, names), length in zip(_TOKENS.items(), lengths, strict=True)
+        for name in (*names, *(_PACKED if request.packed else ()))
     }
     return state, teacher_params, batch
 
 
 def _bytes_a_device(tree: Any) -> int:
-    return sum(
-        leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree)
-    )
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def main(request_file: str, result_file: str) -> None:

@@ -1,4 +1,8 @@
-"""What a compiled program costs one chip: FLOPs of its matrix products, and the traffic of its collectives."""
+"""What a compiled program costs one chip: FLOPs of its matrix products, and the traffic of its collectives.
+
+Besides the model's own operations the FLOPs include recomputation, work replicated on every chip, and operations added
+by the compiler.
+"""
 
 import dataclasses
 import functools
@@ -8,11 +12,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from endistill_jax.planning.hlo import Array, Instruction, Program
+from endistill_jax.planning.hlo import Array, Computation, Instruction, Program
 
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^{}]*)\))?\s*\{([^}]*)\}")
+_DEVICE_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=|:)?(?:\((\d+)\))?(\d+)?")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_STARTS = "AsyncCollectiveStart"
 
 
 def matmul_flops(program: Program) -> int:
@@ -30,8 +43,12 @@ def matmul_flops(program: Program) -> int:
 
 def _dot_flops(instruction: Instruction, left: Array, right: Array) -> int:
     contracted = _CONTRACTED.search(instruction.attributes)
-    axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+    axes = _numbers(contracted[1]) if contracted else []
     return 2 * math.prod(instruction.arrays[0].shape) * math.prod(left.shape[axis] for axis in axes)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
 
 
 def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> int:
@@ -47,7 +64,7 @@ def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> i
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-    """What of a window decides which pairs exist: one number for each of its axes."""
+    """The settings of a window that decide which pairs exist, each with one number an axis."""
     found = _WINDOW.search(attributes)
     given = dict(part.split("=") for part in found[1].split()) if found else {}
     if "size" not in given:
@@ -62,6 +79,7 @@ def _window(attributes: str) -> dict[str, list[int]]:
     return window | {"padding": low}
 
 
+# The TPU compiler turns batched products into strided convolutions, most of whose pairs do not exist.
 @functools.cache
 def _existing_pairs(
     inputs: int, kernel: int, output: int, *, stride: int, left_dilation: int, right_dilation: int, padding: int
@@ -70,16 +88,6 @@ def _existing_pairs(
     position = stride * np.arange(output)[:, None] + right_dilation * np.arange(kernel) - padding
     inside = (position >= 0) & (position <= (inputs - 1) * left_dilation)
     return int(np.sum(inside & (position % left_dilation == 0)))
-
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-_COUNTED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^{}]*)\))?\s*\{([^}]*)\}")
-_DEVICE_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH_AXIS = re.compile(r"'([^']+)'(?:=|:)?(?:\((\d+)\))?(\d+)?")
-_STARTS = "AsyncCollectiveStart"
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +127,9 @@ def read_collectives(program: Program, slice_of: Sequence[int]) -> list[Traffic]
         if members < 2:
             continue
         crosses = any(len({slice_of[member] for member in group}) > 1 for group in groups)
-        payload = _payload(kind, _operand_bytes(instruction, computation), members)
+        payload = sum(computation[name].bytes for name in instruction.operands if name in computation)
+        if kind == "all-gather":
+            payload *= members
         entry = found.setdefault((kind, crosses), [0, 0, 0])
         for index, amount in enumerate((1, payload, _sent(kind, payload, members))):
             entry[index] += times * amount
@@ -128,6 +138,13 @@ def read_collectives(program: Program, slice_of: Sequence[int]) -> list[Traffic]
         for (kind, crosses), (count, payload, sent) in found.items()
     ]
     return sorted(traffic, key=lambda each: -each.sent)
+
+
+def _sent(kind: str, payload: int, members: int) -> int:
+    if kind in ("collective-permute", "collective-broadcast"):
+        return payload
+    once = payload * (members - 1) // members
+    return 2 * once if kind == "all-reduce" else once
 
 
 def _spread_channels(program: Program) -> set[str]:
@@ -141,12 +158,12 @@ def _spread_channels(program: Program) -> set[str]:
     } - {""}
 
 
-def _begins_here(computation: dict[str, Instruction]) -> bool:
+def _begins_here(computation: Computation) -> bool:
     return any(each.opcode == "custom-call" and _STARTS in each.attributes for each in computation.values())
 
 
 def _channel(instruction: Instruction) -> str:
-    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    found = _CHANNEL.search(instruction.attributes)
     return found[1] if found else ""
 
 
@@ -158,20 +175,19 @@ def replica_groups(instruction: Instruction, partitions: int) -> list[list[int]]
     if mesh := _MESH_GROUPS.search(attributes):
         return _mesh_groups(*mesh.groups(""))
     if counted := _COUNTED_GROUPS.search(attributes):
-        shape, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
-        return _counted(sizes, order).reshape(shape[0], -1).tolist()
+        return _counted(counted[2], counted[3]).reshape(_numbers(counted[1])[0], -1).tolist()
     if listed := _LISTED_GROUPS.search(attributes):
-        groups = [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+        groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
         return groups or [list(range(partitions))]
     if "replica_groups=" in attributes:
         raise ValueError(f"{instruction.opcode} has groups that are written in an unknown way: {attributes[:200]}")
     return [list(range(partitions))]
 
 
-def _counted(sizes: list[int], order: list[int] | None) -> np.ndarray:
-    """0, 1, 2, ... in the given shape, its axes then in another order."""
-    members = np.arange(math.prod(sizes)).reshape(sizes)
-    return members.transpose(order or range(len(sizes)))
+def _counted(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in the given shape, its axes then in another order: of `[2,4]T(1,0)`."""
+    sizes = _numbers(shape)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else range(len(sizes)))
 
 
 def _mesh_groups(mesh: str, device_ids: str, axes: str) -> list[list[int]]:
@@ -180,11 +196,10 @@ def _mesh_groups(mesh: str, device_ids: str, axes: str) -> list[list[int]]:
     Its devices are 0, 1, 2, ..., or those of `device_ids`: `[2,4]T(1,0)`, or one by one.
     """
     sizes = {name: int(size) for name, _, size in _MESH_AXIS.findall(mesh)}
-    members = np.arange(math.prod(sizes.values()))
     if order := _DEVICE_ORDER.search(device_ids):
-        members = _counted(*([int(n) for n in part.split(",")] if part else None for part in order.groups()))
-    elif device_ids:
-        members = np.array([int(n) for n in device_ids.split(",")])
+        members = _counted(*order.groups())
+    else:
+        members = np.array(_numbers(device_ids) or range(math.prod(sizes.values())))
     shape, grouped = [], []
     cut = {name: (int(before or 1), int(size)) if size else None for name, before, size in _MESH_AXIS.findall(axes)}
     for name, size in sizes.items():
@@ -193,18 +208,3 @@ def _mesh_groups(mesh: str, device_ids: str, axes: str) -> list[list[int]]:
         shape += [before, inside, size // before // inside]
     members = np.moveaxis(members.reshape(shape), grouped, range(-len(grouped), 0))
     return members.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
-
-
-def _operand_bytes(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    return sum(computation[name].bytes for name in instruction.operands if name in computation)
-
-
-def _payload(kind: str, operand: int, members: int) -> int:
-    return operand * members if kind == "all-gather" else operand
-
-
-def _sent(kind: str, payload: int, members: int) -> int:
-    if kind in ("collective-permute", "collective-broadcast"):
-        return payload
-    once = payload * (members - 1) // members
-    return 2 * once if kind == "all-reduce" else once

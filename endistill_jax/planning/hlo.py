@@ -1,21 +1,33 @@
 """Parses the HLO text of a compiled program: its instructions, and how often each of them runs.
 
-The body of a loop counts as often as its trip count, which XLA annotates (`known_trip_count`), or which follows from
-the constant in its condition. So a scan over 24 layers counts 24 times.
+The body of a loop counts as often as its trip count, so a scan over 24 layers counts 24 times. XLA annotates trip
+counts (`known_trip_count`); otherwise they are derived from the loop's counter: its initial value, its increment per
+iteration (2 if the compiler unrolled the loop once) and the constant that the condition compares it with. All three may
+be behind copies and inside fusions.
 """
 
 import collections
 import dataclasses
+import graphlib
 import math
 import re
 from collections.abc import Iterator, Mapping
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0} | {
-    f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)
-}
-_BITS |= {"bf16": 16, "c64": 64, "c128": 128}
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
+_BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _NAME = re.compile(r"%?([\w.\-~]+)")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-~]+) = (.*)$")
+_CALLED = re.compile(r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-~]+)")
+_CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+# Their computations are applied to pairs of elements; they are no calls.
+_APPLIES_BY_ELEMENT = ("all-reduce", "reduce", "sort", "map", "scatter", "select-and-scatter")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LOOP_PARTS = re.compile(r"\b(condition|body)=%?([\w.\-~]+)")
+_FUSED = re.compile(r"\bcalls=%?([\w.\-~]+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
+_COPIES = ("copy", "bitcast", "convert", "reshape")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +49,6 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        name: what others call its result.
         opcode: such as "fusion".
         arrays: its result's; several if that is a tuple.
         operands: names of what it reads.
@@ -45,7 +56,6 @@ class Instruction:
         attributes: the text behind them.
     """
 
-    name: str
     opcode: str
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
@@ -58,14 +68,85 @@ class Instruction:
         return sum(array.bytes for array in self.arrays)
 
 
-def parse_instruction(name: str, text: str) -> Instruction:
+Computation = Mapping[str, Instruction]  # by name, in order; the last is the result
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        computations: by name.
+        entry: where it begins.
+    """
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+    def counted(self) -> Iterator[tuple[Instruction, Computation, int]]:
+        """Every instruction that runs, with its computation and how often it runs; of a branch, both sides run."""
+        # graphlib yields what is called before its callers.
+        called = {name: self._calls(computation) for name, computation in self.computations.items()}
+        counts: dict[str, int] = collections.defaultdict(int, {self.entry: 1})
+        for caller in reversed([*graphlib.TopologicalSorter(called).static_order()]):
+            for name, times in called[caller].items():
+                counts[name] += counts[caller] * times
+        for name, computation in self.computations.items():
+            if counts[name]:
+                for instruction in computation.values():
+                    yield instruction, computation, counts[name]
+
+    def uncounted_loops(self) -> int:
+        """Number of loops with unknown trip count, whose bodies count once."""
+        return sum(
+            instruction.opcode == "while" and _trip_count(instruction, computation, self.computations) is None
+            for instruction, computation, _ in self.counted()
+        )
+
+    def _calls(self, computation: Computation) -> dict[str, int]:
+        """How often a computation calls others."""
+        calls: dict[str, int] = collections.defaultdict(int)
+        for instruction in computation.values():
+            opcode, attributes = instruction.opcode, instruction.attributes
+            if opcode in _APPLIES_BY_ELEMENT or opcode.endswith(("-update", "-done")):
+                continue  # an asynchronous call counts where it starts
+            names = _CALLED.findall(attributes)
+            for listed in _CALLED_LISTS.findall(attributes):
+                names += _NAME.findall(listed)
+            times = (_trip_count(instruction, computation, self.computations) or 1) if opcode == "while" else 1
+            for name in {*names} & self.computations.keys():
+                calls[name] += times
+        return calls
+
+
+def parse_program(text: str) -> Program:
+    """Parses the text that `compiled.as_text()` gives."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current, root = None, None, ""
+    for line in text.splitlines():
+        if current is None:
+            if header := _COMPUTATION.match(line):
+                current = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            if root in current:
+                current[root] = current.pop(root)  # the root of a computation is its last entry
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            current[found[2]] = _parse_instruction(found[3])
+            root = found[2] if found[1] else root
+    if entry is None:
+        raise ValueError("the text has no ENTRY computation")
+    return Program(computations=computations, entry=entry)
+
+
+def _parse_instruction(text: str) -> Instruction:
     """Parses the text after `name =`: type, opcode, operands in parentheses, attributes."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     opening = text.index("(", end)
     closing = _closing(text, opening)
     arguments = text[opening + 1 : closing]
     return Instruction(
-        name=name,
         opcode=text[end:opening].strip(),
         arrays=parse_arrays(text[:end]),
         operands=tuple(_NAME.findall(arguments)),
@@ -93,125 +174,37 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-~]+) = (.*)$")
-_NAME = re.compile(r"%?([\w.\-~]+)")
-_CALLED = re.compile(r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-~]+)")
-_CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-# Their computations are applied to pairs of elements; they are no calls.
-_APPLIES_BY_ELEMENT = ("all-reduce", "reduce", "sort", "map", "scatter", "select-and-scatter")
+def _trip_count(loop: Instruction, owner: Computation, computations: Mapping[str, Computation]) -> int | None:
+    """Trip count of a `while` in `owner`: as annotated, else from its counter; None if neither is known."""
+    if noted := _TRIP_COUNT.search(loop.attributes):
+        return int(noted[1])
+    parts = dict(_LOOP_PARTS.findall(loop.attributes))
+    compared = _result(computations, parts["condition"])
+    if compared.opcode != "compare" or "direction=LT" not in compared.instruction.attributes:
+        return None
+    counter, bound = compared.operand(0), compared.operand(1).constant
+    index = _INDEX.search(counter.instruction.attributes)  # of the counter, in the tuple that the loop carries
+    if bound is None or index is None:
+        return None
+    start = _Value(computations, owner, loop.operands[0]).origin().element(int(index[1])).constant
+    added = _result(computations, parts["body"]).element(int(index[1]))
+    steps = [added.operand(0).constant, added.operand(1).constant] if added.opcode == "add" else []
+    step = next(filter(None, steps), None)
+    return None if start is None or step is None else math.ceil((bound - start) / step)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program.
-
-    Attributes:
-        computations: name -> instructions by name.
-        entry: where it begins.
-    """
-
-    computations: dict[str, dict[str, Instruction]]
-    entry: str
-
-    def executions(self) -> dict[str, int]:
-        """How often each computation runs in one run of the program; of a branch, every side counts as taken."""
-        counts: dict[str, int] = collections.defaultdict(int)
-        counts[self.entry] = 1
-        for name in self._callers_first():
-            for instruction in self.computations[name].values():
-                for called, times in self._calls(instruction):
-                    counts[called] += counts[name] * times
-        return dict(counts)
-
-    def counted(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
-        """Every instruction that runs, with its computation and how often."""
-        counts = self.executions()
-        for name, instructions in self.computations.items():
-            if counts.get(name):
-                for instruction in instructions.values():
-                    yield instruction, instructions, counts[name]
-
-    def _calls(self, instruction: Instruction) -> list[tuple[str, int]]:
-        opcode, attributes = instruction.opcode, instruction.attributes
-        if opcode in _APPLIES_BY_ELEMENT or opcode.endswith(("-update", "-done")):
-            return []  # an asynchronous call counts where it starts
-        names = _CALLED.findall(attributes)
-        for listed in _CALLED_LISTS.findall(attributes):
-            names += _NAME.findall(listed)
-        times = self.trip_count(instruction) if opcode == "while" else 1
-        return [(name, times) for name in dict.fromkeys(names) if name in self.computations]
-
-    def trip_count(self, loop: Instruction) -> int:
-        """Trip count of a `while`; 1 if unknown, see `uncounted_loops`."""
-        return self._turns(loop) or 1
-
-    def uncounted_loops(self) -> int:
-        """Number of loops with unknown trip count, whose bodies count once."""
-        return sum(each.opcode == "while" and self._turns(each) is None for each, _, _ in self.counted())
-
-    def _turns(self, loop: Instruction) -> int | None:
-        owner = next(each for each in self.computations.values() if each.get(loop.name) is loop)
-        return count_turns(loop, owner, self.computations)
-
-    def _callers_first(self) -> list[str]:
-        order: list[str] = []
-        seen = {self.entry}
-        pending = [(self.entry, iter(self._called_by(self.entry)))]
-        while pending:  # depth first, without recursion: programs are deep
-            name, rest = pending[-1]
-            called = next((other for other in rest if other not in seen), None)
-            if called is None:
-                order.append(name)
-                pending.pop()
-            else:
-                seen.add(called)
-                pending.append((called, iter(self._called_by(called))))
-        return order[::-1]
-
-    def _called_by(self, name: str) -> list[str]:
-        return [called for each in self.computations[name].values() for called, _ in self._calls(each)]
-
-
-def parse_program(text: str) -> Program:
-    """Reads what `compiled.as_text()` gives.
-
-    Raises:
-        ValueError: if there is no entry.
-    """
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, current, root = None, None, ""
-    for line in text.splitlines():
-        if current is None:
-            if header := _COMPUTATION.match(line):
-                current = computations.setdefault(header[2], {})
-                entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            if root in current:
-                current[root] = current.pop(root)  # the root of a computation is its last entry
-            current = None
-        elif found := _INSTRUCTION.match(line):
-            current[found[2]] = parse_instruction(found[2], found[3])
-            root = found[2] if found[1] else root
-    if entry is None:
-        raise ValueError("the text has no ENTRY computation")
-    return Program(computations=computations, entry=entry)
-
-
-Computation = Mapping[str, Instruction]
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_PARTS = re.compile(r"\b(condition|body)=%?([\w.\-~]+)")
-_FUSED = re.compile(r"\bcalls=%?([\w.\-~]+)")
-_INDEX = re.compile(r"\bindex=(\d+)")
-_COPIES = ("copy", "bitcast", "convert", "reshape")
+def _result(computations: Mapping[str, Computation], name: str, caller: "_Value | None" = None) -> "_Value":
+    computation = computations[name]
+    return _Value(computations, computation, next(reversed(computation)), caller).origin()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A name in a computation, and the fusion that the computation was entered by."""
+    """What an instruction of a computation gives; the caller is the fusion that the computation is the inside of."""
 
+    computations: Mapping[str, Computation]
     computation: Computation
-    name: str = ""
+    name: str
     caller: "_Value | None" = None
 
     @property
@@ -224,65 +217,23 @@ class _Value:
 
     @property
     def constant(self) -> int | None:
-        """Its value, if it is a whole number that the program holds."""
+        """Its value, if it is a whole number in the program's text."""
         text = self.instruction.arguments
         return int(text) if self.opcode == "constant" and text.lstrip("-").isdecimal() else None
 
+    def operand(self, index: int) -> "_Value":
+        return dataclasses.replace(self, name=self.instruction.operands[index]).origin()
 
-def count_turns(loop: Instruction, owner: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """Trip count of a `while`: as annotated, else from its counter; None if neither is known.
-
-    Args:
-        loop: the instruction.
-        owner: the computation that it is in.
-        computations: all of the program.
-    """
-    if noted := _TRIP_COUNT.search(loop.attributes):
-        return int(noted[1])
-    parts = dict(_PARTS.findall(loop.attributes))
-    if not {*parts.values()} <= {*computations} or len(parts) != 2:
-        return None
-    values = _Values(computations)
-    compared = values.result(_Value(computations[parts["condition"]]))
-    if compared.opcode != "compare" or "direction=LT" not in compared.instruction.attributes:
-        return None
-    counter, bound = (values.operand(compared, index) for index in (0, 1))
-    index = _INDEX.search(counter.instruction.attributes)
-    if bound.constant is None or index is None:
-        return None
-    begin = values.element(values.resolve(_Value(owner, loop.operands[0])), int(index[1]))
-    added = values.element(values.result(_Value(computations[parts["body"]])), int(index[1]))
-    steps = [values.operand(added, operand).constant for operand in (0, 1)] if added.opcode == "add" else []
-    step = next((each for each in steps if each), None)
-    if begin.constant is None or step is None:
-        return None
-    return math.ceil((bound.constant - begin.constant) / step)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Values:
-    """Traces values to their origin."""
-
-    computations: Mapping[str, Computation]
-
-    def element(self, made: _Value, place: int) -> _Value:
+    def element(self, index: int) -> "_Value":
         """An element of a tuple."""
-        return self.operand(made, place) if made.opcode == "tuple" else made
+        return self.operand(index) if self.opcode == "tuple" else self
 
-    def operand(self, value: _Value, index: int) -> _Value:
-        return self.resolve(dataclasses.replace(value, name=value.instruction.operands[index]))
-
-    def result(self, value: _Value) -> _Value:
-        """What the computation of `value` returns: its last instruction."""
-        return self.resolve(dataclasses.replace(value, name=next(reversed(value.computation))))
-
-    def resolve(self, value: _Value) -> _Value:
-        """Follows copies, and goes into and out of fusions, to what a value really is."""
-        instruction = value.instruction
-        if instruction.opcode in _COPIES:
-            return self.operand(value, 0)
-        if instruction.opcode == "fusion" and (called := _FUSED.search(instruction.attributes)):
-            return self.result(_Value(self.computations[called[1]], caller=value))
-        if instruction.opcode == "parameter" and value.caller is not None:
-            return self.operand(value.caller, int(instruction.arguments))
-        return value
+    def origin(self) -> "_Value":
+        """Where a value was computed: behind copies, inside fusions and outside of them."""
+        if self.opcode in _COPIES:
+            return self.operand(0)
+        if self.opcode == "fusion" and (fused := _FUSED.search(self.instruction.attributes)):
+            return _result(self.computations, fused[1], caller=self)
+        if self.opcode == "parameter" and self.caller is not None:
+            return self.caller.operand(int(self.instruction.arguments))
+        return self

@@ -35,12 +35,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits of one compilation on the planning host.
-
-    Attributes:
-        seconds: its time.
-        memory: bytes of its resident memory.
-    """
+    """Limits of one compilation on the planning host: seconds, and bytes of resident memory."""
 
     seconds: float = 1800.0
     memory: int = dataclasses.field(
@@ -53,7 +48,6 @@ class PlanOptions:
     """Planning options of the command line.
 
     Attributes:
-        topologies: to compile for.
         sweep: what to vary; None plans the run as it is configured.
         price: of a chip-hour.
         folder: receives plan.md and plan.json, of a sweep sweep.md and sweep.json.
@@ -68,17 +62,15 @@ class PlanOptions:
 
 
 def left_open(name: str) -> str:
-    """In a plan, the value of a macro that must otherwise be set and is not."""
+    """In a plan, the value of a required macro that was not set."""
     return f"<{name}>"
 
 
 def is_left_open(value: str) -> bool:
-    """Whether a value is that of `left_open`."""
     return value.startswith("<") and value.endswith(">")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds them to the command line."""
     group = parser.add_argument_group("planning")
     group.add_argument(
         "--plan",
@@ -112,12 +104,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_options(options: argparse.Namespace) -> PlanOptions:
-    """The options of the parsed flags.
-
-    Raises:
-        UserError: no topology, one that does not exist, a sweep that cannot be read, a number below 0.
-    """
-
+    """The options of the parsed flags."""
     given = {"price": options.price, "plan_seconds": options.plan_seconds, "plan_memory": options.plan_memory}
     for name, value in given.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -126,7 +113,7 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     if options.plan_memory is not None:
         bounds["memory"] = int(options.plan_memory * 2**30)
     return PlanOptions(
-        topologies=tuple(parse_topologies(options.topology)),
+        topologies=parse_topologies(options.topology),
         sweep=None if options.sweep is None else parse_sweep(options.sweep),
         price=options.price,
         folder=options.plan_dir or f"plans/{pathlib.PurePath(options.gin_file[-1]).stem}",
@@ -135,11 +122,7 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
 
 
 def parse_sweep(words: Sequence[str]) -> Sweep:
-    """From `batch=16,32`, `mesh=1x16x1,4x4x1`, `remat`, ...; an empty word varies everything.
-
-    Raises:
-        UserError: an axis that does not exist, a value that is none of its.
-    """
+    """From `batch=16,32`, `mesh=1x16x1,4x4x1`, `remat`, ...; an empty word varies everything."""
     chosen: dict[str, tuple] = {}
     for word in words:
         axis, _, values = word.partition("=")

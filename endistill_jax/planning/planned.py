@@ -23,25 +23,22 @@ from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
 from endistill_jax.train.step import CompilerOptions
 
+DAY = 86400.0
+_USED_BY_COMPILER = re.compile(r"Used [\d.]+\w? of [\d.]+\w? hbm")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRequest:
-    """A training step on a topology.
+    """A training step on a topology: everything it depends on, as picklable data.
 
     Attributes:
-        topology: to compile for.
-        student: settings of the student.
-        teacher: settings of the teacher; None if the objective needs none.
-        objective: the terms of the loss.
-        optimizer: optimizer and learning-rate schedule.
+        teacher: None if the objective needs none.
         steps: updates of the run.
         lengths: size of the global batch.
         eval_rows: of an evaluation's batch, which the mesh must spread too; None where there is none.
         packed: whether the batch has segment ids and positions.
         mesh: sizes of the axes data, fsdp and tensor; -1 takes what the others leave.
         micro_batches: parts of a batch whose gradients are accumulated.
-        implementation: in which form the losses are computed.
-        teacher_sharding: "sharded" or "replicated".
         compiler_options: of XLA, by platform.
         slices: as in `make_mesh`.
     """
@@ -71,9 +68,6 @@ class StepRequest:
     def batch_per_chip(self) -> float:
         """Examples of the global batch a chip."""
         return self.lengths.batch / self.topology.chips
-
-
-DAY = 86400.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,58 +103,37 @@ class Range:
     most: float
 
     def scaled(self, factor: float) -> "Range":
-        """Both times a factor."""
         return Range(least=self.least * factor, most=self.most * factor)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Load:
-    """What one chip does in a step.
+def step_seconds(
+    chip: Chip,
+    *,
+    flops: float,
+    link_bytes: float = 0.0,
+    network_bytes: float = 0.0,
+    argument_bytes: float = 0.0,
+    assumptions: Assumptions = Assumptions(),
+) -> Range | None:
+    """The duration of a step; None if the chip's specifications are unknown.
 
-    Attributes:
+    Args:
+        chip: one of those that run the step.
         flops: operations of its matrix products.
         link_bytes: bytes that it sends to chips of its slice.
         network_bytes: bytes that it sends to other slices.
         argument_bytes: parameters, optimizer and batch in its memory, which the step reads.
+        assumptions: of the estimate.
     """
-
-    flops: float
-    link_bytes: float = 0.0
-    network_bytes: float = 0.0
-    argument_bytes: float = 0.0
-
-
-def step_seconds(load: Load, chip: Chip, assumptions: Assumptions = Assumptions()) -> Range | None:
-    """The duration of a step; None if the chip's specifications are unknown."""
-    if chip.peak_flops is None:
+    sent = [(link_bytes, chip.link_bandwidth), (network_bytes, chip.network_bandwidth)]
+    if chip.peak_flops is None or any(size and bandwidth is None for size, bandwidth in sent):
         return None
-    best, worst = (
-        (_computing(load, chip, utilisation), _exchanging(load, chip, bandwidth))
-        for utilisation, bandwidth in (
-            (assumptions.best_utilisation, assumptions.best_bandwidth),
-            (assumptions.worst_utilisation, assumptions.worst_bandwidth),
-        )
-    )
-    if None in (*best, *worst):
-        return None
-    reading = load.argument_bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0
-    return Range(least=max(*best, reading), most=max(sum(worst), reading))
-
-
-def _computing(load: Load, chip: Chip, utilisation: float) -> float:
-    return load.flops / (chip.peak_flops * utilisation)
-
-
-def _exchanging(load: Load, chip: Chip, share: float) -> float | None:
-    seconds = 0.0
-    for sent, bandwidth in (
-        (load.link_bytes, chip.link_bandwidth),
-        (load.network_bytes, chip.network_bandwidth),
-    ):
-        if sent and bandwidth is None:
-            return None
-        seconds += sent / (bandwidth * share) if sent else 0.0
-    return seconds
+    computing = flops / chip.peak_flops
+    exchanging = sum(size / bandwidth for size, bandwidth in sent if size)
+    reading = argument_bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0
+    least = max(computing / assumptions.best_utilisation, exchanging / assumptions.best_bandwidth, reading)
+    most = computing / assumptions.worst_utilisation + exchanging / assumptions.worst_bandwidth
+    return Range(least=least, most=max(most, reading))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,13 +154,7 @@ class RunEstimate:
 def estimate_run(
     seconds: Range, *, tokens_a_step: int, run_tokens: int, chips: int, price: float | None
 ) -> RunEstimate:
-    """Args:
-    seconds: of a step.
-    tokens_a_step: positions of the global batch.
-    run_tokens: positions that the run reads in all.
-    chips: how many work on it.
-    price: of a chip-hour; None if it is unknown.
-    """
+    """The estimate of a run of `run_tokens` positions, whose steps take `seconds`; the price is of a chip-hour."""
     chip_hours = seconds.scaled(run_tokens / tokens_a_step * chips / 3600)
     return RunEstimate(
         tokens_a_day=Range(least=DAY * tokens_a_step / seconds.most, most=DAY * tokens_a_step / seconds.least),
@@ -196,20 +163,14 @@ def estimate_run(
     )
 
 
-COMPILED = "compiled"
-_USED_BY_COMPILER = re.compile(r"Used [\d.]+\w? of [\d.]+\w? hbm")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """One step and its answer.
+    """A step and the result of its compilation.
 
     Attributes:
-        request: the step.
         result: what `compile_bounded` returned.
         run_tokens: positions that the whole run reads.
         price: of a chip-hour; None if it is unknown.
-        assumptions: of the estimate.
     """
 
     request: StepRequest
@@ -220,18 +181,15 @@ class PlannedStep:
 
     @property
     def compiled(self) -> bool:
-        """Whether it compiled."""
-        return self.result["status"] == COMPILED
+        return self.result["status"] == "compiled"
 
     @property
     def memory(self) -> int | None:
-        """Bytes a chip: arguments + temporaries + outputs - aliases, and the program itself.
-
-        What is kept between steps but not read by the step counts as an argument.
-        """
+        """Bytes a chip: arguments + temporaries + outputs - aliases, and the program itself."""
         if not self.compiled:
             return None
         of_compiler = self.result["memory"]
+        # The step may not read all that is kept between steps, but it takes memory all the same.
         arguments = max(of_compiler["arguments"], sum(self.result["held"].values()))
         others = of_compiler["temporaries"] + of_compiler["outputs"] - of_compiler["aliases"] + of_compiler["program"]
         return arguments + others
@@ -262,25 +220,24 @@ class PlannedStep:
 
     @property
     def model_flops(self) -> int:
-        """Of the whole step by our formula; see `train/flops.py`."""
+        """Of the whole step by our formula."""
         request = self.request
         return step_flops(request.student, request.teacher, request.objective, request.lengths).total
 
     @property
-    def load(self) -> Load:
-        """What one chip does; only of a compiled step."""
+    def seconds(self) -> Range | None:
+        """Of a step; None where the chip or the step is not known."""
+        if not self.compiled:
+            return None
         traffic = self.result["collectives"]
-        return Load(
+        return step_seconds(
+            self.request.topology.chip,
             flops=self.result["flops"],
             link_bytes=sum(each["sent"] for each in traffic if not each["crosses_slices"]),
             network_bytes=sum(each["sent"] for each in traffic if each["crosses_slices"]),
             argument_bytes=self.result["memory"]["arguments"],
+            assumptions=self.assumptions,
         )
-
-    @property
-    def seconds(self) -> Range | None:
-        """Of a step; None where the chip or the step is not known."""
-        return step_seconds(self.load, self.request.topology.chip, self.assumptions) if self.compiled else None
 
     @property
     def run(self) -> RunEstimate | None:

@@ -4,8 +4,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from endistill_jax.planning.planned import PlannedStep, Range
 from endistill_jax.reports.files import json_text, write_atomically
 from endistill_jax.reports.table import Column, format_count, markdown_table
@@ -39,28 +37,25 @@ def describe_plan(plan: PlannedStep) -> str:
     """One step in full, as Markdown."""
     request, result = plan.request, plan.result
     topology = request.topology
+    entries = {"mesh": _mesh(plan), "batch": _batch(plan), "settings": _settings(plan)}
+    if plan.compiled:
+        entries |= _sizes(plan)
+    entries["model FLOPs a step, by formula"] = f"{plan.model_flops:.4g}"
+    if plan.run is not None:
+        entries |= _times(plan)
+    if "host_memory" in result:
+        seconds = f"{result['compile_seconds']:.0f} s, " if plan.compiled else ""
+        entries["compiling took, on this machine"] = f"{seconds}{result['host_memory'] / GIB:.1f} GiB of memory"
+    columns = [Column(key="name", title=""), Column(key="value", title="")]
     lines = [
         f"## {topology.name}: {topology.chips} chips, {plan.status}" + (f" ({plan.reason})" if plan.reason else ""),
         "",
+        markdown_table([{"name": name, "value": value} for name, value in entries.items()], columns),
     ]
-    entries = [("mesh", _mesh(plan)), ("batch", _batch(plan)), ("settings", _settings(plan))]
-    if plan.compiled:
-        entries += _sizes(plan) + _memory(plan) + _work(plan)
-    entries.append(("model FLOPs a step, by formula", f"{plan.model_flops:.4g}"))
-    if plan.run is not None:
-        entries += _times(plan)
-    if "host_memory" in result:
-        seconds = f"{result['compile_seconds']:.0f} s, " if plan.compiled else ""
-        entries.append(("compiling took, on this machine", f"{seconds}{result['host_memory'] / GIB:.1f} GiB of memory"))
-    columns = [Column(key="name", title=""), Column(key="value", title="")]
-    lines.append(markdown_table([{"name": name, "value": value} for name, value in entries], columns))
     if plan.compiled and result["collectives"]:
         lines += ["Collectives of one chip in one step, times the trip counts of loops:", "", _collectives(plan)]
     if result.get("uncounted_loops"):
-        lines += [
-            f"{result['uncounted_loops']} loops have an unknown trip count: what is in them counts once.",
-            "",
-        ]
+        lines += [f"{result['uncounted_loops']} loops have an unknown trip count: what is in them counts once.", ""]
     if topology.is_proxy:
         lines += [f"A proxy: {PROXY}.", ""]
     if plan.seconds is not None:
@@ -68,23 +63,27 @@ def describe_plan(plan: PlannedStep) -> str:
     return "\n".join(lines)
 
 
-def plans_table(plans: Sequence[PlannedStep], stages: Sequence[int | None] = ()) -> str:
+def plans_table(plans: Sequence[PlannedStep], stages: Sequence[int] = ()) -> str:
     """One row a step, as Markdown; with the stage that each is of, where there are stages."""
     rows = [_row(plan) for plan in plans]
     for row, stage in zip(rows, stages, strict=False):
         row["stage"] = str(stage)
     shown = [key for key in _TABLE if any(row.get(key) is not None for row in rows)]
     columns = [Column(key=key, title=_TABLE[key], kind="text" if key in _TEXTS else "number") for key in shown]
-    table = markdown_table(rows, columns)
-    notes = [f"- {_name(plan)}: {plan.reason}" for plan in plans if plan.reason]
-    return table + ("\n" + "\n".join(notes) + "\n" if notes else "")
+    notes = [
+        f"- {plan.request.topology.name}, {_mesh(plan)}, {plan.request.batch_per_chip:g} a chip, {_settings(plan)}: "
+        f"{plan.reason}\n"
+        for plan in plans
+        if plan.reason
+    ]
+    return markdown_table(rows, columns) + ("\n" + "".join(notes) if notes else "")
 
 
 def chain_text(planned: Sequence[Sequence[PlannedStep]]) -> str:
     """The first plan of every stage and topology in one table, and the chip-hours of all stages together.
 
     Args:
-        planned: of each stage, in order.
+        planned: the plans of each stage, in order.
     """
     first: dict[tuple[str, int], PlannedStep] = {}
     for number, plans in enumerate(planned, 1):
@@ -94,38 +93,33 @@ def chain_text(planned: Sequence[Sequence[PlannedStep]]) -> str:
     for name in dict.fromkeys(name for name, _ in first):
         runs = [plan.run for (topology, _), plan in first.items() if topology == name]
         if len(runs) == len(planned) and None not in runs:
-            least, most = (sum(getattr(run.chip_hours, end) for run in runs) for end in ("least", "most"))
-            lines.append(f"{name}: {_range(Range(least=least, most=most))} chip-hours for all stages, estimated.\n")
+            hours = Range(
+                least=sum(run.chip_hours.least for run in runs), most=sum(run.chip_hours.most for run in runs)
+            )
+            lines.append(f"{name}: {_range(hours)} chip-hours for all stages, estimated.\n")
     return "\n".join(lines)
 
 
 def rank(plans: Sequence[PlannedStep]) -> list[PlannedStep]:
-    """What fits first, by tokens a day in the middle of the estimate (geometric); the rest in order."""
+    """Plans that fit first, by the geometric mean of the bounds of tokens a day; the rest in order."""
 
     def key(plan: PlannedStep) -> tuple[bool, float]:
-        if plan.run is None:
-            return not plan.fits, 0.0
-        tokens = plan.run.tokens_a_day
-        return not plan.fits, -((tokens.least * tokens.most) ** 0.5)
+        tokens = plan.run and plan.run.tokens_a_day
+        return not plan.fits, -((tokens.least * tokens.most) ** 0.5) if tokens else 0.0
 
     return sorted(plans, key=key)
 
 
 def write_plans(folder: str | os.PathLike[str], name: str, plans: Sequence[PlannedStep], text: str) -> None:
     """Writes `name.md` and `name.json` to a folder."""
-    base = epath.Path(folder).expanduser()
-    write_atomically(base / f"{name}.json", json_text([plan.as_json() for plan in plans], indent=1) + "\n")
-    write_atomically(base / f"{name}.md", text)
+    path = f"{os.fspath(folder)}/{name}"
+    write_atomically(f"{path}.json", json_text([plan.as_json() for plan in plans], indent=1) + "\n")
+    write_atomically(f"{path}.md", text)
 
 
 def _mesh(plan: PlannedStep) -> str:
     sizes = plan.result["mesh"].values() if plan.compiled else plan.request.mesh
     return " x ".join(map(str, sizes))
-
-
-def _name(plan: PlannedStep) -> str:
-    request = plan.request
-    return f"{request.topology.name}, {_mesh(plan)}, {request.batch_per_chip:g} a chip, {_settings(plan)}"
 
 
 def _batch(plan: PlannedStep) -> str:
@@ -148,46 +142,32 @@ def _settings(plan: PlannedStep) -> str:
     return ", ".join(parts)
 
 
-def _sizes(plan: PlannedStep) -> list[tuple[str, str]]:
-    result = plan.result
-    sizes = [("student", f"{format_count(result['student_params'])} parameters")]
-    if plan.request.teacher is not None:
-        sizes.insert(0, ("teacher", f"{format_count(result['teacher_params'])} parameters"))
-    return sizes
-
-
-def _memory(plan: PlannedStep) -> list[tuple[str, str]]:
-    held, memory = plan.result["held"], plan.result["memory"]
-    available = plan.request.topology.chip.memory
-    of = "" if available is None else f" of {available / GIB:.4g}"
+def _sizes(plan: PlannedStep) -> dict[str, str]:
+    """Parameters, memory and FLOPs of a compiled step."""
+    result, topology = plan.result, plan.request.topology
+    held, memory, flops = result["held"], result["memory"], result["flops"]
+    of_chip = "" if topology.chip.memory is None else f" of {topology.chip.memory / GIB:.4g}"
     kept = ", ".join(f"{owner} {size / GIB:.2f}" for owner, size in held.items() if size)
-    parts = ", ".join(f"{name} {_size(memory[name])}" for name in ("temporaries", "outputs", "aliases", "program"))
-    return [
-        ("memory a chip, GiB", f"{plan.memory / GIB:.2f}{of}"),
-        ("its arguments, GiB", f"{memory['arguments'] / GIB:.2f} as laid out; by shapes {kept}"),
-        ("the rest, GiB", parts),
-    ]
+    rest = ("temporaries", "outputs", "aliases", "program")
+    share = f", {flops * topology.chips / plan.model_flops:.2f} times the formula's" if plan.model_flops else ""
+    teacher = {"teacher": f"{format_count(result['teacher_params'])} parameters"} if plan.request.teacher else {}
+    return teacher | {
+        "student": f"{format_count(result['student_params'])} parameters",
+        "memory a chip, GiB": f"{plan.memory / GIB:.2f}{of_chip}",
+        "its arguments, GiB": f"{memory['arguments'] / GIB:.2f} as laid out; by shapes {kept}",
+        "the rest, GiB": ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in rest),
+        "FLOPs a chip, of the compiled program": f"{flops:.4g}{share}",
+    }
 
 
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f}"
-
-
-def _work(plan: PlannedStep) -> list[tuple[str, str]]:
-    chips = plan.request.topology.chips
-    done = plan.result["flops"]
-    share = f", {done * chips / plan.model_flops:.2f} times the formula's" if plan.model_flops else ""
-    return [("FLOPs a chip, of the compiled program", f"{done:.4g}{share}")]
-
-
-def _times(plan: PlannedStep) -> list[tuple[str, str]]:
+def _times(plan: PlannedStep) -> dict[str, str]:
     run = plan.run
-    times = [
-        ("step, estimated", f"{_range(plan.seconds)} s"),
-        ("tokens a day", _range(run.tokens_a_day, counts=True)),
-        ("chip-hours of the run", f"{_range(run.chip_hours)} for {format_count(plan.run_tokens)} tokens"),
-    ]
-    return times if run.cost is None else [*times, ("cost", f"{_range(run.cost)} at {plan.price:g} a chip-hour")]
+    times = {
+        "step, estimated": f"{_range(plan.seconds)} s",
+        "tokens a day": _range(run.tokens_a_day, counts=True),
+        "chip-hours of the run": f"{_range(run.chip_hours)} for {format_count(plan.run_tokens)} tokens",
+    }
+    return times if run.cost is None else times | {"cost": f"{_range(run.cost)} at {plan.price:g} a chip-hour"}
 
 
 def _collectives(plan: PlannedStep) -> str:
@@ -217,13 +197,13 @@ def _row(plan: PlannedStep) -> dict[str, Any]:
         "status": plan.status,
     }
     if plan.compiled:
-        load = plan.load
+        result = plan.result
         row |= {
             "memory": f"{plan.memory / GIB:.1f}",
-            "temporaries": f"{plan.result['memory']['temporaries'] / GIB:.1f}",
-            "flops": f"{load.flops / 1e12:.3g}",
-            "sent": f"{(load.link_bytes + load.network_bytes) / 1e9:.3g}",
-            "compiling": f"{plan.result['compile_seconds']:.0f}",
+            "temporaries": f"{result['memory']['temporaries'] / GIB:.1f}",
+            "flops": f"{result['flops'] / 1e12:.3g}",
+            "sent": f"{sum(each['sent'] for each in result['collectives']) / 1e9:.3g}",
+            "compiling": f"{result['compile_seconds']:.0f}",
         }
     if run is not None:
         row |= {
@@ -235,9 +215,9 @@ def _row(plan: PlannedStep) -> dict[str, Any]:
     return row
 
 
-def _range(figure: Range, counts: bool = False) -> str:
+def _range(bounds: Range, counts: bool = False) -> str:
     show = format_count if counts else _three_digits
-    return f"{show(figure.least)} to {show(figure.most)}"
+    return f"{show(bounds.least)} to {show(bounds.most)}"
 
 
 def _three_digits(value: float) -> str:

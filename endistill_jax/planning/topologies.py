@@ -8,30 +8,23 @@ v5e and v6e are counted in chips, v4 and v5p in TensorCores, of which a chip has
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from typing import Any
 
 from endistill_jax.core.errors import UserError
 
-TPU_SOURCE = "Google Cloud TPU documentation, pages v4, v5e, v5p and v6e"
-GPU_SOURCE = "NVIDIA data sheets, dense figures, SXM boards"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator chip; None where it is unknown.
+    """One accelerator chip; None where a figure is unknown.
 
     Attributes:
-        name: as topologies name it.
-        platform: "tpu", "gpu" or "cpu".
         memory: bytes of its own memory.
         peak_flops: bfloat16 operations a second.
         memory_bandwidth: bytes a second between chip and memory.
         link_bandwidth: bytes a second that it sends to its neighbors, all links together, one direction.
         network_bandwidth: bytes a second that it sends to another slice or host, its share of the host's.
-        source: of the specifications.
     """
 
     name: str
@@ -44,50 +37,40 @@ class Chip:
     source: str = ""
 
 
-def _tpu(
-    name: str, gib: int, teraflops: float, memory_gb: float, links_gbit: float, network_gbit: float | None
-) -> Chip:
-    return Chip(
-        name=name,
-        platform="tpu",
-        memory=gib << 30,
-        peak_flops=teraflops * 1e12,
-        memory_bandwidth=memory_gb * 1e9,
-        link_bandwidth=links_gbit * 1e9 / 8,
-        network_bandwidth=None if network_gbit is None else network_gbit * 1e9 / 8,
-        source=TPU_SOURCE,
-    )
-
-
-def _gpu(name: str, gb: int, teraflops: float, memory_gb: float, links_gb: float) -> Chip:
-    return Chip(
-        name=name,
-        platform="gpu",
-        memory=int(gb * 1e9),
-        peak_flops=teraflops * 1e12,
-        memory_bandwidth=memory_gb * 1e9,
-        link_bandwidth=links_gb * 1e9,
-        source=GPU_SOURCE,
-    )
-
-
-# TPUs' links: the "interchip interconnect bandwidth" in Gbit/s, one direction; the "bidirectional" GB/s of later pages
-# count both. Data center network: what the page gives for a chip, or for a pod over its chips; v4's gives none.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        _tpu("v4", gib=32, teraflops=275, memory_gb=1228, links_gbit=2400, network_gbit=None),
-        _tpu("v5e", gib=16, teraflops=197, memory_gb=819, links_gbit=1600, network_gbit=25),
-        _tpu("v5p", gib=95, teraflops=459, memory_gb=2765, links_gbit=4800, network_gbit=50),
-        _tpu("v6e", gib=32, teraflops=918, memory_gb=1638, links_gbit=3200, network_gbit=100),
-        _gpu("a100", gb=80, teraflops=312, memory_gb=2039, links_gb=300),
-        _gpu("h100", gb=80, teraflops=989, memory_gb=3350, links_gb=450),
-        _gpu("h200", gb=141, teraflops=989, memory_gb=4800, links_gb=450),
-        Chip(name="gpu", platform="gpu"),
-        Chip(name="cpu", platform="cpu"),
-    )
+_SOURCES = {
+    "tpu": "Google Cloud TPU documentation, pages v4, v5e, v5p and v6e",
+    "gpu": "NVIDIA data sheets, dense figures, SXM boards",
+}
+# Memory in bytes; FLOP/s; GB/s of memory; Gbit/s of all links in one direction, which a TPU page calls "interchip
+# interconnect bandwidth" ("bidirectional" GB/s of later pages count both); Gbit/s of the data center network, what the
+# page gives for a chip, or for a pod over its chips (v4's gives none).
+_FIGURES = {
+    "v4": (32 << 30, 275e12, 1228, 2400, None),
+    "v5e": (16 << 30, 197e12, 819, 1600, 25),
+    "v5p": (95 << 30, 459e12, 2765, 4800, 50),
+    "v6e": (32 << 30, 918e12, 1638, 3200, 100),
+    "a100": (80e9, 312e12, 2039, 2400, None),
+    "h100": (80e9, 989e12, 3350, 3600, None),
+    "h200": (141e9, 989e12, 4800, 3600, None),
 }
 
+
+def _chip(name: str, memory: float, peak_flops: float, memory_gb: float, links: float, network: float | None) -> Chip:
+    platform = "tpu" if name.startswith("v") else "gpu"
+    return Chip(
+        name=name,
+        platform=platform,
+        memory=int(memory),
+        peak_flops=peak_flops,
+        memory_bandwidth=memory_gb * 1e9,
+        link_bandwidth=links * 1e9 / 8,
+        network_bandwidth=None if network is None else network * 1e9 / 8,
+        source=_SOURCES[platform],
+    )
+
+
+CHIPS = {name: _chip(name, *figures) for name, figures in _FIGURES.items()}
+CHIPS |= {name: Chip(name=name, platform=name) for name in ("gpu", "cpu")}  # any such host
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -103,7 +86,6 @@ class Topology:
     """Chips that run one program.
 
     Attributes:
-        chip: their kind.
         shape: chips of one slice along each of its axes; of a host, their number.
         slices: such slices, joined by the data center network.
     """
@@ -118,10 +100,14 @@ class Topology:
         return self.slices * math.prod(self.shape)
 
     @property
+    def slice_name(self) -> str:
+        """One slice by its shape, such as `v5e:4x4`."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
     def name(self) -> str:
         """The name by shape, which `parse_topology` reads."""
-        many = f"{self.slices}*" if self.slices > 1 else ""
-        return f"{many}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.slices}*{self.slice_name}" if self.slices > 1 else self.slice_name
 
     @property
     def cloud_name(self) -> str:
@@ -131,46 +117,34 @@ class Topology:
 
     @property
     def is_proxy(self) -> bool:
-        """Whether the CPU compiler is used as a proxy, as there is none for it here."""
+        """Whether the CPU compiler stands in: only the TPU compiler works without its chips."""
         return self.chip.platform != "tpu"
 
 
-def parse_topologies(names: str) -> list[Topology]:
-    """The topologies of a list with commas between them.
-
-    Raises:
-        UserError: a name that is none, with the known ones.
-    """
-    given = [name.strip() for name in names.split(",") if name.strip()]
+def parse_topologies(names: str) -> tuple[Topology, ...]:
+    """The topologies of a comma-separated list."""
+    given = [name for name in names.split(",") if name.strip()]
     if not given:
         raise UserError(f"--topology is empty; give one or more of {known_names()}")
-    return [parse_topology(name) for name in given]
+    return tuple(map(parse_topology, given))
 
 
 def parse_topology(name: str) -> Topology:
-    """One topology by its shape or by its size; see the module.
-
-    Raises:
-        UserError: a name that is none, with the known ones.
-    """
-    match = _NAME.fullmatch(name.strip().lower())
-    if not match:
-        raise UserError(f"--topology: {name!r} is not a topology; known are {known_names()}")
-    kind = _CLOUD_NAMES.get(match["kind"], match["kind"])
+    """One topology by its shape or by its size; see the module."""
+    name = name.strip()
+    match = _NAME.fullmatch(name.lower())
+    kind = match and _CLOUD_NAMES.get(match["kind"], match["kind"])
+    if kind not in (*SHAPES, *_HOSTS):
+        raise UserError(f"--topology: {name!r} is not known; known are {known_names()}")
     sizes = tuple(int(size) for size in match["size"].split("x"))
     slices = int(match["slices"] or 1)
     if kind in _HOSTS:
         if len(sizes) > 1 or sizes[0] < 1 or slices != 1:
             raise UserError(f"--topology: {name!r} is no host; GPUs and CPUs are those of one host, such as {kind}:8")
         return Topology(chip=CHIPS[kind], shape=sizes)
-    if kind not in SHAPES:
-        near = difflib.get_close_matches(kind, [*SHAPES, *_HOSTS], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"--topology: {name!r} is not known; {hint}known are {known_names()}")
-    shapes = {tuple(map(int, shape.split("x"))) for shape in SHAPES[kind]}
+    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES[kind]]
     if match["mark"] == "-":
-        cores = _CORES_A_CHIP[kind]
-        found = [shape for shape in shapes if len(sizes) == 1 and math.prod(shape) * cores == sizes[0]]
+        found = [shape for shape in shapes if (math.prod(shape) * _CORES_A_CHIP[kind],) == sizes]
     else:
         found = [shape for shape in shapes if shape == sizes]
     if not found or slices < 1:
@@ -220,5 +194,5 @@ def devices(topology: Topology) -> list[Any]:
         settings["chip_config_name"] = "megacore"  # both cores of a chip as one device, as Cloud TPU has them
     if topology.slices > 1:
         settings["num_slices"] = topology.slices
-    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    name = topology.slice_name
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)

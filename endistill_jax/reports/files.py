@@ -17,46 +17,40 @@ from endistill_jax.checkpoints.manifest import check_same
 from endistill_jax.core.errors import UserError
 from endistill_jax.storage import local_path, stored_path
 
+NUMBER = "line"
+
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old file or the new one and never a part.
-
-    It is written to a file next to `path`, which then replaces it (`os.replace` locally, a rename in object stores).
-
-    Args:
-        path: the file; its folder is made when missing.
-        content: what the file will hold; text is written as UTF-8.
-    """
+    """Writes a file, and its folder: a reader, or a crash, sees the old file or the new one and never a part."""
     target = stored_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(target)
+        temporary.replace(target)  # `os.replace` locally, a rename in object stores
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def plain_values(value: Any) -> Any:
-    """Turns arrays, NumPy or JAX scalars and non-finite numbers into what standard JSON can hold.
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """The standard-conforming JSON text of nested dicts and lists of numbers, strings and arrays.
 
     Floats keep every bit (float32 is exact in JSON's float64). JSON has no NaN or infinity: those become the strings
     "nan", "inf" and "-inf", which `float()` reads back.
     """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): plain_values(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_values(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return plain_values(np.asarray(value).tolist())
-
-
-def json_text(value: Any, *, indent: int | None = None) -> str:
-    """The standard-conforming JSON text of nested dicts and lists of numbers, strings and scalar arrays."""
-    return json.dumps(plain_values(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    return _plain(np.asarray(value).tolist())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +80,7 @@ def started_by(launch: Launch) -> Iterator[None]:
 
 
 def write_run_files(model_dir: str | os.PathLike[str]) -> None:
-    """Writes `command.sh` and `config.gin` to a model directory, if the command is known.
-
-    Writes nothing for a job that is called from plain Python.
-    """
+    """Writes how the run was started, `command.sh` and `config.gin`; nothing for a job called from plain Python."""
     launch = _launch.get()
     if launch is None:
         return
@@ -97,9 +88,6 @@ def write_run_files(model_dir: str | os.PathLike[str]) -> None:
     script = f"#!/bin/sh\n# Written by endistill-jax {__version__}; resumes the run if it was stopped.\n"
     write_atomically(f"{os.fspath(model_dir)}/command.sh", f"{script}cd {shlex.quote(os.getcwd())} && {command}\n")
     write_atomically(f"{os.fspath(model_dir)}/config.gin", launch.config())
-
-
-NUMBER = "line"
 
 
 class Done(NamedTuple):
@@ -119,17 +107,13 @@ class Done(NamedTuple):
 
 
 class RecordLog:
-    """Records with ascending numbers under `line`, and in `<file>.run.json` the manifest of their settings."""
+    """A resumable JSONL file of records with ascending numbers under `line`: none is lost or written twice.
+
+    `<file>.run.json` has the manifest of their settings.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Does not open the file yet.
-
-        Args:
-            path: a local file, which need not exist.
-
-        Raises:
-            UserError: it is a folder, or in an object store, where no file can grow.
-        """
+        # Not in an object store, where no file can grow.
         self._path = local_path(path, "give a local file, since records are added to it as they are made")
         if self._path.is_dir():
             raise UserError(f"{path} is a folder; give a file in it")
@@ -159,14 +143,11 @@ class RecordLog:
         check_same(saved, json.loads(json_text(manifest)), str(self._path))
 
     def read(self, manifest: Mapping[str, Any], count: Iterable[str] = ()) -> Done:
-        """The existing records; read-only.
+        """Checks an existing file like `check`, and reads it.
 
         Args:
             manifest: see `check`.
             count: keys whose true values are counted.
-
-        Raises:
-            UserError: as of `check`, and for a line that is no record.
         """
         self.check(manifest)
         last = records = length = 0

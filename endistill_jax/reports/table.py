@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TextIO
 
 import jax
-from etils import epath
 
 from endistill_jax.evaluation.denoising import DenoisingReport
 from endistill_jax.models.family import ModelConfig, abstract_params, count_params
@@ -25,11 +24,9 @@ _MISSING = "-"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of a table.
+    """One column of a table: the key of its cells in the rows, and a heading with the unit where it is not plain.
 
     Attributes:
-        key: the rows' key.
-        title: the heading, with the unit where it is not plain.
         kind: how numbers are shown: "count" 5.7 M, "loss" three decimals, "number" at least three digits, "share" 0.123
             as 12.3 %, "seconds" 412 s, "difference" three decimals with their sign, "text" as it is.
     """
@@ -144,10 +141,10 @@ def write_table(
     directory: str | os.PathLike, name: str, rows: Sequence[Row], columns: Sequence[Column], *, title: str = ""
 ) -> None:
     """Writes `name.md` (columns, rounded) and `name.json` (the rows with all their keys, exact), each atomically."""
-    folder = epath.Path(directory)
-    write_atomically(folder / f"{name}.json", json_text([dict(row) for row in rows], indent=2) + "\n")
+    path = f"{os.fspath(directory)}/{name}"
+    write_atomically(f"{path}.json", json_text([dict(row) for row in rows], indent=2) + "\n")
     heading = f"## {title}\n\n" if title else ""
-    write_atomically(folder / f"{name}.md", heading + markdown_table(rows, columns))
+    write_atomically(f"{path}.md", heading + markdown_table(rows, columns))
 
 
 DENOISING_COLUMNS = (

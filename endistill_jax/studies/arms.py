@@ -1,4 +1,4 @@
-"""The arms of a study: what each trains with, as ordinary runs for every seed, and the fine-tuning that judges it."""
+"""The arms of a study as ordinary runs for every seed, each with the fine-tunings by which its student is compared."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from endistill_jax.train.experiment import Experiment
 from endistill_jax.train.finetuning import Finetuning, check_runs, plan_runs
 from endistill_jax.train.flops import step_flops
 from endistill_jax.train.optimizer import OptimizerConfig
-from endistill_jax.train.training import Training
+from endistill_jax.train.training import Training, is_finished, last_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,8 @@ class Arm:
     """One of the ways to train a student that a study compares. What is None is the study's.
 
     Attributes:
-        objective: what the student is trained with.
-        optimizer: how it is updated.
-        student: its shape.
-        init: what it starts from.
         steps: optimizer updates; with an interpolation of each stage, or of the direct run whose compute it spends.
-        interpolation: distils over assistants; None straight from the teacher.
+        interpolation: distills over assistants; None straight from the teacher.
     """
 
     objective: Objective
@@ -58,7 +54,7 @@ class StudyRun:
         seed: of initial parameters, data order and dropout, of the fine-tuning too.
         trainings: the stages of its chain in order; without a chain one, from the study's teacher if from any.
         chain: None for an arm without interpolation.
-        tasks: name -> how the last training's product is fine-tuned.
+        tasks: name -> how the student is fine-tuned.
     """
 
     arm: str
@@ -69,31 +65,31 @@ class StudyRun:
 
     @property
     def training(self) -> Training:
-        """The one whose product is judged."""
+        """The one whose student is compared."""
         return self.trainings[-1]
 
     @property
-    def folders(self) -> tuple[str, ...]:
-        """The model directories of the runs and fine-tunings, which are all done when each has ended."""
-        tuned = (self._folder_of(task) for task in self.tasks)
-        return (*(training.model_dir for training in self.trainings), *tuned)
+    def has_ended(self) -> bool:
+        """Whether all its trainings and fine-tunings have."""
+        folders = [training.model_dir for training in self.trainings]
+        folders += [self._folder_of(task) for task in self.tasks]
+        return all(is_finished(last_manifest(folder)[1]) for folder in folders)
 
     def check(self, mesh: Mesh) -> None:
-        """Finds what would go wrong later, in the training or the fine-tuning of what it will give; reads no example.
+        """Finds what would go wrong later, in the training or the fine-tunings; reads no example.
 
         Args:
-            mesh: where students are judged.
-
-        Raises:
-            UserError: naming the arm, the setting and what would be right.
+            mesh: where students are evaluated.
         """
         with naming(f"arm {self.arm}"):
             for number, training in enumerate(self.trainings, 1):
                 with naming(f"stage {number}") if self.chain else contextlib.nullcontext():
                     _check_comparable(training, mesh)
-            (self.chain or self.training).check()
             if self.chain is None:
+                self.training.check()
                 self.training.check_saved()
+            else:
+                self.chain.check()
             own = fingerprint_vocabulary(self.training.vocabulary())
             for task, how in self.tasks.items():
                 with naming(f"task {task}"):
@@ -112,11 +108,11 @@ class StudyRun:
         return dataclasses.replace(training, may_continue=False)
 
     def finetunings(self) -> Iterator[tuple[str, Training]]:
-        """The fine-tunings of the run's product, which must be there, by the names of their tasks."""
-        product = open_model(self.training.model_dir)
+        """The fine-tunings of the trained student, which must be there, by the names of their tasks."""
+        student = open_model(self.training.model_dir)
         for task in self.tasks:
-            yield task, self.finetuning_of(task, product)
-        product.release()
+            yield task, self.finetuning_of(task, student)
+        student.release()
 
     def settings(self) -> dict[str, Any]:
         """What the run trains with, as plain values; several stages have each their own in `stages`."""
@@ -140,11 +136,7 @@ def plan_study(
     seeds: tuple[int, ...],
     tasks: Mapping[str, Finetuning],
 ) -> list[StudyRun]:
-    """A run for every seed and arm, seed after seed, so that a study that is resumed has whole comparisons.
-
-    Raises:
-        UserError: an arm's interpolation does not fit, or what plots are drawn with is not installed.
-    """
+    """A run for every seed and arm, seed after seed, so that a study that was stopped has complete comparisons."""
     check_packages()
 
     def planned(name: str, arm: Arm, seed: int) -> StudyRun:
@@ -181,7 +173,7 @@ def _check_comparable(training: Training, mesh: Mesh) -> None:
         raise UserError("its run has a patience, but arms are compared after equal steps; leave Run.patience None")
     if training.mesh() != mesh:
         raise UserError(
-            f"its run has the mesh {training.run.mesh}, but students are judged on another, that of study.run; "
+            f"its run has the mesh {training.run.mesh}, but students are evaluated on another, that of study.run; "
             "make Run.mesh and slices equal"
         )
 

@@ -1,8 +1,8 @@
-"""The files of a study: `study.json` with all measurements, and the tables and plots made from it.
+"""The report of a study: `study.md` and its plots, made from `study.json` alone.
 
     python -m endistill_jax.studies.report FOLDER
 
-recreates `study.md` and the plots from FOLDER/study.json.
+recreates them from FOLDER/study.json.
 """
 
 import io
@@ -11,8 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-from etils import epath
 
 from endistill_jax.core.errors import StorageFailure, UserError
 from endistill_jax.extras import STUDIES, require
@@ -41,37 +39,51 @@ _DOTS_PER_INCH = 110
 
 
 def check_packages() -> None:
-    """Checks that plots can be drawn: before anything is trained, not at the end.
-
-    Raises:
-        UserError: if Matplotlib is not installed.
-    """
+    """Checks that plots can be drawn: before anything is trained, not at the end."""
     require("matplotlib", "drawing the plots of a study", STUDIES)
 
 
-def study_plots(raw: Raw) -> dict[str, bytes]:
-    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such.
+def write_report(folder: str | os.PathLike, raw: Raw) -> None:
+    """Writes `study.md` and the plots."""
+    plots = study_plots(raw)
+    for name, image in plots.items():
+        write_atomically(f"{os.fspath(folder)}/{name}", image)
+    pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in plots)
+    write_atomically(f"{os.fspath(folder)}/study.md", study_markdown(raw) + pictures)
 
-    Raises:
-        UserError: if Matplotlib is not installed.
-    """
+
+def print_study(raw: Raw) -> None:
+    """Prints the tables."""
+    for table in study_tables(raw):
+        print_table(table.rows, table.columns, title=table.title)
+
+
+def study_plots(raw: Raw) -> dict[str, bytes]:
+    """PNG images by file name: held-out loss; downstream metrics and the probe where there are such."""
     check_packages()
-    plots = {"held_out_loss.png": _held_out_loss(raw)}
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures = {"held_out_loss.png": _held_out_loss(raw)}
     if task_metrics(raw):
-        plots["downstream.png"] = _downstream(raw)
+        figures["downstream.png"] = _downstream(raw)
     if sites(raw):
-        plots["divergence.png"] = _divergence(raw)
-    return {name: _png(figure) for name, figure in plots.items()}
+        figures["divergence.png"] = _divergence(raw)
+    plots = {}
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        plots[name] = file.getvalue()
+    return plots
 
 
 def _held_out_loss(raw: Raw) -> Any:
     """The loss on non-sentinel tokens over steps: of an arm's seeds the mean, in a band of their standard deviation."""
-    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    figure, (axes,) = _panels(1, 1, width=7.5, height=4.8)
     for arm in _arms(raw):
         _draw_curve(axes, raw, arm, curve(raw, arm, "token_loss"))
-    figures = raw["teacher_figures"]
+    teacher = raw["teacher_metrics"]
     for name, key in (("teacher", "token_loss"), ("bigram", "bigram_loss")):
-        loss = value_of(figures, key) if key in figures else math.nan
+        loss = value_of(teacher, key) if key in teacher else math.nan
         if math.isfinite(loss):
             axes.axhline(loss, color="0.5", linestyle=":", linewidth=1)
             axes.annotate(name, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
@@ -82,50 +94,34 @@ def _held_out_loss(raw: Raw) -> Any:
 
 def _downstream(raw: Raw) -> Any:
     """A panel a metric: a bar for the mean of an arm's seeds, their standard deviation, and a dot for each."""
-    metrics = task_metrics(raw)
-    columns = min(len(metrics), 3)
-    figure, axes = _figure(-(-len(metrics) // columns), columns, width=4.6, height=0.6 + 0.36 * len(_arms(raw)))
-    panels = [panel for row in axes for panel in row]
-    for panel, (task, metric) in zip(panels, metrics, strict=False):
-        for place, arm in enumerate(_arms(raw)):
+    metrics, arms = task_metrics(raw), _arms(raw)
+    figure, panels = _panels(len(metrics), 3, width=4.6, height=0.6 + 0.36 * len(arms))
+    for panel, (task, metric) in zip(panels, metrics, strict=True):
+        for place, arm in enumerate(arms):
             values = list(downstream(raw, arm, task, metric).values())
             mean, deviation = spread(values)
-            panel.barh(
-                place,
-                mean,
-                xerr=deviation,
-                color=_style(raw, arm)["color"],
-                alpha=0.65,
-                capsize=3,
-            )
+            panel.barh(place, mean, xerr=deviation, color=_style(raw, arm)["color"], alpha=0.65, capsize=3)
             panel.plot(values, [place] * len(values), ".", color="black", markersize=4)
-        panel.set_yticks(range(len(_arms(raw))), _arms(raw))
+        panel.set_yticks(range(len(arms)), arms)
         panel.invert_yaxis()
         panel.set_title(f"{task}: {metric}", fontsize=10)
-    for panel in panels[len(metrics) :]:
-        panel.set_visible(False)
     return figure
 
 
 def _divergence(raw: Raw) -> Any:
     """A panel a site: how far each arm is from the teacher over training, dashed where it is not trained on that."""
-    names = sites(raw)
-    columns = min(len(names), 2)
-    figure, axes = _figure(-(-len(names) // columns), columns, width=4.6, height=3.3)
-    panels = [panel for row in axes for panel in row]
-    for panel, site in zip(panels, names, strict=False):
+    figure, panels = _panels(len(sites(raw)), 2, width=4.6, height=3.3)
+    for panel, site in zip(panels, sites(raw), strict=True):
         for arm in _arms(raw):
             trained = trains_on(raw, arm, site)
             _draw_curve(panel, raw, arm, curve(raw, arm, PROBE + site), linestyle="-" if trained else "--")
         panel.set_title(site, fontsize=10)
         panel.set(xlabel="step", ylabel="nats a token" if site == "logits" else "nats a row")
-        # Of no positive number there is no logarithm to scale an axis by.
+        # Matplotlib warns of a logarithmic axis without a positive number.
         if any(mean > 0 for line in panel.get_lines() for mean in line.get_ydata()):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(_sparse)
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
+            panel.yaxis.set_minor_formatter(_minor_tick)
     figure.suptitle("divergence from the teacher on held-out text (dashed: not trained on)", fontsize=11)
     _legend(figure, panels[0])
     return figure
@@ -151,17 +147,21 @@ def _style(raw: Raw, arm: str) -> dict[str, str]:
     return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
-    """A figure, outside of pyplot's global state, and its panels [rows][columns], each of the size in inches."""
-    from matplotlib.figure import Figure
+def _panels(count: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure and its panels in rows of at most `columns`, each of the size in inches."""
+    from matplotlib.figure import Figure  # and not pyplot, which has global state
 
+    columns = min(count, columns)
+    rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), dpi=_DOTS_PER_INCH, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for panel in axes.flat:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         panel.set_axisbelow(True)
-    return figure, axes
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    return figure, axes[:count]
 
 
 def _legend(figure: Any, axes: Any) -> None:
@@ -171,44 +171,18 @@ def _legend(figure: Any, axes: Any) -> None:
         line.set_linestyle("-")  # an arm's line may be solid in one panel and dashed in another
 
 
-def _sparse(value: float, _: int) -> str:
+def _minor_tick(value: float, _: int) -> str:
     """The text of a minor tick of a logarithmic axis: of 2, 3 and 5 times a power of ten alone."""
     text = f"{value:g}"
     return text if text.strip("0.") in ("2", "3", "5") else ""
 
 
-def _png(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    return file.getvalue()
-
-
-TABLE_FILE = "study.md"
-
-
-def write_report(folder: str | os.PathLike, raw: Raw) -> None:
-    """Writes `study.md` and the plots."""
-    plots = study_plots(raw)
-    for name, image in plots.items():
-        write_atomically(epath.Path(folder) / name, image)
-    pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in plots)
-    write_atomically(epath.Path(folder) / TABLE_FILE, study_markdown(raw) + pictures)
-
-
-def print_study(raw: Raw) -> None:
-    """Prints the tables."""
-    for table in study_tables(raw):
-        print_table(table.rows, table.columns, title=table.title)
-
-
-def main(words: Sequence[str]) -> int:
+def main(folders: Sequence[str]) -> int:
     """Recreates the tables and plots of each folder."""
-    if not words:
+    if not folders:
         print("usage: python -m endistill_jax.studies.report FOLDER ...", file=sys.stderr)
         return 2
-    for folder in words:
+    for folder in folders:
         try:
             write_report(folder, read_raw(folder))
         except (UserError, StorageFailure) as error:

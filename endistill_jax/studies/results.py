@@ -1,15 +1,15 @@
-"""The metrics of a study, read from the content of `study.json`. Pure; uses the standard library only.
+"""The results of a study, `study.json`, and the tables made from it: means, spreads over seeds, paired differences.
 
 `study.json` is an object:
 
     baseline, seeds       the arm that others are compared with; all seeds
-    arms                  name -> path, terms (those of the loss), optimizer, student, parameters, student_init,
+    arms                  name -> objective, terms (those of the loss), optimizer, student, parameters, init,
                           steps (of each stage), flops (of all training steps, by formula), stages (of a chain)
     teacher, data, run    settings
     tasks                 settings of the fine-tunings by name
-    judged_by             eval_spec of the held-out metrics: teacher, task, data, probe
+    eval_spec             what the held-out metrics depend on: teacher, task, data, probe
     versions, devices     of what wrote the file
-    teacher_figures       the teacher's held-out metrics
+    teacher_metrics       the teacher's held-out metrics
     runs                  one an arm and seed: arm, seed, tokens, seconds,
                           evaluations: objects with step and every held-out metric, those of the probe as probe/<term>
                           stages: of a chain, tokens, seconds and evaluations of each
@@ -19,7 +19,7 @@
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -33,13 +33,19 @@ from endistill_jax.storage import reading_failure, stored_path
 Raw = Mapping[str, Any]
 BySeed = dict[int, float]
 
-RAW_FILE = "study.json"
 PROBE = "probe/"
+ARM = Column(key="arm", title="arm")
+# A held-out metric, its heading and format, and whether differences to the baseline are shown.
+_HELD_OUT = (
+    ("token_loss", "loss on non-sentinel tokens", "loss", True),
+    ("shuffled_input_gap", "shuffled-input gap", "loss", True),
+    ("token_accuracy", "accuracy on non-sentinel tokens", "share", False),
+)
 
 
 def raw_file(folder: str | os.PathLike) -> epath.Path:
     """The path of a folder's `study.json`."""
-    return stored_path(folder) / RAW_FILE
+    return stored_path(folder) / "study.json"
 
 
 def read_raw(folder: str | os.PathLike) -> Raw:
@@ -52,22 +58,25 @@ def read_raw(folder: str | os.PathLike) -> Raw:
     file = raw_file(folder)
     try:
         raw = json.loads(file.read_text())
-        raw["judged_by"]["shards"], raw["runs"]
         _rename(raw)
+        raw["eval_spec"]["shards"]
     except OSError as error:
         raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is no record of a study; move it away") from None
     return raw
 
 
-def _rename(raw: Raw) -> None:
-    """Metrics and the probe of a study of manifest schema 1, under their present names."""
-    raw["teacher_figures"] = renamed_metrics(raw["teacher_figures"])
+def _rename(raw: dict[str, Any]) -> None:
+    """Brings what earlier versions wrote to present names: keys, metrics and the probe."""
+    for old, new in (("judged_by", "eval_spec"), ("teacher_figures", "teacher_metrics")):
+        if old in raw:
+            raw[new] = raw.pop(old)
+    raw["teacher_metrics"] = renamed_metrics(raw["teacher_metrics"])
     for run in raw["runs"]:
         for each in (run, *run.get("stages", ())):
             each["evaluations"] = [renamed_metrics(evaluation) for evaluation in each["evaluations"]]
-    probe = raw["judged_by"].get("probe")
+    probe = raw["eval_spec"].get("probe")
     if probe and "path" in probe:
         probe["objective"] = plain(objective_of_path(probe.pop("path")).described())
 
@@ -128,35 +137,15 @@ def trains_on(raw: Raw, arm: str, site: str) -> bool:
 
 def task_metrics(raw: Raw) -> list[tuple[str, str]]:
     """Every task with each of its metrics."""
-    found: Iterable[tuple[str, str]] = (
-        (task, metric)
-        for run in raw["runs"]
-        for task in run["downstream"]
-        for metric in run["downstream"][task]["metrics"]
-    )
-    return list(dict.fromkeys(found))
-
-
-# Name of a held-out metric, its heading, its format, and whether differences to the baseline are shown.
-_HELD_OUT = (
-    ("token_loss", "loss on non-sentinel tokens", "loss", True),
-    ("shuffled_input_gap", "shuffled-input gap", "loss", True),
-    ("token_accuracy", "accuracy on non-sentinel tokens", "share", False),
-)
-ARM = Column(key="arm", title="arm")
+    tasks = [(task, result) for run in raw["runs"] for task, result in run["downstream"].items()]
+    return list(dict.fromkeys((task, metric) for task, result in tasks for metric in result["metrics"]))
 
 
 class Table(NamedTuple):
-    """A table with its title.
-
-    Attributes:
-        title: a heading.
-        columns: of the table.
-        rows: plain values; a list has a number for each seed.
-    """
+    """A table with its title; a list in a row has a number for each seed."""
 
     title: str
-    columns: tuple[Column, ...]
+    columns: list[Column]
     rows: list[dict[str, Any]]
 
 
@@ -185,10 +174,10 @@ def study_markdown(raw: Raw) -> str:
 
 
 def _held_out(raw: Raw) -> Table:
-    columns = [ARM]
-    rows = _arm_rows(raw)
+    columns, rows = [ARM], _arm_rows(raw)
     for name, title, kind, compared in _HELD_OUT:
-        columns += _add_figure(raw, rows, name, title, kind, compared, lambda arm, name=name: final(raw, arm, name))
+        values = {arm: final(raw, arm, name) for arm in raw["arms"]}
+        columns += _add_metric(raw, rows, values, Column(key=name, title=title, kind=kind), compared)
     for row in rows:
         runs, arm = arm_runs(raw, row["arm"]), raw["arms"][row["arm"]]
         row["steps"] = " + ".join(map(str, arm["steps"]))
@@ -202,65 +191,48 @@ def _held_out(raw: Raw) -> Table:
         Column(key="flops", title="FLOPs", kind="number"),
         Column(key="seconds", title="training", kind="seconds"),
     ]
-    figures = raw["teacher_figures"]
-    rows.append({"arm": "teacher", "parameters": figures["parameters"]} | {x: figures.get(x) for x, *_ in _HELD_OUT})
+    teacher = raw["teacher_metrics"]
+    rows.append({"arm": "teacher", "parameters": teacher["parameters"]} | {x: teacher.get(x) for x, *_ in _HELD_OUT})
     for ngram in ("unigram", "bigram"):
-        if f"{ngram}_loss" in figures:
-            rows.append({"arm": ngram, "token_loss": figures[f"{ngram}_loss"]})
-    return Table("Held-out text after training, nats a token", tuple(columns), rows)
+        if f"{ngram}_loss" in teacher:
+            rows.append({"arm": ngram, "token_loss": teacher[f"{ngram}_loss"]})
+    return Table("Held-out text after training, nats a token", columns, rows)
 
 
 def _downstream(raw: Raw) -> Table:
     columns, rows = [ARM], _arm_rows(raw)
     for task, metric in task_metrics(raw):
-        name = f"{task}/{metric}"
-        columns += _add_figure(
-            raw,
-            rows,
-            name,
-            f"{task}: {metric}",
-            "number",
-            True,
-            lambda arm, of=(task, metric): downstream(raw, arm, *of),
-        )
-    return Table("After the same fine-tuning", tuple(columns), rows)
+        values = {arm: downstream(raw, arm, task, metric) for arm in raw["arms"]}
+        column = Column(key=f"{task}/{metric}", title=f"{task}: {metric}", kind="number")
+        columns += _add_metric(raw, rows, values, column, compared=True)
+    return Table("After the same fine-tuning", columns, rows)
 
 
 def _probe(raw: Raw) -> Table:
     columns, rows = [ARM], _arm_rows(raw)
     for site in sites(raw):
-        _add_figure(raw, rows, site, site, "loss", False, lambda arm, site=site: final(raw, arm, PROBE + site))
-        columns.append(Column(key=site, title=site, kind="loss"))
-        for row in rows:
-            row[f"{site}/trained"] = trains_on(raw, row["arm"], site)
-    if start := curve(raw, raw["baseline"], PROBE + sites(raw)[0]).get(0):
-        untrained = {site: list(curve(raw, raw["baseline"], PROBE + site)[0].values()) for site in sites(raw)}
+        values = {arm: final(raw, arm, PROBE + site) for arm in raw["arms"]}
+        columns += _add_metric(raw, rows, values, Column(key=site, title=site, kind="loss"), compared=False)
+    at_start = {site: curve(raw, raw["baseline"], PROBE + site).get(0, {}) for site in sites(raw)}
+    if seeds := len(next(iter(at_start.values()))):
         # Other arms may begin elsewhere: with layers of the teacher, or with another shape.
-        rows.insert(0, {"arm": f"{raw['baseline']} before training ({len(start)} seeds)"} | untrained)
-    return Table("Divergence from the teacher on held-out text, mean of a site's relations, nats", tuple(columns), rows)
+        start = {site: list(values.values()) for site, values in at_start.items()}
+        rows.insert(0, {"arm": f"{raw['baseline']} before training ({seeds} seeds)"} | start)
+    return Table("Divergence from the teacher on held-out text, mean of a site's relations, nats", columns, rows)
 
 
 def _arm_rows(raw: Raw) -> list[dict[str, Any]]:
     return [{"arm": arm} for arm in raw["arms"] if arm_runs(raw, arm)]
 
 
-def _add_figure(
-    raw: Raw,
-    rows: list[dict[str, Any]],
-    name: str,
-    title: str,
-    kind: str,
-    compared: bool,
-    values_of: Callable[[str], BySeed],
+def _add_metric(
+    raw: Raw, rows: list[dict[str, Any]], values: Mapping[str, BySeed], column: Column, compared: bool
 ) -> list[Column]:
     """Adds a metric to the rows, and if requested its difference to the baseline; returns the columns."""
-    baseline = values_of(raw["baseline"])
+    difference = f"{column.key}/difference"
     for row in rows:
-        values = values_of(row["arm"])
-        row[name] = list(values.values())
+        arm, of_arm = row["arm"], values[row["arm"]]
+        row[column.key] = list(of_arm.values())
         if compared:
-            row[f"{name}/difference"] = None if row["arm"] == raw["baseline"] else paired(values, baseline)
-    columns = [Column(key=name, title=title, kind=kind)]
-    if compared:
-        columns.append(Column(key=f"{name}/difference", title="difference", kind="difference"))
-    return columns
+            row[difference] = None if arm == raw["baseline"] else paired(of_arm, values[raw["baseline"]])
+    return [column, Column(key=difference, title="difference", kind="difference")] if compared else [column]

@@ -214,7 +214,7 @@ def test_checkpoints_stay_while_the_product_beside_them_is_wrong(refused, pruned
     shutil.copytree(whole / "stage_1" / "checkpoints", stage / "checkpoints")
     spoil(stage / "product")
     for _ in range(2):
-        told = "stage 1: .* remove .*stage_1/product; the same command then goes on from the checkpoints"
+        told = "stage 1: .* remove .*stage_1/product; the same command then resumes from the checkpoints"
         refused(interpolate, told, model_dir=str(pruned), **arguments)
     shutil.rmtree(stage / "product")
     interpolate(model_dir=str(pruned), **arguments)
@@ -291,7 +291,7 @@ def test_a_product_that_cannot_be_read_is_named_with_what_to_do(refused, pruned,
     shutil.rmtree(pruned / "stage_2")
     damage(pruned / "stage_1" / "product")
     told = (
-        "the product of stage 1, which teaches stage 2, cannot be used: .*stage_1.* remove it and the stages after it"
+        "the student of stage 1, which teaches stage 2, cannot be used: .*stage_1.* remove it and the stages after it"
     )
     refused(interpolate, told, model_dir=str(pruned), **arguments)
 
@@ -299,7 +299,7 @@ def test_a_product_that_cannot_be_read_is_named_with_what_to_do(refused, pruned,
 def test_a_product_with_other_parameters_than_were_written_is_named(refused, pruned, arguments):
     shutil.rmtree(pruned / "stage_2")
     write_other_params(pruned / "stage_1" / "product")
-    told = "product of stage 1.*are not those that were written"
+    told = "student of stage 1.*are not those that were written"
     refused(interpolate, told, model_dir=str(pruned), **arguments)
 
 
@@ -310,9 +310,9 @@ def test_a_product_that_is_not_whole_does_not_begin_the_stage_anew(refused, prun
     manifest.write_text(text[: len(text) // 2])
     refused(interpolate, "stage 1: .*cannot be restored.* bring .*stage_1 back as it was, or remove it", **common)
     manifest.unlink()
-    refused(interpolate, "stage 1: .*product is not whole; bring .*stage_1 back as it was, or remove it", **common)
+    refused(interpolate, "stage 1: .*product is incomplete; bring .*stage_1 back as it was, or remove it", **common)
     shutil.rmtree(pruned / "stage_1")
-    refused(interpolate, "stage 2 was begun .*but stage 1, its teacher, is not there as a whole", **common)
+    refused(interpolate, "stage 2 was started .*but stage 1, its teacher, is not complete", **common)
 
 
 @pytest.mark.parametrize(

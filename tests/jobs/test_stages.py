@@ -6,7 +6,8 @@ import pytest
 
 from endistill_jax.checkpoints.student_init import StudentInit
 from endistill_jax.core.errors import UserError
-from endistill_jax.interpolation.stages import equal_compute_steps, plan_stages, stages_table
+from endistill_jax.interpolation.assistants import ratios
+from endistill_jax.interpolation.stages import equal_compute_steps, plan_stages, stages_table, step_cost
 from endistill_jax.jobs import Data, Experiment, Interpolation, Run, StageSettings, Teacher
 from endistill_jax.models.t5 import sizes
 from endistill_jax.objectives import ForwardKL, Objective, presets, relations
@@ -29,13 +30,18 @@ def plan(experiment=EXPERIMENT, teacher=XL, **interpolation):
     return plan_stages(experiment, teacher, Interpolation(**interpolation))
 
 
+def cost(*stages):
+    return sum(stage.run.steps * step_cost(stage) for stage in stages)
+
+
 def test_each_stage_teaches_the_next():
     stages = plan()
-    assert [stage.number for stage in stages] == [1, 2, 3, 4]
-    assert stages[0].teacher == XL and stages[-1].student == STUDENT
+    assert len(stages) == 4
+    assert stages[0].teacher.config == XL and stages[-1].student == STUDENT
     for before, after in zip(stages, stages[1:], strict=False):
-        assert after.teacher.architecture() == before.student.architecture()
-    assert all(stage.ratio <= 2.5 and stage.experiment.run.steps == 1000 for stage in stages)
+        assert after.teacher.config.architecture() == before.student.architecture()
+    assert max(ratios(XL, [stage.student for stage in stages[:-1]], STUDENT)) <= 2.5
+    assert all(stage.run.steps == 1000 for stage in stages)
 
 
 def test_assistants_teach_as_the_first_teacher_is_run():
@@ -43,7 +49,8 @@ def test_assistants_teach_as_the_first_teacher_is_run():
     student = dataclasses.replace(STUDENT, dropout_rate=0.1, remat="dots")
     first, second, *_ = plan(dataclasses.replace(EXPERIMENT, student=student), bfloat16)
     assert (first.student.dtype, first.student.dropout_rate, first.student.remat) == ("float32", 0.1, "dots")
-    assert (second.teacher.dtype, second.teacher.dropout_rate, second.teacher.scan_layers) == ("bfloat16", 0, False)
+    shape = second.teacher.config
+    assert (shape.dtype, shape.dropout_rate, shape.scan_layers) == ("bfloat16", 0, False)
 
 
 def test_a_stage_has_its_own_settings_and_the_rest_in_common():
@@ -54,7 +61,7 @@ def test_a_stage_has_its_own_settings_and_the_rest_in_common():
         init=StudentInit(kind="slice"),
     )
     stages = plan(number=2, stages={1: own, -1: StageSettings(init=StudentInit(kind="slice"))})
-    first, second, last = (stage.experiment for stage in stages)
+    first, second, last = stages
     assert (first.objective, first.optimizer, first.init) == (own.objective, own.optimizer, own.init)
     assert first.run == dataclasses.replace(own.run, seed=3), "the seed is the chain's"
     assert (second.objective, second.run, second.init.kind) == (EXPERIMENT.objective, EXPERIMENT.run, "random")
@@ -63,7 +70,7 @@ def test_a_stage_has_its_own_settings_and_the_rest_in_common():
 
 
 def test_steps_are_given_by_stage():
-    assert [stage.experiment.run.steps for stage in plan(number=2, steps=(10, 20, 30))] == [10, 20, 30]
+    assert [stage.run.steps for stage in plan(number=2, steps=(10, 20, 30))] == [10, 20, 30]
 
 
 def test_assistants_of_ones_own_take_the_place_of_planned_ones():
@@ -74,13 +81,13 @@ def test_assistants_of_ones_own_take_the_place_of_planned_ones():
 def test_equal_compute_costs_what_the_direct_run_does(shares):
     stages = plan(number=2, equal_compute=True, shares=shares)
     a_step = step_flops(STUDENT, XL, EXPERIMENT.objective, EXPERIMENT.data.lengths).total
-    assert abs(sum(stage.flops for stage in stages) - 1000 * a_step) <= stages[-1].step_flops / 2
+    assert abs(cost(*stages) - 1000 * a_step) <= step_cost(stages[-1]) / 2
     # The steps are as the shares, but for what rounding leaves, which goes to the last stage.
     wanted = shares or (1, 1, 1)
-    exact = 1000 * a_step / sum(share * stage.step_flops for share, stage in zip(wanted, stages, strict=True))
-    rounding = sum(stage.step_flops for stage in stages) / stages[-1].step_flops
+    exact = 1000 * a_step / sum(share * step_cost(stage) for share, stage in zip(wanted, stages, strict=True))
+    rounding = sum(step_cost(stage) for stage in stages) / step_cost(stages[-1])
     for share, stage, allowed in zip(wanted, stages, (1, 1, rounding), strict=True):
-        assert abs(stage.experiment.run.steps - share * exact) <= allowed
+        assert abs(stage.run.steps - share * exact) <= allowed
 
 
 def test_equal_compute_by_hand():
@@ -137,9 +144,9 @@ def test_the_table_tells_every_stage_and_the_whole():
     table = stages_table(stages, EXPERIMENT.objective, ["finished", ""])
     lines = table.splitlines()
     assert lines[2].startswith("teacher  24+24 x 2048, 32 x 64, 5120") and "2.8 B" in lines[2] and "2.7 B" in lines[2]
-    assert f"{stages[0].flops:.3g}" in lines[3] and lines[3].endswith("finished")
-    assert f"{stages[1].step_flops / (8 * 80):.3g}" in lines[4] and "1,000" in lines[4]
-    assert f"In all {sum(stage.flops for stage in stages):.3g} FLOPs" in lines[5]
+    assert f"{cost(stages[0]):.3g}" in lines[3] and lines[3].endswith("finished")
+    assert f"{step_cost(stages[1]) / (8 * 80):.3g}" in lines[4] and "1,000" in lines[4]
+    assert f"In all {cost(*stages):.3g} FLOPs" in lines[5]
     assert "state" not in stages_table(stages, EXPERIMENT.objective)
 
 

@@ -181,7 +181,7 @@ def test_a_finished_study_is_told_again_without_reading_examples(studied, argume
 def test_a_study_keeps_its_shards_on_more_hosts(studied, arguments, tmp_path, monkeypatch, refused):
     folder, raw, _ = studied
     shutil.copytree(folder, tmp_path / "study")
-    assert raw["judged_by"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
+    assert raw["eval_spec"]["shards"] == raw["data"]["shards"] == raw["tasks"]["color"]["data"]["shards"] == 1
     monkeypatch.setattr(study_job, "host_part", lambda mesh: HostPart(0, 2, True))
     assert without_versions(study(model_dir=str(tmp_path / "study"), **arguments)) == without_versions(raw)
     match = r"data\.shards is 1 there and 2 here"
@@ -193,7 +193,7 @@ def test_shards_are_those_of_the_first_start_for_training_and_tasks(data, task):
         given, tasks = study_runs.settle_shards(data, {"color": task}, hosts=2, **others)
         return given.shards, tasks["color"].data.shards
 
-    started = {"judged_by": {"shards": 4}}
+    started = {"eval_spec": {"shards": 4}}
     assert settled(earlier=None) == (2, 2) and settled(earlier=started) == (4, 4)
     given = dataclasses.replace(data, shards=1)
     assert settled(given, earlier=started) == (1, 1), "what is given is compared, not replaced"
@@ -281,8 +281,8 @@ def test_a_run_with_other_settings_is_refused(studied, arguments, refused):
         ({"probe": SCRATCH}, "study.probe compares nothing with the teacher"),
         ({"probe": presets.union(relation_heads=3)}, "study.probe with the student of scratch, seed 0"),
         ({"probe_batches": 0}, "study.probe_batches is 0"),
-        ({"arms": {"scratch": SCRATCH}}, r"study\.arms has Objective\(.* for 'scratch'; give a jobs\.Arm"),
-        ({"arms": (Arm(objective=SCRATCH),)}, r"study\.arms is .*; give them by name"),
+        ({"arms": {"scratch": SCRATCH}}, r"study\.arms has Objective\(.*; give a jobs\.Arm for each name"),
+        ({"arms": (Arm(objective=SCRATCH),)}, r"study\.arms has \(Arm\(.*; give a jobs\.Arm for each name"),
         ({"arms": {"scratch": Arm(objective=SCRATCH, steps=0)}}, r"Run\.steps is 0"),
         (
             {"arms": {"scratch": Arm(objective=SCRATCH), "odd": Arm(objective=presets.union(relation_heads=3))}},
@@ -306,7 +306,7 @@ def test_tasks_and_runs_that_would_not_compare_are_refused(refused, tmp_path, ar
         return arguments | {"tasks": {"color": dataclasses.replace(task, **settings)}}
 
     refuses(r"Finetuning\.learning_rates = \(0\.1, 0\.2\)", on(learning_rates=(0.1, 0.2)))
-    refuses(r"Finetuning\.seeds = \(3,\)", on(seeds=(3,)))
+    refuses(r"seeds = \(3,\)", on(seeds=(3,)))
     best = dataclasses.replace(task.run, keep_best="accuracy", best_mode="max")
     refuses(r"task color has Run\.keep_best = 'accuracy'", on(run=best))
     patient = changed(arguments, "run", keep_best="token_loss", patience=2)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from endistill_jax.planning.planned import Assumptions, Load, Range, estimate_run, step_seconds
+from endistill_jax.planning.planned import Assumptions, Range, estimate_run, step_seconds
 from endistill_jax.planning.topologies import CHIPS, Chip
 
 CHIP = Chip(name="toy", platform="tpu", peak_flops=100.0, link_bandwidth=10.0, network_bandwidth=1.0)
@@ -12,29 +12,29 @@ HALF = Assumptions(best_utilisation=1.0, worst_utilisation=0.5, best_bandwidth=1
 
 
 def test_the_least_time_hides_the_exchange_and_the_most_adds_it():
-    computing = step_seconds(Load(flops=200, link_bytes=10), CHIP, HALF)
+    computing = step_seconds(CHIP, flops=200, link_bytes=10, assumptions=HALF)
     assert computing == Range(least=2.0, most=4.0 + 2.0)
-    exchanging = step_seconds(Load(flops=200, link_bytes=50), CHIP, HALF)
+    exchanging = step_seconds(CHIP, flops=200, link_bytes=50, assumptions=HALF)
     assert exchanging == Range(least=5.0, most=4.0 + 10.0)
 
 
 def test_no_step_is_shorter_than_reading_its_arguments_from_memory_once():
     chip = dataclasses.replace(CHIP, memory_bandwidth=20.0)
-    assert step_seconds(Load(flops=200, argument_bytes=60), chip, HALF) == Range(least=3.0, most=4.0)
-    assert step_seconds(Load(flops=200, argument_bytes=30), chip, HALF) == Range(least=2.0, most=4.0)
-    assert step_seconds(Load(flops=200, argument_bytes=100), chip, HALF) == Range(least=5.0, most=5.0)
+    assert step_seconds(chip, flops=200, argument_bytes=60, assumptions=HALF) == Range(least=3.0, most=4.0)
+    assert step_seconds(chip, flops=200, argument_bytes=30, assumptions=HALF) == Range(least=2.0, most=4.0)
+    assert step_seconds(chip, flops=200, argument_bytes=100, assumptions=HALF) == Range(least=5.0, most=5.0)
 
 
 def test_the_network_between_slices_has_a_bandwidth_of_its_own():
-    both = step_seconds(Load(flops=0, link_bytes=10, network_bytes=3), CHIP, HALF)
+    both = step_seconds(CHIP, flops=0, link_bytes=10, network_bytes=3, assumptions=HALF)
     assert both == Range(least=1.0 + 3.0, most=2.0 + 6.0)
 
 
 def test_what_is_not_known_of_a_chip_is_not_estimated():
-    assert step_seconds(Load(flops=1), CHIPS["cpu"], HALF) is None
+    assert step_seconds(CHIPS["cpu"], flops=1) is None
     # v4's network between slices has no published figure; without such traffic nothing is missing.
-    assert step_seconds(Load(flops=1, network_bytes=1), CHIPS["v4"], HALF) is None
-    assert step_seconds(Load(flops=1, link_bytes=1), CHIPS["v4"], HALF) is not None
+    assert step_seconds(CHIPS["v4"], flops=1, network_bytes=1) is None
+    assert step_seconds(CHIPS["v4"], flops=1, link_bytes=1) is not None
 
 
 def test_tokens_chip_hours_and_cost_follow_from_the_step():

@@ -14,6 +14,7 @@ from endistill_jax.studies.results import (
     downstream,
     final,
     paired,
+    read_raw,
     sites,
     study_markdown,
     study_tables,
@@ -56,8 +57,8 @@ def raw():
         "baseline": "scratch",
         "seeds": [0, 1, 2],
         "arms": arms,
-        "judged_by": {"shards": 1},
-        "teacher_figures": teacher,
+        "eval_spec": {"shards": 1},
+        "teacher_metrics": teacher,
         "runs": runs,
     }
 
@@ -151,6 +152,12 @@ def test_everything_is_made_anew_from_the_raw_file(raw, tmp_path, capsys):
         assert f"]({name}.png)" in before["study.md"].decode() and len(before[f"{name}.png"]) < 200_000
 
 
+def test_a_file_of_an_earlier_version_is_read_under_present_names(raw, tmp_path):
+    renamed = {"eval_spec": "judged_by", "teacher_metrics": "teacher_figures"}
+    (tmp_path / "study.json").write_text(json_text({renamed.get(name, name): value for name, value in raw.items()}))
+    assert read_raw(tmp_path) == json.loads(json_text(raw))
+
+
 def test_a_loss_that_is_no_number_is_read_back(raw):
     raw["runs"][0]["evaluations"][-1]["token_loss"] = float("nan")
     again = json.loads(json_text(raw))
@@ -166,7 +173,7 @@ def test_figures_that_are_no_numbers_prevent_no_table_and_no_plot(raw, number, p
         for evaluation in run["evaluations"]:
             evaluation |= {name: number for name in evaluation if name != "step"}
         run["downstream"]["summary"]["metrics"]["rouge1"] = number
-    raw["teacher_figures"]["token_loss"] = number
+    raw["teacher_metrics"]["token_loss"] = number
     again = json.loads(json_text(raw))
     assert len(study_tables(again)) == 3 and "nan ± nan" in study_markdown(again)
     assert set(study_plots(again)) == {"held_out_loss.png", "downstream.png", "divergence.png"}

@@ -51,6 +51,17 @@ class T5Family:
         model = T5(config, parent=None)
         return model.apply({"params": params}, batch, reads, deterministic=not rngs, frozen=frozen, rngs=rngs)
 
+    def non_embedding_params(self, config: T5Config) -> int:
+        """Relative positions and scales count."""
+        kernels = self.mlp_kernels(config) * config.d_model * config.mlp_dim
+        attention = 4 * config.d_model * config.inner_dim
+        encoder = config.num_encoder_layers * (attention + kernels + 2 * config.d_model)
+        decoder = config.num_decoder_layers * (2 * attention + kernels + 3 * config.d_model)
+        return encoder + decoder + 2 * (config.d_model + config.num_heads * config.relative_buckets)
+
+    def mlp_kernels(self, config: T5Config) -> int:
+        return len(config.mlp_activations) + 1
+
     def describe(self, config: T5Config) -> str:
         depth = config.num_decoder_layers
         decoder = f"and {depth} decoder layers" if depth else "layers and no decoder"
