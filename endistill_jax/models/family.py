@@ -165,11 +165,9 @@ class Family(Protocol):
 
     def non_embedding_params(self, config: Any) -> int:
         """Parameters without the token table and without a head of its own; in closed form, as plans ask often."""
-        ...
 
     def mlp_kernels(self, config: Any) -> int:
         """Matrices of an MLP, one more where it is gated."""
-        ...
 
     def describe(self, config: Any) -> str:
         """What the model is, in a phrase without its size: layers, widths, head."""

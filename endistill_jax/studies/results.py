@@ -59,7 +59,6 @@ def read_raw(folder: str | os.PathLike) -> Raw:
     try:
         raw = json.loads(file.read_text())
         _rename(raw)
-        raw["eval_spec"]["shards"]
     except OSError as error:
         raise reading_failure(f"{file}, the record of a study, cannot be read", error) from error
     except (ValueError, KeyError, TypeError, AttributeError):

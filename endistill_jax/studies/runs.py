@@ -122,7 +122,7 @@ def settle_shards(
         earlier: what an earlier start wrote.
         hosts: number of shards if neither the settings nor an earlier start set it.
     """
-    shards = data.shards or (earlier["eval_spec"]["shards"] if earlier else hosts)
+    shards = data.shards or (earlier and earlier["eval_spec"].get("shards")) or hosts
     settled = {}
     for task, how in tasks.items():
         with naming(f"task {task}"):

@@ -1,6 +1,7 @@
 """Contracts of a study's report: paired differences, means and spreads, and that all of it is made of the raw JSON."""
 
 import json
+import pathlib
 import statistics
 
 import pytest
@@ -23,6 +24,7 @@ from endistill_jax.studies.results import (
     write_raw,
 )
 
+PUBLISHED = pathlib.Path(__file__).parents[2] / "docs" / "studies"
 LOSS = {"scratch": (6.0, 6.3, 6.9), "taught": (5.5, 5.9, 6.4)}
 ROUGE = {"scratch": (10.0, 11.0, 12.0), "taught": (11.0, 13.0, 12.0)}
 
@@ -156,6 +158,11 @@ def test_a_file_of_an_earlier_version_is_read_under_present_names(raw, tmp_path)
     renamed = {"eval_spec": "judged_by", "teacher_metrics": "teacher_figures"}
     (tmp_path / "study.json").write_text(json_text({renamed.get(name, name): value for name, value in raw.items()}))
     assert read_raw(tmp_path) == json.loads(json_text(raw))
+
+
+@pytest.mark.parametrize("record", sorted(PUBLISHED.glob("*/study.json")), ids=lambda record: record.parent.name)
+def test_published_records_of_every_age_are_reported(record):
+    assert "| teacher |" in study_markdown(read_raw(record.parent))
 
 
 def test_a_loss_that_is_no_number_is_read_back(raw):
