@@ -27,12 +27,13 @@ SECONDS = 300  # nothing here may take so long, hanging least of all
 
 def environment(devices: int, **variables: str) -> dict[str, str]:
     flags = (
+        os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={devices}",
         # On a busy machine a device may wait long for the others; after 40 s XLA would end the process.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ENDISTILL_NUM")}
-    own = {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    own = {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     return kept | own | variables
 
 

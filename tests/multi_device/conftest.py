@@ -17,8 +17,6 @@ FLAGS = (
 if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs for eight devices take long to compile and are run once.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Warnings of the compiler are wanted; see `compiler_log`.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 

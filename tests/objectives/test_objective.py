@@ -188,11 +188,7 @@ PADDED = Layout(((0,), (1,), (2,), (3,)), source=9, target=7)
 PACKED = Layout(((0, 1), (3, 2)), source=8, target=7)
 
 
-# Large programs that run once.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "implementation"), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=("objective", "implementation"))
 def _run(trained, teacher, batch, weights, *, objective=EVERYTHING, implementation=DENSE, share=None, step=None):
     """Loss, sums, gradient by (vectors, head and bias, terms' parameters) and by the teacher."""
 

@@ -53,8 +53,6 @@ def own_weights(batch, params):
     return found
 
 
-# Small programs that run once.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FORMS = {"dense": DENSE, "blocked": LossImplementation()}
 
 
@@ -66,7 +64,7 @@ def _sums_and_gradient(objective, implementation, batch, params, own=None, step=
     def loss(trained, teacher_params, batch):
         return function(trained, teacher_params, batch, weights=objective.weights(batch), step=step)
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, sums), gradient = run(trained, params[TEACHER], batch)
     return sums, gradient
 
@@ -131,9 +129,7 @@ def test_hidden_distance_is_its_definition(batch, params):
     own = nn.meta.unbox(objective.init_params(jax.random.key(0), STUDENT, TEACHER))
     sums, gradient = _sums_and_gradient(objective, DENSE, batch, params, own)
     outputs = {
-        role: jax.jit(functools.partial(apply, config, reads=objective.reads(role)), compiler_options=FAST)(
-            params[config], batch
-        )
+        role: jax.jit(functools.partial(apply, config, reads=objective.reads(role)))(params[config], batch)
         for role, config in (("student", STUDENT), ("teacher", TEACHER))
     }
     for term in terms:
