@@ -41,7 +41,7 @@ assert generate(teacher, greedy) == (text, score)
 assert generate(teacher, beam)[0]
 open(f"{folder}/texts.txt", "w").write("Return the <extra_id_0> of items in a list.")
 output = f"{folder}/out.jsonl"
-assert infer(model="bundled", input_file=f"{folder}/texts.txt", output_file=output, decoding=greedy, batch_size=1) == 1
+assert infer(model="bundled", input_file=f"{folder}/texts.txt", output_file=output, decoding=greedy, batch_size=8) == 1
 assert json.loads(open(output).read())["prediction"] == text
 assert not HIDDEN & {name.split(".")[0] for name in sys.modules}
 """
