@@ -280,7 +280,7 @@ def test_a_bias_in_every_layer_starts_as_the_teacher_s_of_the_whole_stack():
     params = random_params(TEACHER)
     student, ours = start(LAYERS, params, TEACHER, bias_per_layer=True)
     np.testing.assert_allclose(logits(student, ours), logits(TEACHER, params), rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="teacher has a every layer; set the student's bias_per_layer to True"):
+    with pytest.raises(UserError, match="has a position bias in every layer; set the student's bias_per_layer to True"):
         LAYERS.check(UMT5, TEACHER)
 
 
