@@ -15,7 +15,7 @@ from endistill_jax.planning.options import add_flags
 COMMAND = ("python", "-m", "endistill_jax.main")
 FLAGS = ("--gin_file", "--gin_search_paths", "--dry_run", "--help", "--version", *PLAN_FLAGS)
 EXAMPLES = """examples:
-  # distil a small student from the bundled teacher, here, and compare it with one trained from scratch
+  # distill a small student from the bundled teacher, here, and compare it with one trained from scratch
   {command} --gin_file=gin/miniend_demo.gin
 
   # the same with other settings; any macro of the file, or any parameter of what it imports
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=" ".join(COMMAND),
         usage="%(prog)s --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=value ...] [--dry_run]",
-        description="Distils large T5 models into small encoder-decoder students. Gin files say what to do.",
+        description="Distills large T5 models into small encoder-decoder students. Gin files say what to do.",
         epilog=EXAMPLES.format(command=" ".join(COMMAND), files="\n".join(listed)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -154,15 +154,15 @@ def plan_stages(experiment: Experiment, teacher: ModelConfig, interpolation: Int
     students = (*assistants, student)
     teachers = (teacher, *(as_teacher(each, teacher.dtype, teacher.scan_layers) for each in assistants))
 
-    def stage(shape: ModelConfig, taught: ModelConfig, own: StageSettings) -> Experiment:
+    def stage(shape: ModelConfig, student: ModelConfig, own: StageSettings) -> Experiment:
         overrides = {name: value for name, value in vars(own).items() if value is not None}
         with_shape = dataclasses.replace(experiment.teacher, config=shape)
-        return dataclasses.replace(experiment, student=taught, teacher=with_shape, **overrides)
+        return dataclasses.replace(experiment, student=student, teacher=with_shape, **overrides)
 
     overrides = interpolation.by_stage(len(students))
     stages = [
-        stage(shape, taught, overrides.get(number, StageSettings()))
-        for number, (shape, taught) in enumerate(zip(teachers, students, strict=True), 1)
+        stage(shape, model, overrides.get(number, StageSettings()))
+        for number, (shape, model) in enumerate(zip(teachers, students, strict=True), 1)
     ]
     direct = stage(teacher, student, StageSettings())
     steps = _steps(interpolation, stages, direct.run.steps * step_cost(direct))

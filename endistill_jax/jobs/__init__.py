@@ -62,7 +62,7 @@ def run(
     if plan is not None:
         if "plan" not in inspect.signature(job).parameters:
             raise UserError(
-                f"{getattr(job, '__name__', job)} has no step to plan; plan a file that distils or pretrains"
+                f"{getattr(job, '__name__', job)} has no step to plan; plan a file that distills or pretrains"
             )
         return job(plan=plan)
     if data_dir is not None:

@@ -119,7 +119,7 @@ def test_layers_are_evenly_spaced_where_none_are_listed():
 
 # Where each unit of the student is in a wider teacher: once where the rule chooses it, and as a copy where it does not;
 # all else is zero. A quarter of the inputs is scaled by the root of four, so two copies of each make the same sum. In
-# the residual stream zeros need no copies: the normalisation enlarges the rest.
+# the residual stream zeros need no copies: the normalization enlarges the rest.
 WIDE = dataclasses.replace(TEACHER, d_model=9, num_heads=8, head_dim=8, mlp_dim=12, num_encoder_layers=2)
 NARROW = {"d_model": 4, "num_heads": 2, "head_dim": 2, "mlp_dim": 3}
 ONCE = {"embed": [0, 3, 5, 8], "heads": [0, 7], "dimensions": [0, 7], "mlp": [0, 6, 11]}

@@ -151,8 +151,8 @@ def test_scores_by_rank_are_the_log_likelihoods_of_teacher_forcing(label_task, p
                 "decoder_target_tokens": target,
             }
             logits = np.asarray(T5(CONFIG).apply({"params": params}, batch).logits[0], np.float64)  # [target, vocab]
-            normaliser = np.log(np.exp(logits).sum(axis=-1))
-            expected = (logits[np.arange(target.size), target[0]] - normaliser).sum()
+            normalizer = np.log(np.exp(logits).sum(axis=-1))
+            expected = (logits[np.arange(target.size), target[0]] - normalizer).sum()
             assert score == pytest.approx(expected, rel=1e-5)
 
 

@@ -71,7 +71,7 @@ def test_mistakes_are_refused_before_anything_is_created(refused, tmp_path, argu
     refused(evaluate, "no model at", **settings | {"model": str(tmp_path / "nowhere")})
     refused(evaluate, "has no metrics to evaluate", **settings | {"data": data})
     refused(evaluate, "scored_by is 'votes'", **settings | {"scored_by": "votes"})
-    misspelt = Data(task="jobs_tests_colour_v1")
+    wrong = Data(task="jobs_tests_colour_v1")
     refused(
-        evaluate, "no task or mixture named 'jobs_tests_colour_v1'; .*jobs_tests_color", **settings | {"data": misspelt}
+        evaluate, "no task or mixture named 'jobs_tests_colour_v1'; .*jobs_tests_color", **settings | {"data": wrong}
     )

@@ -26,7 +26,7 @@ LENGTHS = ((5, 3), (2, 4), (4, 1), (3, 2))
 
 
 def random_params(config):
-    """Random parameters, the normalisation scales around one, so that the function is far from degenerate."""
+    """Random parameters, the normalization scales around one, so that the function is far from degenerate."""
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):

@@ -106,7 +106,7 @@ def flops(config, taps, head=False):
 def test_tapping_the_first_encoder_layer_costs_its_three_projections():
     projections = 3 * 2 * BATCH * SOURCE * MODEL.d_model * MODEL.inner_dim
     cost = flops(MODEL, (("encoder_self", 0),))
-    # The rest is one normalisation: some six operations a number, where each takes 3 x 2 x 80 in the projections.
+    # The rest is one normalization: some six operations a number, where each takes 3 x 2 x 80 in the projections.
     assert projections < cost < 1.03 * projections
     assert cost == flops(of_depth(1), (("encoder_self", 0),))
 

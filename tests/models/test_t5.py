@@ -289,7 +289,7 @@ def test_every_position_sees_the_whole_source(config, params, make_batch):
 # --- the arithmetic, by NumPy in float64 ---
 
 
-def _normalise(x, scale):
+def _normalize(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
 
 
@@ -306,7 +306,7 @@ def test_taps_of_the_first_layer_are_the_unscaled_projections_of_the_normalised_
         ("decoder", "decoder_self", "self_attention"),
     ):
         scale = params[stack]["layers"][f"pre_{module}_layer_norm"]["scale"][0]
-        x = _normalise(embedding[batch[f"{stack}_input_tokens"]], scale)
+        x = _normalize(embedding[batch[f"{stack}_input_tokens"]], scale)
         for tap, kernel in zip(taps[site, 0][:3], _kernels(params, stack, module), strict=False):
             np.testing.assert_allclose(tap, x @ kernel, rtol=1e-4, atol=1e-5)
 
@@ -315,10 +315,10 @@ def test_cross_tap_asks_with_the_decoder_after_its_self_attention_and_answers_wi
     output = forward(config, FIRST)(params, batch)
     decoder, layers = params["decoder"], params["decoder"]["layers"]
     x = params["token_embedder"]["embedding"].astype(np.float64)[batch["decoder_input_tokens"]]
-    normalised = _normalise(x, layers["pre_self_attention_layer_norm"]["scale"][0])
+    normalized = _normalize(x, layers["pre_self_attention_layer_norm"]["scale"][0])
     *projections, out = _kernels(params, "decoder", "self_attention")
     # [batch, length, heads, head_dim]
-    query, key, value = ((normalised @ kernel).reshape(*x.shape[:2], 3, 4) for kernel in projections)
+    query, key, value = ((normalized @ kernel).reshape(*x.shape[:2], 3, 4) for kernel in projections)
     length = x.shape[1]
     buckets = relative_position_buckets(length, length, bidirectional=False, buckets=8, max_distance=12)
     real = batch["decoder_target_tokens"] != 0
@@ -329,7 +329,7 @@ def test_cross_tap_asks_with_the_decoder_after_its_self_attention_and_answers_wi
     weights /= weights.sum(-1, keepdims=True)
     x = x + np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], 12) @ out
     cross_query, cross_key, cross_value, _ = _kernels(params, "decoder", "encoder_decoder_attention")
-    asked = _normalise(x, layers["pre_cross_attention_layer_norm"]["scale"][0]) @ cross_query
+    asked = _normalize(x, layers["pre_cross_attention_layer_norm"]["scale"][0]) @ cross_query
     tap = output.taps["cross", 0]
     np.testing.assert_allclose(np.asarray(tap.query)[real], asked[real], rtol=1e-4, atol=1e-4)
     encoded = np.asarray(output.encoded, np.float64)
@@ -349,7 +349,7 @@ def test_tied_head_is_the_embedding_scaled_by_the_root_of_the_width(small, make_
 def test_embeddings_are_not_scaled_and_both_stacks_share_them(config, params, batch):
     taps = forward(config, FIRST)(params, batch).taps
     doubled = params | {"token_embedder": {"embedding": 2 * params["token_embedder"]["embedding"]}}
-    # The first normalisation removes the scale, in both stacks.
+    # The first normalization removes the scale, in both stacks.
     for key in FIRST[:2]:
         assert_close(forward(config, FIRST)(doubled, batch).taps[key], taps[key], rtol=1e-4, atol=1e-4)
 
@@ -404,15 +404,15 @@ def test_residual_streams_are_those_after_a_layer(config, params, batch, scan_la
     wanted = frozenset({("encoder", -1), ("encoder", 1), ("decoder", 0), ("decoder", 2)})
     output = T5(config).apply({"params": params}, batch, Reads(hidden=wanted, encoded=True))
     assert set(output.hidden) == wanted and output.head is None
-    # The encoder's output is its last residual stream, normalised.
+    # The encoder's output is its last residual stream, normalized.
     last = np.asarray(output.hidden["encoder", -1], np.float64)
     np.testing.assert_allclose(
-        output.encoded, _normalise(last, params["encoder"]["encoder_norm"]["scale"]), rtol=1e-4, atol=1e-5
+        output.encoded, _normalize(last, params["encoder"]["encoder_norm"]["scale"]), rtol=1e-4, atol=1e-5
     )
     # A tap of a layer is of the stream before it.
     tap = T5(config).apply({"params": params}, batch, reads([("encoder_self", 2)], head=False)).taps["encoder_self", 2]
     layer = params["encoder"]["layers"]
-    x = _normalise(np.asarray(output.hidden["encoder", 1]), layer["pre_attention_layer_norm"]["scale"][2])
+    x = _normalize(np.asarray(output.hidden["encoder", 1]), layer["pre_attention_layer_norm"]["scale"][2])
     np.testing.assert_allclose(tap.query, x @ layer["attention"]["query"]["kernel"][2], rtol=1e-4, atol=1e-4)
 
 
