@@ -1,6 +1,7 @@
 """Where eight devices hold what, and what cannot be spread over them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from endistill_jax.checkpoints.models import TrainedModel
 from endistill_jax.core.errors import UserError
 from endistill_jax.evaluation.denoising import HeldOut
 from endistill_jax.models.family import abstract_params
+from endistill_jax.models.t5.attention import attend, attend_in_groups
 from endistill_jax.models.t5.config import T5Config
 from endistill_jax.objectives import presets
-from endistill_jax.sharding import make_mesh, param_shardings, place_batch
+from endistill_jax.sharding import activation_sharding, make_mesh, param_shardings, place_batch
 from endistill_jax.train.experiment import Data, Experiment, Run, Teacher
 from endistill_jax.train.optimizer import OptimizerConfig, make_optimizer
 from endistill_jax.train.state import abstract_state, init_state, state_shardings
@@ -183,3 +185,13 @@ def test_evaluation_gives_the_same_report_on_every_mesh(placement):
         # Float32 sums over some fifty tokens, in another order.
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-5, err_msg=name)
     assert expected.shuffled_input_gap != 0
+
+
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_attention_of_rows_that_the_devices_do_not_divide_is_computed_all_at_once(rows, group_bytes):
+    queries, keys, values = (jax.random.normal(jax.random.key(seed), (rows, 2, 3, 8)) for seed in range(3))
+    arrays = queries, keys, values, jax.numpy.ones((rows, 1, 3, 3), bool), None
+    with activation_sharding(make_mesh(8, 1, 1)):
+        found = jax.jit(functools.partial(attend_in_groups, group_bytes=group_bytes))(*arrays)
+    np.testing.assert_allclose(found, attend(*arrays), rtol=1e-6)

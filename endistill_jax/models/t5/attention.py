@@ -81,10 +81,11 @@ def attend_in_groups(
     arrays = (query, key, value, mask, position_bias)
     mesh = jax.sharding.get_abstract_mesh()
     parts = (1, 1) if mesh.empty else tuple(_parts(mesh, logical) for logical in ("batch", "heads"))
-    examples, heads = (size // part for size, part in zip(query.shape, parts, strict=False))
+    if query.shape[0] % parts[0] or query.shape[1] % parts[1]:
+        return attend(*arrays)
+    examples, heads = query.shape[0] // parts[0], query.shape[1] // parts[1]  # of one device
     groups = choose_groups(examples, heads, query.shape[2], key.shape[2], group_bytes)
-    divided = (examples * parts[0], heads * parts[1]) == query.shape[:2]
-    if not divided or (groups.examples, groups.heads) == (examples, heads):
+    if (groups.examples, groups.heads) == (examples, heads):
         return attend(*arrays)
     run = functools.partial(_run_groups, groups)
     if parts == (1, 1):
