@@ -45,6 +45,9 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow"):
+        # Files with slow tests first: else one process would be left with them when the other is done.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow and item.path.name != "test_multi_device.py")
         return
     skip = pytest.mark.skip(reason="slow: give --slow")
     for item in items:
