@@ -115,9 +115,12 @@ class StopSignal(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        self._restore()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = number
-        self.__exit__()
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
